@@ -1,0 +1,1 @@
+"""The figures of sharedpool, measured beside those of its peers in the same run."""

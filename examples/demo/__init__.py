@@ -1,0 +1,1 @@
+"""The main job, shown: pre-forked workers under load behind one cap, killed on the way, counted by the back end."""

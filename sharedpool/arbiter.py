@@ -1,0 +1,512 @@
+"""The arbiter's loop: channels, deaths, timers, and the calls of the registry. One thread; nothing in it blocks.
+
+`step` does one turn and can be driven by a test; `run` does turns until the arbiter ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import secrets
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
+
+import psutil
+
+from . import fdpass, options, segment, wire
+from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, StartFailed
+from .layout import INCARNATION
+from .served import Later, ServedPool
+from .wire import Kind, Message, WireError
+
+T = TypeVar("T")
+
+#: Messages read from one channel before the next one's turn: a flood does not starve the others.
+_BATCH: Final = 32
+#: A process that lost its channel may come back for its row within this, ns (exec keeps the pid, but comes back to nothing).
+_RETURN_TIME: Final = 1_000_000_000
+#: Without pidfds, processes are looked at so often, ns.
+_POLL_PROCESSES: Final = 100_000_000
+_BEAT_EVERY: Final = 1_000_000_000
+_DRAIN_SECONDS: Final = 90.0
+_LONG: Final = select.EPOLLRDHUP | select.EPOLLET
+
+log = logging.getLogger("sharedpool.arbiter")
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Client:
+    """One channel: a worker of one pool, or somebody who only holds the arbiter or asks for the key."""
+
+    channel: socket.socket | None
+    pid: int
+    events: socket.socket | None = None
+    pool: ServedPool | None = None
+    row: int = 0
+    nonce: int = 0
+    pidfd: int = -1
+    born: float = 0.0
+    orphaned: int = 0
+
+
+class Arbiter:
+    """Serves the pools of one scope.
+
+    Args:
+        listener: A listening SOCK_SEQPACKET socket, or None in tests.
+        authkey: What the registry's callers are told.
+        linger: Seconds without any client after which it wants to end.
+    """
+
+    def __init__(self, listener: socket.socket | None, authkey: bytes, linger: float) -> None:
+        self.listener = listener
+        self.pools: dict[str, ServedPool] = {}
+        self.incarnation = 1
+        self._authkey = authkey
+        self._linger = linger
+        self._epoll = select.epoll()
+        self._clients: set[Client] = set()
+        self._by_fd: dict[int, Callable[[int], None]] = {}
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._quiet_since = time.monotonic()
+        self._ending_at: float | None = None
+        self._now_ending = False
+        self._watch(self._bell, select.EPOLLIN, self._ring)
+        if listener is not None:
+            listener.setblocking(False)
+            self._watch(listener.fileno(), select.EPOLLIN, self._accept)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Do turns until the arbiter should end: nobody needs it, or it was asked to."""
+        wait = 0.0
+        while not self.over:
+            wait = self.step(wait)
+
+    def step(self, longest: float = 0.0) -> float:
+        """Wait for at most so many seconds, do what is to be done; gives how long the next wait may be."""
+        with contextlib.suppress(InterruptedError):
+            for fd, events in self._epoll.poll(longest):
+                handler = self._by_fd.get(fd)
+                if handler is not None:
+                    self._guarded(handler, events)
+        while self._calls:
+            self._answer(*self._calls.popleft())
+        now = time.monotonic_ns()
+        due = now + _BEAT_EVERY
+        for pool in list(self.pools.values()):
+            due = min(due, pool.turn(now))
+        due = min(due, self._look_after_processes(now))
+        for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
+            del self.pools[name]
+        return max(0.0, (due - time.monotonic_ns()) / 1e9)
+
+    def _guarded(self, handler: Callable[[int], None], events: int) -> None:
+        """One client's misbehaviour, or one busy mutex, must not end the loop."""
+        try:
+            handler(events)
+        except Later:
+            pass  # found again by the pool's next turn
+        except Exception:
+            log.exception("the arbiter goes on after an error")
+
+    @property
+    def over(self) -> bool:
+        """Whether it is time to end: asked to, or nobody was there for the linger time."""
+        if self._now_ending:
+            return True
+        if self._clients:
+            self._quiet_since = time.monotonic()
+            return self._ending_at is not None and time.monotonic() > self._ending_at
+        return self._ending_at is not None or time.monotonic() - self._quiet_since >= self._linger
+
+    def end(self, *, at_once: bool = False) -> None:
+        """End once no client is left, after 90 s at the latest; or at once."""
+        if at_once or self._ending_at is not None:
+            self._now_ending = True
+        self._ending_at = time.monotonic() + _DRAIN_SECONDS
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._bell, 1)
+
+    def stay(self) -> None:
+        """The end was called off: somebody came."""
+        self._quiet_since = time.monotonic()
+
+    def call(self, function: Callable[[], T], seconds: float = 10.0) -> T:
+        """Run a function in the loop, from another thread, and give its result or raise its error."""
+        future: Future[T] = Future()
+        self._calls.append((function, future))
+        os.eventfd_write(self._bell, 1)
+        return future.result(seconds)
+
+    def _answer(self, function: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            result = function()
+        except BaseException as error:  # it belongs to the caller
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _ring(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+
+    def _watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        self._by_fd[fd] = handler
+        self._epoll.register(fd, events)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._by_fd.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+
+    # --- channels -----------------------------------------------------------------------------------------------------
+
+    def _accept(self, events: int) -> None:
+        assert self.listener is not None
+        for _ in range(_BATCH):
+            try:
+                channel, _ = self.listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # the limit of open files: the caller is told by the end of its channel
+                log.error("no connection could be accepted: %s", error)
+                return
+            pid, uid, _ = fdpass.credentials(channel)
+            if uid != os.geteuid():
+                channel.close()
+                continue
+            channel.setblocking(False)
+            client = Client(channel, pid)
+            self._clients.add(client)
+            self._watch(channel.fileno(), select.EPOLLIN, lambda events, client=client: self._read(client))
+
+    def _read(self, client: Client, most: int = _BATCH) -> None:
+        """Read and carry out what a client sent."""
+        for _ in range(most):
+            if client.channel is None:
+                return
+            try:
+                data, descriptor = fdpass.receive(client.channel, wire.LONGEST, wait=False)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("process %d: %s", client.pid, error)
+                self._lost(client)
+                return
+            if not data:
+                self._lost(client)
+                return
+            try:
+                self._carry_out(client, wire.unpack(data), descriptor)
+            except WireError as error:
+                log.warning("process %d sent %s", client.pid, error)
+                self._lost(client)
+                return
+
+    def _carry_out(self, client: Client, message: Message, descriptor: int | None) -> None:
+        """One message; whatever happens, its descriptor is kept or closed."""
+        taken = False
+        try:
+            kind = message.kind
+            if kind is Kind.HELLO and descriptor is not None and client.pool is None:
+                events = _socket_of(descriptor)
+                taken = True
+                self._hello(client, message, events)
+            elif kind is Kind.CALLER:
+                self._reply(client, Message(Kind.KEY, message.request, body={"key": self._authkey.hex()}))
+            elif kind is Kind.HOLD:
+                self._reply(client, Message(Kind.OK, message.request))
+            elif client.pool is None:
+                raise WireError(f"a {kind.name} before its hello")
+            elif kind is Kind.REGISTER and descriptor is not None:
+                sock = _socket_of(descriptor)
+                taken = True
+                client.pool.register(client.row, message.slot, message.generation, sock)
+            elif kind is Kind.FETCH:
+                self._fetch(client, client.pool, message)
+            elif kind is Kind.CLOSE:
+                client.pool.begin_closing(message.slot, time.monotonic_ns())
+            elif kind is Kind.FORGET:
+                client.pool.forget(message.slot, message.generation)
+            elif kind is Kind.DETACH:
+                self._gone(client)
+            elif kind is not Kind.WATCH:  # which only has to wake the loop
+                raise WireError(f"a {kind.name} that does not belong here")
+        finally:
+            if descriptor is not None and not taken:
+                os.close(descriptor)
+
+    def _reply(self, client: Client, message: Message, descriptor: int | None = None) -> None:
+        """Answer; a client that does not read its answers loses its channel."""
+        if client.channel is None:
+            return
+        try:
+            fdpass.send(client.channel, wire.pack(message), descriptor)
+        except OSError:
+            self._lost(client)
+
+    def _fetch(self, client: Client, pool: ServedPool, message: Message) -> None:
+        found = pool.fetch(client.row, message.slot, message.generation)
+        kind = Kind.GONE if found is None else Kind.CONNECTION
+        answer = Message(kind, message.request, message.slot, message.generation)
+        self._reply(client, answer, None if found is None else found.fileno())
+
+    # --- attaching ----------------------------------------------------------------------------------------------------
+
+    def _hello(self, client: Client, message: Message, events: socket.socket) -> None:
+        """A worker attaches to a pool, or comes back for its row after its channel broke."""
+        try:
+            segment.check_identity(message.body.get("identity") or {}, f"process {client.pid}")
+            if client.pid != message.body.get("pid"):
+                raise AttachRefused(
+                    f"process {message.body.get('pid')} is seen here as {client.pid}: another PID namespace;"
+                    " one container = one cap"
+                )
+            if message.body.get("row"):
+                body = self._return_to_row(client, message.body)
+            else:
+                body = self._attach(client, message.body)
+        except SharedPoolError as error:
+            events.close()
+            body = {"error": type(error).__name__, "text": str(error)}
+            self._reply(client, Message(Kind.REFUSED, message.request, body=body))
+            return
+        client.events = events
+        events.setblocking(False)
+        assert client.pool is not None
+        self._reply(client, Message(Kind.WELCOME, message.request, body=body), client.pool.segment.fd)
+
+    def _attach(self, client: Client, body: Any) -> dict[str, Any]:
+        pool, warnings = self.declare(
+            options.check_pool_name(body.get("pool")), dict(body.get("options") or {}), client.pid,
+            update=bool(body.get("update", True)), implicit=not body.get("declares"),
+        )  # fmt: skip
+        nonce = secrets.randbits(63) | 1
+        row = pool.claim_row(client.pid, nonce, time.monotonic_ns())
+        if row is None:
+            raise AttachRefused(f"pool {pool.name!r} has no row left: too many processes are attached")
+        client.pool, client.row, client.nonce = pool, row, nonce
+        self._watch_process(client)
+        return {
+            "row": row,
+            "nonce": nonce,
+            "arbiter_pid": os.getpid(),
+            "options": pool.options.as_dict(),
+            "processes": len(self._rows(pool)),
+            "warnings": warnings,
+        }
+
+    def _return_to_row(self, client: Client, body: Any) -> dict[str, Any]:
+        for other in self._clients:
+            if other is not client and other.pool is not None and other.pool.name == body.get("pool"):
+                if (other.row, other.nonce, other.pid) == (body["row"], body.get("nonce"), client.pid):
+                    break
+        else:
+            raise AttachRefused(f"row {body['row']} of pool {body.get('pool')!r} is no longer this process's")
+        self._drop_channel(other)
+        client.pool, client.row, client.nonce, client.pidfd, client.born = (
+            other.pool, other.row, other.nonce, other.pidfd, other.born,
+        )  # fmt: skip
+        if client.pidfd >= 0:
+            self._by_fd[client.pidfd] = lambda events: self._died(client)
+        self._clients.discard(other)
+        assert client.pool is not None
+        return {"row": client.row, "nonce": client.nonce, "arbiter_pid": os.getpid(), "options": {}, "warnings": []}
+
+    def declare(
+        self, name: str, given: dict[str, Any], pid: int, *, update: bool = True, implicit: bool = False
+    ) -> tuple[ServedPool, list[str]]:
+        """Find a pool, make it, or apply what differs; gives it and the warnings for whoever declared.
+
+        Args:
+            name: The pool's name.
+            given: The options that were set by somebody, validated again here.
+            pid: Who declares.
+            update: False: differing options raise instead of being applied.
+            implicit: True: no options were given on purpose, so only the pool "default" is made.
+
+        Raises:
+            PoolNotFound, PoolOptionsDiffer, OptionError, StartFailed.
+        """
+        values = {option: options.check(option, value, f"process {pid}") for option, value in given.items()}
+        pool = self.pools.get(name)
+        if pool is None or pool.stopped:
+            if implicit and not values and name != "default":
+                raise PoolNotFound(
+                    f"nobody declared a pool {name!r} here; give options, as in attach({name!r}, max_connections=20);"
+                    f" pools here: {', '.join(sorted(self.names())) or 'none'}"
+                )
+            return self._make(pool, name, options.make(values), pid), []
+        return pool, self._change(pool, values, pid, update)
+
+    def _make(self, pool: ServedPool | None, name: str, wanted: options.PoolOptions, pid: int) -> ServedPool:
+        if pool is not None and (pool.options.move, pool.options.order) == (wanted.move, wanted.order):
+            pool.apply(wanted)
+            pool.declared_by = pid
+            return pool
+        if pool is not None:
+            raise PoolOptionsDiffer(f"pool {name!r} was stopped and still has connections; 'move' and 'order' stay until then")
+        pool = ServedPool(
+            name, wanted, pid, watch=self._watch_remote, unwatch=self._unwatch_remote,
+            tell_closed=self._tell_closed, drain=self._drain_pool,
+        )  # fmt: skip
+        pool.words[INCARNATION] = self.incarnation
+        self.pools[name] = pool
+        return pool
+
+    def _change(self, pool: ServedPool, values: dict[str, Any], pid: int, update: bool) -> list[str]:
+        """Apply options that differ; gives a warning for each."""
+        old = pool.options.as_dict()
+        differing = {
+            name: value for name, value in values.items()
+            if name not in options.OF_THE_HANDLE and old.get(name, options.NOT_GIVEN) != value
+        }  # fmt: skip
+        if not differing:
+            return []
+        texts = [f"{name}: {old.get(name)!r} (by process {pool.declared_by}) -> {value!r}" for name, value in differing.items()]
+        refused = sorted(set(differing) & options.FIXED) if update else sorted(differing)
+        if refused:
+            why = "cannot change while it runs" if update else "differ, and update=False"
+            raise PoolOptionsDiffer(f"pool {pool.name!r}: {', '.join(refused)} {why}: {'; '.join(texts)}")
+        pool.apply(dataclasses.replace(pool.options, **differing))
+        pool.declared_by = pid
+        return [f"pool {pool.name!r}: option {text} (by process {pid})" for text in texts]
+
+    def names(self) -> list[str]:
+        """The pools that are not stopped."""
+        return [name for name, pool in self.pools.items() if not pool.stopped]
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    def _rows(self, pool: ServedPool) -> list[Client]:
+        return [client for client in self._clients if client.pool is pool]
+
+    def _watch_process(self, client: Client) -> None:
+        try:
+            client.pidfd = os.pidfd_open(client.pid)
+        except ProcessLookupError:
+            self._died(client)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS):
+                raise StartFailed(f"process {client.pid} cannot be watched: {error}") from error
+            with contextlib.suppress(psutil.Error):  # an old sandbox without pidfds: watch its start time
+                client.born = psutil.Process(client.pid).create_time()
+            return
+        self._watch(client.pidfd, select.EPOLLIN, lambda events: self._died(client))
+
+    def _died(self, client: Client) -> None:
+        """A worker is dead. What it sent before is read first: a registration may be among it."""
+        while client.channel is not None:
+            self._read(client)
+            if client.channel is not None and not _readable(client.channel):
+                break
+        self._gone(client)
+
+    def _lost(self, client: Client) -> None:
+        """A channel ended; the process may live, and come back for its row."""
+        self._drop_channel(client)
+        if client.pool is None:
+            self._clients.discard(client)
+        else:
+            client.orphaned = time.monotonic_ns()
+
+    def _drop_channel(self, client: Client) -> None:
+        if client.channel is not None:
+            self._unwatch(client.channel.fileno())
+            client.channel.close()
+            client.channel = None
+        if client.events is not None:
+            client.events.close()
+            client.events = None
+
+    def _gone(self, client: Client) -> None:
+        """A worker's row ends."""
+        self._drop_channel(client)
+        self._clients.discard(client)
+        if client.pidfd >= 0:
+            self._unwatch(client.pidfd)
+            os.close(client.pidfd)
+            client.pidfd = -1
+        if client.pool is not None and client.row:
+            row, client.row = client.row, 0
+            client.pool.reap(row, time.monotonic_ns())
+
+    def _look_after_processes(self, now: int) -> int:
+        due = now + _BEAT_EVERY
+        for client in list(self._clients):
+            if client.orphaned:
+                if now - client.orphaned >= _RETURN_TIME:
+                    self._gone(client)
+                due = min(due, client.orphaned + _RETURN_TIME)
+            elif client.born:
+                due = min(due, now + _POLL_PROCESSES)
+                if not _same_process(client):
+                    self._died(client)
+        return due
+
+    # --- what the pools ask for ---------------------------------------------------------------------------------------
+
+    def _watch_remote(self, pool: ServedPool, index: int, sock: socket.socket) -> None:
+        def ended(events: int) -> None:
+            if events & select.EPOLLRDHUP:
+                pool.remote_ended(index, time.monotonic_ns())
+
+        self._watch(sock.fileno(), _LONG, ended)
+
+    def _unwatch_remote(self, sock: socket.socket) -> None:
+        self._unwatch(sock.fileno())
+
+    def _tell_closed(self, pool: ServedPool, rows: Iterable[int], slot: int, generation: int) -> None:
+        data = wire.pack(Message(Kind.CLOSED, 0, slot, generation))
+        for client in self._rows(pool):
+            if client.row in rows and client.events is not None:
+                with contextlib.suppress(OSError):  # full or gone: it finds out by itself
+                    fdpass.send(client.events, data)
+
+    def _drain_pool(self, pool: ServedPool) -> None:
+        for client in self._rows(pool):
+            self._read(client)
+
+
+def _same_process(client: Client) -> bool:
+    try:
+        return psutil.Process(client.pid).create_time() == client.born
+    except psutil.Error:
+        return False
+
+
+def _readable(channel: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(channel, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _socket_of(descriptor: int) -> socket.socket:
+    """A received descriptor as a stream or packet socket; anything else is refused and closed.
+
+    Raises:
+        WireError: It is none.
+    """
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise WireError(f"a descriptor that is no socket: {error}") from None
+    if sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        sock.close()
+        raise WireError(f"a socket of type {sock.type}")
+    return sock
+
+

@@ -1,0 +1,656 @@
+"""One process's side of one pool: checkout and checkin, and what this process holds.
+
+Everything that the fast path needs lies in plain attributes here; nothing on it takes a lock, sends a message, or lets
+go of the GIL. After a fork an attachment is inert in the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import threading
+import weakref
+from collections import deque
+from threading import get_ident
+from time import monotonic_ns
+from typing import Any, Final
+
+from . import drivers, fdpass, segment, view, wire
+from .channel import Channel
+from .drivers.sockets import end
+from .errors import ArbiterLost, ConnectFailed, LeaseError, PoolStopped, PoolTimeout, SharedPoolError
+from .held import Entry, Patience, Route
+from .layout import (
+    CAN_MOVE,
+    CELL_SINCE,
+    CLOSE_TIMEOUT,
+    CONNECT_TIME,
+    DOOMED,
+    FREE_SLOT,
+    GATE,
+    GATE_FLAGS,
+    GEN,
+    GEN_MASK,
+    GEN_ONE,
+    HEAD,
+    HIGH,
+    HOLDER,
+    IDLE,
+    KEY,
+    LEASED,
+    MASK64,
+    MAX,
+    OPENING,
+    OVER,
+    PAUSED,
+    RULES,
+    SERIAL_ONE,
+    STATE,
+    STAYS,
+    STICKY,
+    STOPPED,
+    USED,
+    VER,
+    VERSION,
+    WATCH,
+    generation_of,
+    holder_of,
+    leased_word,
+    opening_word,
+)
+from .lease import Lease
+from .native import FILENO
+from .returns import CLOSED, GIVEN, LATER, Returns
+from .stats import COUNTERS, PoolStats
+from .table import BUSY, DONE
+from .waiting import OutOfTime, WaitingRoom
+from .wire import Kind, Message
+
+_NEVER: Final = 1 << 62
+#: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
+_GIVE_BACK: Final = 50_000_000
+
+
+class Attachment:
+    """A pool, attached.
+
+    Args:
+        directory: The scope's runtime directory.
+        name: The pool's name.
+        given: The options that somebody set.
+        declares: Whether they make the pool if it does not exist.
+        update: Whether options that differ are applied.
+        seconds: How long attaching may take.
+    """
+
+    def __init__(
+        self, directory: str, name: str, given: dict[str, Any], *, declares: bool, update: bool, seconds: float
+    ) -> None:
+        self.name = name
+        self.inert = False
+        self.lost = False
+        self.channel = Channel(directory, name, given, declares=declares, update=update)
+        self.welcome, descriptor = self.channel.attach(seconds)
+        self.segment = segment.attach(descriptor)
+        self.row: int = self.welcome["row"]
+        self.table = self.segment.table(self.row)
+        self.words = self.table.words
+        self.gate = self.words[GATE] & ~GATE_FLAGS  # the value under which nothing is in the way
+        self.routes: dict[tuple[str, str, int], Route] = {}
+        self.entries: dict[int, Entry] = {}
+        self.permits: dict[int, int] = {}
+        self.chores: deque[tuple[int, int, Entry | None]] = deque()
+        self._tidying = threading.Lock()
+        self._dead, other = socket.socketpair()
+        other.close()
+        self._counters = {counter: self.table.counter(index) for index, counter in enumerate(COUNTERS)}
+        self._reuses = self._counters["reuses"]
+        self.room = WaitingRoom(
+            self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch
+        )
+        self.returns = Returns(
+            self.table, self.segment, self._tell_close, self._counters["discards"], self.room.longest_for
+        )
+        self.room.returns = self.returns
+        _attachments.add(self)
+        events = self.channel.events
+        assert events is not None
+        threading.Thread(
+            target=_listen, args=(weakref.ref(self), events), name=f"sharedpool-{name}", daemon=True
+        ).start()
+
+    def stays_inert(self) -> bool:
+        """Whether this is a forked child's copy."""
+        return self.inert
+
+    def count(self, name: str) -> None:
+        """One more of a counter of this process; its row has no other writer."""
+        w, at = self.words, self._counters[name]
+        w[at] = w[at] + 1
+
+    def stats(self) -> PoolStats:
+        """The pool's numbers over all processes."""
+        return view.stats(self.words, self.segment.geometry, self.name)
+
+    def own_counters(self) -> dict[str, int]:
+        """What this process has counted."""
+        return view.row_counters(self.words, self.row)
+
+    def _tell(self, kind: Kind, slot: int = 0, generation: int = 0) -> None:
+        """A hint to the arbiter; it finds out by itself within a second if this does not arrive."""
+        with contextlib.suppress(SharedPoolError):
+            self.channel.tell(Message(kind, 0, slot, generation))
+
+    def _tell_close(self, slot: int, generation: int) -> None:
+        self._tell(Kind.CLOSE, slot, generation)
+
+    def _tell_watch(self) -> None:
+        if self.words[WATCH]:
+            self._tell(Kind.WATCH)
+
+    def route(self, transport: str, host: str, port: int) -> Route:
+        """The route for an address; equal addresses give the same one.
+
+        Raises:
+            OptionError: It is no address.
+        """
+        driver = drivers.find(transport)
+        address = (transport, *driver.address(host, port))
+        known = self.routes.get(address)
+        if known is None:
+            text = "\0".join(map(str, address)).encode(errors="surrogateescape")
+            digest = hashlib.blake2b(text, digest_size=8, key=self.segment.secret).digest()
+            moves = driver.moves and bool(self.words[RULES] & CAN_MOVE)
+            known = Route(driver, address[1], address[2], int.from_bytes(digest, "little") or 1, moves=moves)
+            known = self.routes.setdefault(address, known)
+        return known
+
+    # --- checkout -----------------------------------------------------------------------------------------------------
+
+    def checkout(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
+        """A lease: one's own idle connection if there is one, else by takeover, by opening, or after waiting.
+
+        Args:
+            route: Where to.
+            patience: Seconds for all of it; None: no limit.
+            connect_timeout: Seconds for opening a connection, within `patience`.
+        """
+        if self.chores:
+            self.tidy()
+        stack = route.stack
+        if stack and (entry := route.pop()):
+            seen = entry.word
+            lease: Lease[Any] = Lease(self, entry, entry.at)
+            result = self.table.take_idle(
+                entry.at, seen, (seen + 1 + SERIAL_ONE) & MASK64, self.gate, lease, self._reuses, monotonic_ns()
+            )
+            if result == DONE:
+                if self._unpark(entry, lease):
+                    return lease
+                return self._renew(route, lease, entry, _limit(patience), connect_timeout)
+            if self.words[entry.at] == seen:
+                route.push(entry)
+        return self._checkout_slowly(route, _limit(patience), connect_timeout)
+
+    def _unpark(self, entry: Entry, lease: Lease[Any]) -> bool:
+        """Poll the connection and give the user's object its descriptor; False if it cannot be used.
+
+        From the poll to the dup nothing can come between: see native.py.
+        """
+        gate = entry.gate
+        if -gate == 0 and FILENO[entry.conn] == entry.number and +gate >= 0:
+            entry.thread = get_ident()
+            lease.conn = entry.conn
+            return True
+        return False
+
+    def _checkout_slowly(self, route: Route, limit: int, connect_timeout: float) -> Lease[Any]:
+        refused: set[int] = set()
+        while True:
+            lease: Lease[Any] = Lease(self, None, 0)
+            try:
+                self._acquire(route, lease, limit, refused)
+            except OutOfTime:
+                self.count("timeouts")
+                raise self._timeout(route) from None
+            if lease.word & STATE == OPENING:
+                return self._open(route, lease, limit, connect_timeout)
+            if not route.driver.connects:
+                self.permits[lease.place] = get_ident()
+                lease.conn = None
+                return lease
+            entry = self._hold(route, lease, limit, refused)
+            if entry is None:
+                continue
+            lease._entry = entry
+            if self._unpark(entry, lease):
+                return lease
+            return self._renew(route, lease, entry, limit, connect_timeout)
+
+    def _acquire(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> None:
+        """Get a slot into the lease: LEASED with a connection or as a permit, or OPENING.
+
+        Raises:
+            OutOfTime, PoolStopped, TooManyWaiting.
+        """
+        w = self.words
+        table = self.table
+        patience = Patience(limit)
+        while True:
+            gate, ver, now = w[GATE], w[VER], monotonic_ns()
+            if gate & STOPPED:
+                raise PoolStopped(f"pool {self.name!r} was stopped")
+            straight = not gate & GATE_FLAGS
+            if straight:
+                self.gate = gate
+            at = 0
+            if straight or self._may_stick(route, gate, now):
+                at, seen = self._find_idle(route, refused, own_only=not straight)
+            if at:
+                mine = holder_of(seen) == self.row
+                counter = self._counters["reuses" if mine else "takeovers"]
+                lease.place = at
+                result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, counter, now)
+            elif straight and w[USED] < w[MAX]:
+                result = self._take_free(route, lease, gate, now)
+            else:
+                result = self.room.wait(route, lease, gate, ver, limit, now)
+            if result == DONE:
+                return
+            if result == BUSY and not patience.wait():
+                raise OutOfTime
+
+    def _take_free(self, route: Route, lease: Lease[Any], gate: int, now: int) -> int:
+        w = self.words
+        at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
+        seen = w[at]
+        if seen & STATE:
+            return 0
+        connects = route.driver.connects
+        new = opening_word(seen, self.row, OPENING if connects else LEASED)
+        counter = self._counters["attempts" if connects else "opens"]
+        lease.place = at
+        return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
+
+    def _may_stick(self, route: Route, gate: int, now: int) -> bool:
+        """Sticky order: others wait, but a process's own idle connection is its own until they have waited long."""
+        w = self.words
+        head = w[HEAD]
+        if not head or gate & (OVER | PAUSED) or not (route.stays or w[RULES] & STICKY):
+            return False
+        return now - w[head + CELL_SINCE] < view.steal_after(w)
+
+    def _find_idle(self, route: Route, refused: set[int], *, own_only: bool) -> tuple[int, int]:
+        """An idle connection of the key and its word, this process's own first; or (0, 0)."""
+        w = self.words
+        while (entry := route.pop()) is not None:
+            if w[entry.at] == entry.word and self.table.slot_index(entry.at) not in refused:
+                return entry.at, entry.word
+        start = 0
+        while (index := self.table.find(route.tag, start, w[HIGH])) >= 0:
+            start = index + 1
+            at = self.table.slot_at(index)
+            seen = w[at]
+            if seen & STATE != IDLE or w[at + KEY] != route.key or index in refused:
+                continue
+            if holder_of(seen) == self.row or not (own_only or seen & STAYS):
+                return at, seen
+        return 0, 0
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def _hold(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> Entry | None:
+        """This process's object for a connection just leased: kept from before, or fetched. None: look for another."""
+        at, word = lease.place, lease.word
+        index = self.table.slot_index(at)
+        entry = self.entries.get(index)
+        if entry is not None and entry.generation == generation_of(word) and entry.version == self.words[at + VERSION]:
+            return entry
+        try:
+            descriptor = self.channel.fetch(index, generation_of(word), limit)
+        except ArbiterLost:
+            lease.word = 0
+            self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            if index in refused:
+                raise
+            refused.add(index)
+            return None
+        if descriptor is None:
+            lease.word = 0
+            self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK)
+            return None
+        self.count("fetches")
+        return self._keep(route, at, word, route.driver.adopt(descriptor, b""))
+
+    def _keep(self, route: Route, at: int, word: int, conn: Any) -> Entry:
+        """Hold a connection that this process has just opened or fetched."""
+        real = os.dup(route.driver.fileno(conn))
+        entry = Entry(at, generation_of(word), self.words[at + VERSION], route, conn, real, self._dead.fileno())
+        index = self.table.slot_index(at)
+        old = self.entries.get(index)
+        self.entries[index] = entry
+        if old is not None:
+            old.let_go()
+        return entry
+
+    def _open(self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float) -> Lease[Any]:
+        """Open the connection that the lease has a permit for.
+
+        Raises:
+            ConnectFailed, ConnectTimeout: The permit has been passed on.
+        """
+        at = lease.place
+        index, generation = self.table.slot_index(at), generation_of(lease.word)
+        registered = False
+
+        def register(sock: socket.socket) -> None:
+            nonlocal registered
+            registered = True
+            self.channel.tell(Message(Kind.REGISTER, 0, index, generation), sock.fileno())
+
+        began = monotonic_ns()
+        try:
+            seconds = min(connect_timeout, (limit - began) / 1e9)
+            conn = route.driver.open(route.host, route.port, seconds, register)
+            try:
+                entry = self._keep(route, at, lease.word, conn)
+            except BaseException:
+                route.driver.close(conn)
+                raise
+            self._opened(route, lease)
+        except BaseException as error:
+            self.count("open_failures")
+            self._give_up(lease, refused=isinstance(error, ConnectFailed), registered=registered)
+            raise
+        self._smooth(monotonic_ns() - began)
+        self.count("opens")
+        lease._entry = entry
+        lease.conn = entry.conn
+        entry.thread = get_ident()
+        return lease
+
+    def _opened(self, route: Route, lease: Lease[Any]) -> None:
+        """OPENING -> LEASED."""
+        w, at = self.words, lease.place
+        patience = Patience(_NEVER)
+        while True:
+            seen, word = w[at], lease.word
+            if (seen ^ word) & ~DOOMED:
+                raise LeaseError("the slot was taken away while its connection was being opened")
+            new = seen & ~STATE | LEASED | route.stays
+            result = self.table.swap(at, seen, new, lease, word, 0, monotonic_ns())
+            if result == DONE:
+                lease.word = new & ~DOOMED
+                return
+            if result == BUSY:
+                patience.wait()
+
+    def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool) -> None:
+        """An opening failed. Refused: there is no connection, the permit goes on at once; else it is closed first."""
+        word, lease.word = lease.word, 0
+        at = lease.place
+        with contextlib.suppress(LeaseError):
+            if refused:
+                if registered:
+                    self._tell(Kind.FORGET, self.table.slot_index(at), generation_of(word))
+                result = self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK)
+            else:
+                result = self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK)
+            if result == LATER:
+                self.chores.append((at, word, None))
+
+    def _smooth(self, took: int) -> None:
+        """The mean connect time, over about the last eight."""
+        w = self.words
+        known = w[CONNECT_TIME]
+        w[CONNECT_TIME] = known + (took - known) // 8 if known else took
+
+    def _renew(
+        self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float
+    ) -> Lease[Any]:
+        """The connection just leased has ended, or says what nobody asked: end it, and open anew on the same permit."""
+        w, at = self.words, lease.place
+        index = self.table.slot_index(at)
+        if self.entries.get(index) is entry:
+            del self.entries[index]
+        sock = socket.socket(fileno=entry.real)
+        entry.real = -1
+        try:
+            left = max(0.0, (limit - monotonic_ns()) / 1e9)
+            confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9))
+        finally:
+            entry.let_go()
+            sock.close()
+        patience = Patience(limit)
+        while confirmed:
+            seen, word = w[at], lease.word
+            if (seen ^ word) & ~DOOMED:
+                break
+            new = opening_word(seen, self.row)
+            result = self.table.swap(at, seen, new, lease, word, 0, monotonic_ns())
+            if result == DONE:
+                self.count("attempts")
+                return self._open(route, lease, limit, connect_timeout)
+            if result == BUSY and not patience.wait():
+                break
+        self._give_up(lease, refused=False, registered=True)
+        return self._checkout_slowly(route, limit, connect_timeout)
+
+    # --- giving back --------------------------------------------------------------------------------------------------
+
+    def checkin(self, lease: Lease[Any]) -> None:
+        """End a lease: hand its connection on, or keep it idle, or close it if it is not clean.
+
+        Raises:
+            LeaseError: It is not in force here; nothing changes.
+        """
+        word = lease.word
+        if not word or self.inert:
+            raise self._not_in_force(lease)
+        lease.word = 0
+        entry = lease._entry
+        try:
+            if entry is None:
+                self._return_permit(lease.place, word)
+                return
+            route = entry.route
+            if not (route.clean(entry.conn) and self._park(entry)):
+                self._close(entry, word)
+                return
+            at = entry.at
+            new = word - 1
+            result = self.table.put_idle(at, word, new, self.gate, route.tag, monotonic_ns())
+            if result == DONE:
+                entry.word = new
+                route.push(entry)
+                return
+            self._return(entry, word)
+        except BaseException as error:
+            if not isinstance(error, LeaseError):
+                self.chores.append((lease.place, word, entry))
+            raise
+
+    def _park(self, entry: Entry) -> bool:
+        """Make the user's object harmless; False if it no longer is this connection's."""
+        if FILENO[entry.conn] == entry.number:
+            return ~entry.gate >= 0
+        return False
+
+    def _return(self, entry: Entry, word: int) -> None:
+        result = self.returns.connection(entry.at, word, entry.route, monotonic_ns() + _GIVE_BACK)
+        if result == LATER:
+            self.chores.append((entry.at, word, entry))
+        elif result == CLOSED:
+            self._drop_entry(entry)
+        elif result != GIVEN:
+            entry.word = result
+            entry.route.push(entry)
+
+    def _return_permit(self, at: int, word: int) -> None:
+        self.permits.pop(at, None)
+        if self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK) == LATER:
+            self.chores.append((at, word, None))
+
+    def discard(self, lease: Lease[Any]) -> None:
+        """End a lease by closing its connection.
+
+        Raises:
+            LeaseError: It is not in force here; nothing changes.
+        """
+        word = lease.word
+        if not word or self.inert:
+            raise self._not_in_force(lease)
+        lease.word = 0
+        entry = lease._entry
+        try:
+            if entry is None:
+                self._return_permit(lease.place, word)
+            else:
+                self._close(entry, word)
+        except BaseException as error:
+            if not isinstance(error, LeaseError):
+                self.chores.append((lease.place, word, entry))
+            raise
+
+    def _close(self, entry: Entry, word: int) -> None:
+        """Close a leased connection; its permit goes on once the remote has closed, too."""
+        result = self.returns.closed(entry.at, word, monotonic_ns() + _GIVE_BACK)
+        if result == LATER:
+            self.chores.append((entry.at, word, entry))
+        self._drop_entry(entry)
+
+    def _drop_entry(self, entry: Entry) -> None:
+        index = self.table.slot_index(entry.at)
+        if self.entries.get(index) is entry:
+            del self.entries[index]
+        entry.let_go()
+
+    def drop(self, lease: Lease[Any]) -> None:
+        """A lease was forgotten and collected; called by a finalizer, so it only takes note."""
+        if not self.inert:
+            self.chores.append((lease.place, lease.word, lease._entry))
+
+    def tidy(self) -> None:
+        """End what finalizers, and givers-back that found the mutex busy, have left over."""
+        if not self._tidying.acquire(blocking=False):
+            return
+        try:
+            for _ in range(len(self.chores)):
+                at, word, entry = self.chores.popleft()
+                if (self.words[at] ^ word) & ~DOOMED:
+                    continue  # ended otherwise
+                self.count("dropped")
+                if word & STATE == LEASED and at in self.permits:
+                    self._return_permit(at, word)
+                elif self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK) == LATER:
+                    self.chores.append((at, word, entry))
+                elif entry is not None:
+                    self._drop_entry(entry)
+        except (IndexError, LeaseError):
+            pass
+        finally:
+            self._tidying.release()
+
+    # --- saying what is wrong -----------------------------------------------------------------------------------------
+
+    def _not_in_force(self, lease: Lease[Any]) -> LeaseError:
+        if self.inert:
+            return LeaseError("this lease belongs to the process that this one was forked from; check it in there")
+        return LeaseError("this lease is not in force: it was checked in or discarded before")
+
+    def _timeout(self, route: Route) -> PoolTimeout:
+        stats = self.stats()
+        text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
+        leases = view.leases(self.words, self.segment.geometry)
+        if leases:
+            age = (monotonic_ns() - leases[0].since) / 1e9
+            text += f"; the longest lease is {age:.1f} s old, of process {leases[0].pid}"
+        mine = self._leases_of(get_ident(), {lease.index for lease in leases if lease.row == self.row})
+        text += f"; this thread holds {mine or 'no'} lease{'s' if mine != 1 else ''} of this pool itself"
+        return PoolTimeout(text, stats=stats, pool=self.name)
+
+    def _leases_of(self, thread: int, indices: set[int]) -> int:
+        held = sum(self.entries[index].thread == thread for index in indices if index in self.entries)
+        return held + sum(
+            self.permits.get(self.table.slot_at(index)) == thread for index in indices if index not in self.entries
+        )
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def on_event(self, message: Message) -> None:
+        """What the arbiter sent unasked."""
+        if message.kind is Kind.CLOSED:
+            entry = self.entries.get(message.slot)
+            if entry is not None and entry.generation == message.generation:
+                del self.entries[message.slot]
+                entry.let_go()
+
+    def detach(self) -> None:
+        """Leave the pool: idle connections stay with the arbiter, leases are ended."""
+        if self.inert:
+            return
+        self.inert = True
+        _attachments.discard(self)
+        self._tell(Kind.DETACH)
+        self.channel.close()
+
+    def forked(self) -> None:
+        """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""
+        self.inert = True
+        self.channel.close()
+        for entry in self.entries.values():
+            if entry.real >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(entry.real)
+                entry.real = -1
+
+
+def _limit(patience: float | None) -> int:
+    return _NEVER if patience is None else monotonic_ns() + int(patience * 1e9)
+
+
+def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
+    """The event thread: waits for the arbiter's events, and ends what was left over."""
+    events.settimeout(1.0)
+    while True:
+        data: bytes | None = None
+        try:
+            data, descriptor = fdpass.receive(events, wire.LONGEST)
+            if descriptor is not None:
+                os.close(descriptor)
+        except TimeoutError:
+            pass
+        except OSError:
+            data = b""
+        attachment = reference()
+        if attachment is None or attachment.inert:
+            return
+        if data == b"":
+            attachment.lost = True
+            return
+        with contextlib.suppress(SharedPoolError):
+            if data:
+                attachment.on_event(wire.unpack(data))
+            if attachment.chores:
+                attachment.tidy()
+        del attachment
+
+
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def forked() -> None:
+    """In a forked child: everything inherited becomes inert."""
+    for attachment in list(_attachments):
+        attachment.forked()
+    _attachments.clear()
+
+
+def detach_all() -> None:
+    """At the end of the process: the rows end now, not when the kernel gets to it."""
+    for attachment in list(_attachments):
+        attachment.detach()
+
+

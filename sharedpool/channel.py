@@ -1,0 +1,156 @@
+"""A worker's two channels to the arbiter: requests, one at a time, and events, which the arbiter sends unasked."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+from . import errors, fdpass, launch, segment, wire
+from .errors import ArbiterLost, AttachRefused, SharedPoolError
+from .wire import Kind, Message
+
+
+class Channel:
+    """The request channel of one process and pool.
+
+    Every request has a number and every reply repeats it; a reply that nobody awaits any more is closed with the
+    descriptor it brought. Any abnormal end closes the channel, and the next request opens a new one.
+    """
+
+    def __init__(self, directory: str, pool: str, given: dict[str, Any], *, declares: bool, update: bool) -> None:
+        self._directory = directory
+        self._hello = {
+            "pool": pool,
+            "pid": os.getpid(),
+            "options": given,
+            "declares": declares,
+            "update": update,
+            "identity": dict(segment.identity()),
+        }
+        self._lock = threading.Lock()
+        self._request = 0
+        self._socket: socket.socket | None = None
+        self.events: socket.socket | None = None
+
+    def attach(self, seconds: float) -> tuple[dict[str, Any], int]:
+        """Say hello; gives what the arbiter answered, and the segment's descriptor.
+
+        Raises:
+            StartFailed, ArbiterLost, AttachRefused, PoolNotFound, PoolOptionsDiffer, OptionError.
+        """
+        body, descriptor = self._greet(seconds, start=True)
+        self._hello.update(row=body["row"], nonce=body["nonce"], options={})
+        return body, descriptor
+
+    def _greet(self, seconds: float, *, start: bool) -> tuple[dict[str, Any], int]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            message = Message(Kind.HELLO, body=self._hello)
+            if start:
+                channel, answer, descriptor = launch.greet(self._directory, message, seconds, theirs.fileno())
+            else:
+                found = launch.connect(self._directory)
+                if found is None:
+                    raise ArbiterLost("no arbiter answers in " + self._directory)
+                channel = found
+                answer, descriptor = launch.ask(channel, message, seconds, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        if answer.kind is not Kind.WELCOME or descriptor is None:
+            ours.close()
+            channel.close()
+            raise _refusal(answer)
+        self._socket, self.events = channel, ours
+        return dict(answer.body), descriptor
+
+    def tell(self, message: Message, descriptor: int | None = None, seconds: float = 1.0) -> None:
+        """Send a message that has no answer.
+
+        Raises:
+            ArbiterLost: It could not be sent.
+        """
+        channel = self._socket
+        if channel is None:
+            channel = self._reopen(seconds)
+        try:
+            channel.settimeout(seconds)
+            fdpass.send(channel, wire.pack(message), descriptor, wait=True)
+        except OSError as error:
+            self._broken()
+            raise ArbiterLost(f"the arbiter cannot be told {message.kind.name}: {error}") from error
+
+    def fetch(self, slot: int, generation: int, limit: int) -> int | None:
+        """The descriptor of a leased connection, or None if the arbiter has none.
+
+        Args:
+            slot: The slot's number.
+            generation: Its connection's.
+            limit: Until when to wait, monotonic ns.
+
+        Raises:
+            ArbiterLost: It could not be asked, or did not answer in time.
+        """
+        left = (limit - time.monotonic_ns()) / 1e9
+        if left <= 0 or not self._lock.acquire(timeout=min(left, 3600.0)):
+            raise ArbiterLost("the channel to the arbiter stayed busy until the deadline")
+        try:
+            return self._fetch(slot, generation, limit)
+        except OSError as error:
+            self._broken()
+            raise ArbiterLost(f"the arbiter did not hand over a connection: {error}") from error
+        except BaseException:
+            self._broken()
+            raise
+        finally:
+            self._lock.release()
+
+    def _fetch(self, slot: int, generation: int, limit: int) -> int | None:
+        self._request = self._request + 1 & 0xFFFF_FFFF
+        message = Message(Kind.FETCH, self._request, slot, generation)
+        channel = self._socket
+        if channel is None:
+            channel = self._reopen(max(0.1, (limit - time.monotonic_ns()) / 1e9))
+        fdpass.send(channel, wire.pack(message))
+        while True:
+            channel.settimeout(min(3600.0, max(1e-4, (limit - time.monotonic_ns()) / 1e9)))
+            data, descriptor = fdpass.receive(channel, wire.LONGEST)
+            if not data:
+                raise ConnectionResetError("the arbiter closed the channel")
+            answer = wire.unpack(data)
+            if (answer.request, answer.slot, answer.generation) == (message.request, slot, generation):
+                return descriptor
+            if descriptor is not None:  # of a request that was given up
+                os.close(descriptor)
+
+    def _reopen(self, seconds: float) -> socket.socket:
+        """Come back for the same row after the channel broke."""
+        body, descriptor = self._greet(seconds, start=False)
+        os.close(descriptor)  # mapped already
+        assert self._socket is not None and body["row"] == self._hello["row"]
+        return self._socket
+
+    def _broken(self) -> None:
+        channel, self._socket = self._socket, None
+        if channel is not None:
+            channel.close()
+
+    def close(self) -> None:
+        """Close both channels; the row ends with them."""
+        self._broken()
+        events, self.events = self.events, None
+        if events is not None:
+            events.close()
+
+
+def _refusal(answer: Message) -> SharedPoolError:
+    """The error that the arbiter named, or AttachRefused."""
+    kind = getattr(errors, str(answer.body.get("error")), AttachRefused)
+    if not (isinstance(kind, type) and issubclass(kind, SharedPoolError)):
+        kind = AttachRefused
+    return kind(str(answer.body.get("text") or f"the arbiter answered {answer.kind.name} to a hello"))

@@ -1,0 +1,109 @@
+"""Drivers: each knows one kind of connection. A driver never touches the table, and no driver knows another.
+
+A driver opens connections, says whether they may be used by somebody else, and how they end. Everything about permits,
+order, parking and processes is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from ..errors import OptionError
+
+T = TypeVar("T")
+
+#: Called with the socket of a connection that is about to be opened, before connect().
+Register = Callable[[socket.socket], None]
+
+
+class Driver(Protocol[T]):
+    """What sharedpool needs to know about one kind of connection.
+
+    Attributes:
+        name: The transport's name, part of every key.
+        moves: Whether another process may use an open connection.
+        connects: False for permits, which have no connection at all.
+    """
+
+    name: str
+    moves: bool
+    connects: bool
+
+    def address(self, host: str, port: int) -> tuple[str, int]:
+        """The address in the form in which equal ones are equal; OptionError if it is none."""
+        ...
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> T:
+        """Open a connection within `timeout` seconds, calling `register` with each socket before it connects.
+
+        Raises:
+            ConnectTimeout, ConnectFailed: It could not be opened.
+        """
+        ...
+
+    def fileno(self, conn: T) -> int:
+        """The number of the connection's descriptor, or -1 once it is closed."""
+        ...
+
+    def clean(self, conn: T) -> bool:
+        """Whether the next user may have it: nothing unread in buffers of its own, settings back at their baseline."""
+        ...
+
+    def adopt(self, descriptor: int, state: bytes) -> T:
+        """A connection of another process becomes an object here; takes over the descriptor."""
+        ...
+
+    def export(self, conn: T) -> bytes:
+        """The session state that `adopt` needs elsewhere."""
+        ...
+
+    def close(self, conn: T) -> None:
+        """Close this process's object; must not fail."""
+        ...
+
+
+_known: dict[str, Driver[Any]] = {}
+
+
+def register(driver: Driver[Any]) -> None:
+    """Make a driver known under its name."""
+    _known[driver.name] = driver
+
+
+def find(name: object) -> Driver[Any]:
+    """The driver of that name.
+
+    Raises:
+        OptionError: There is none; the message lists those there are.
+    """
+    driver = _known.get(name) if isinstance(name, str) else None
+    if driver is None:
+        known = ", ".join(sorted(_known))
+        raise OptionError(
+            f"option 'transport' has the value {name!r}; allowed is one of {known}",
+            option="transport", value=name, source="the call", allowed=known,
+        )  # fmt: skip
+    return driver
+
+
+def check_port(port: object, low: int, high: int) -> int:
+    """The port, or OptionError."""
+    if isinstance(port, bool) or not isinstance(port, int) or not low <= port <= high:
+        allowed = f"a whole number from {low} to {high}" if high else "0"
+        raise OptionError(
+            f"option 'port' has the value {port!r}; allowed is {allowed}",
+            option="port", value=port, source="the call", allowed=allowed,
+        )  # fmt: skip
+    return port
+
+
+def check_host(host: object, what: str) -> str:
+    """The host, or OptionError."""
+    if not isinstance(host, str) or not host or "\0" in host:
+        raise OptionError(
+            f"option 'host' has the value {host!r}; allowed is {what}",
+            option="host", value=host, source="the call", allowed=what,
+        )  # fmt: skip
+    return host

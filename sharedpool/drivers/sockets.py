@@ -1,0 +1,185 @@
+"""What the drivers for plain stream sockets share: the socket that users get, and how a connection ends.
+
+A pooled socket is always non-blocking underneath: a thread still inside recv() when its socket is given back would
+otherwise read the next user's bytes. "No timeout" is a very long one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any, Final
+
+from ..errors import ConnectFailed, ConnectTimeout
+from ..options import LONGEST
+
+#: TCP_INFO's first byte once both sides have closed (or the connection was reset).
+_TCP_CLOSE: Final = 7
+#: A peer that keeps sending after our end is drained this far per look.
+_DRAIN: Final = 1 << 16
+
+
+class PooledSocket(socket.socket):
+    """A connected socket that a pool lends.
+
+    `close()` ends the connection for everybody, as the user means it, although the pool has descriptors of its own.
+    `settimeout(None)` and `setblocking(True)` wait "for ever", which is 23 days.
+    """
+
+    __slots__ = ("_owner", "_touched")
+
+    _owner: int
+    _touched: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._owner = os.getpid()
+        self._touched = False
+
+    def settimeout(self, value: float | None) -> None:
+        """As socket.settimeout; None is the longest timeout there is."""
+        self._touched = True
+        super().settimeout(LONGEST if value is None else value)
+
+    def setblocking(self, flag: bool) -> None:
+        """As socket.setblocking; True is the longest timeout there is."""
+        self.settimeout(None if flag else 0.0)
+
+    def gettimeout(self) -> float | None:
+        """As socket.gettimeout: None where no timeout was asked for."""
+        value = super().gettimeout()
+        return None if value == LONGEST else value
+
+    def close(self) -> None:
+        """End the connection. In a forked child only the child's copy is closed."""
+        if not self._closed and self._owner == os.getpid():  # type: ignore[attr-defined]
+            try:
+                self.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        super().close()
+
+    def rest(self) -> None:
+        """Back to the state in which every lease begins."""
+        super().settimeout(LONGEST)
+        self._touched = False
+
+
+class StreamDriver:
+    """The part of a driver that is the same for every plain stream socket."""
+
+    moves = True
+    connects = True
+
+    def fileno(self, conn: PooledSocket) -> int:
+        """Python's own number: authoritative, -1 after close and detach."""
+        return conn.fileno()
+
+    def clean(self, conn: PooledSocket) -> bool:
+        """No file object is open on it (its buffer may hold unread bytes); timeouts back at the baseline."""
+        if conn._io_refs:  # type: ignore[attr-defined]
+            return False
+        if conn._touched:
+            conn.rest()
+        return True
+
+    def adopt(self, descriptor: int, state: bytes) -> PooledSocket:
+        """The same connection under another process's descriptor; there is no state to carry."""
+        conn = PooledSocket(fileno=descriptor)
+        conn.rest()
+        return conn
+
+    def export(self, conn: PooledSocket) -> bytes:
+        """Nothing."""
+        return b""
+
+    def close(self, conn: PooledSocket) -> None:
+        """End the connection and close the object, whatever a file object on it still holds."""
+        conn._io_refs = 0  # type: ignore[attr-defined]
+        try:
+            conn.close()
+        except OSError:
+            pass
+
+
+def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> None:
+    """Connect within `seconds`, then rest.
+
+    Raises:
+        ConnectTimeout, ConnectFailed: With the operating system's error as the cause. The socket is closed.
+    """
+    try:
+        if seconds <= 0:
+            raise TimeoutError
+        socket.socket.settimeout(conn, min(seconds, LONGEST))
+        conn.connect(address)
+    except TimeoutError as error:
+        conn.close()
+        raise ConnectTimeout(f"{where} did not answer within {seconds:.3g} s (connect_timeout)") from error
+    except OSError as error:
+        conn.close()
+        raise ConnectFailed(f"{where} cannot be reached: {error}") from error
+    conn.rest()
+
+
+class Ending:
+    """Closes one connection to the end: until the other side has closed, too.
+
+    TCP: shut down both ways, so that a peer in the middle of a response is reset at once instead of blocking, then
+    watch TCP_INFO. Unix sockets have no such state: shut down our sending side and read until the peer's end.
+    """
+
+    __slots__ = ("_sock", "_tcp", "asked")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._tcp = sock.family != socket.AF_UNIX
+        self.asked = 0
+
+    def begin(self) -> None:
+        """Say goodbye; never blocks."""
+        try:
+            self._sock.setblocking(False)
+            self._sock.shutdown(socket.SHUT_RDWR if self._tcp else socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def ended(self) -> bool:
+        """Whether the peer has closed as well; never blocks."""
+        self.asked += 1
+        try:
+            if self._tcp:
+                return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+            while True:
+                if not self._sock.recv(_DRAIN):
+                    return True
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+
+    def force(self) -> None:
+        """The peer did not close in time: cut it off."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def pause(self) -> float:
+        """Seconds until the next look: 0.5 ms, then 1, 2, 4 ... up to 50 ms."""
+        return float(min(0.05, 0.0005 * 2 ** min(self.asked, 10)))
+
+
+def end(sock: socket.socket, seconds: float) -> bool:
+    """Close a connection to the end, waiting for it; False if the peer had not closed within `seconds`."""
+    ending = Ending(sock)
+    ending.begin()
+    limit = time.monotonic() + seconds
+    while not ending.ended():
+        left = limit - time.monotonic()
+        if left <= 0:
+            ending.force()
+            return False
+        time.sleep(min(left, ending.pause()))
+    return True

@@ -1,0 +1,49 @@
+"""Plain TCP: a connected socket."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from ..errors import ConnectFailed, ConnectTimeout
+from . import Register, check_host, check_port, register
+from .sockets import PooledSocket, StreamDriver, connect
+
+
+class TcpDriver(StreamDriver):
+    """`transport="tcp"`: host is a name or an address, port 1 to 65535. TCP_NODELAY is set."""
+
+    name = "tcp"
+
+    def address(self, host: str, port: int) -> tuple[str, int]:
+        """Host names are compared in lower case."""
+        return check_host(host, "a host name or an address").lower(), check_port(port, 1, 65535)
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> PooledSocket:
+        """Try the host's addresses in turn within one timeout."""
+        limit = time.monotonic() + timeout
+        where = f"tcp://{host}:{port}"
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectFailed(f"{where}: the name cannot be resolved: {error}") from error
+        last: ConnectFailed | ConnectTimeout = ConnectFailed(f"{where} has no address")
+        for family, kind, protocol, _, address in found:
+            try:
+                conn = PooledSocket(family, kind, protocol)
+            except OSError as error:
+                raise ConnectFailed(f"{where}: no socket: {error}") from error
+            try:
+                conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                register(conn)
+                connect(conn, address, where, limit - time.monotonic())
+                return conn
+            except (ConnectFailed, ConnectTimeout) as error:
+                last = error
+            except BaseException:
+                conn.close()
+                raise
+        raise last
+
+
+register(TcpDriver())

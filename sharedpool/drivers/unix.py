@@ -1,0 +1,53 @@
+"""Unix stream sockets: the host is the path, the port 0."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from ..errors import ConnectFailed, ConnectTimeout
+from . import Register, check_host, check_port, register
+from .sockets import PooledSocket, StreamDriver
+
+
+class UnixDriver(StreamDriver):
+    """`transport="unix"`: host is the path of a listening socket, port is 0."""
+
+    name = "unix"
+
+    def address(self, host: str, port: int) -> tuple[str, int]:
+        """Paths are compared as they are written."""
+        return check_host(host, "the path of a Unix socket"), check_port(port, 0, 0)
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> PooledSocket:
+        """Connect to the path.
+
+        A non-blocking connect to a Unix socket whose queue is full fails at once instead of waiting, so this one
+        blocks, bounded by the kernel's send timeout.
+        """
+        where = f"unix:{host}"
+        conn = PooledSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            register(conn)
+            _limit(conn, max(timeout, 1e-6))
+            conn.connect(host)
+            _limit(conn, 0)
+            conn.rest()
+        except (BlockingIOError, TimeoutError) as error:
+            conn.close()
+            raise ConnectTimeout(f"{where} did not answer within {timeout:.3g} s (connect_timeout)") from error
+        except OSError as error:
+            conn.close()
+            raise ConnectFailed(f"{where} cannot be reached: {error}") from error
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+
+def _limit(conn: PooledSocket, seconds: float) -> None:
+    whole = int(seconds)
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", whole, int((seconds - whole) * 1e6)))
+
+
+register(UnixDriver())

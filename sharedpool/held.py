@@ -1,0 +1,109 @@
+"""What one process holds of a pool: its connections, the routes they belong to, and patience with a busy mutex."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from time import monotonic_ns
+from typing import Any
+
+from .drivers import Driver
+from .layout import STAYS, tag_of
+from .native import FILENO, Gate
+
+
+class Entry:
+    """A connection that this process holds: the user's object, parked or not, and the pool's own descriptor.
+
+    Attributes:
+        at: The slot's place.
+        generation: The connection's generation in that slot.
+        version: The version of the session state that the object knows.
+        route: Where it leads.
+        conn: The user's object.
+        real: The pool's own descriptor of the connection.
+        gate: Polls `real`, unparks and parks `conn`.
+        number: The descriptor's number in `conn`; another one there means that the user closed or replaced it.
+        word: The slot's word when this process left it idle.
+        stacked: Whether it is on its route's stack.
+        thread: Who leased it last.
+    """
+
+    __slots__ = ("at", "conn", "gate", "generation", "number", "real", "route", "stacked", "thread", "version", "word")
+
+    def __init__(self, at: int, generation: int, version: int, route: Route, conn: Any, real: int, dead: int) -> None:
+        self.at = at
+        self.generation = generation
+        self.version = version
+        self.route = route
+        self.conn = conn
+        self.real = real
+        self.number: int = FILENO[conn]
+        self.gate = Gate(real, self.number, dead)
+        self.word = 0
+        self.stacked = False
+        self.thread = 0
+
+    def let_go(self) -> None:
+        """Close this process's object and descriptor; the connection itself is ended by whoever decided that."""
+        self.route.driver.close(self.conn)
+        real, self.real = self.real, -1
+        if real >= 0:
+            with contextlib.suppress(OSError):
+                os.close(real)
+
+
+class Route:
+    """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO)."""
+
+    __slots__ = ("clean", "driver", "host", "key", "port", "stack", "stays", "tag", "where")
+
+    def __init__(self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool) -> None:
+        self.driver = driver
+        self.host = host
+        self.port = port
+        self.key = key
+        self.tag = tag_of(key)
+        self.stack: list[Entry] = []
+        self.clean = driver.clean
+        self.stays = 0 if moves else STAYS
+        self.where = f"{driver.name}://{host}:{port}" if port else f"{driver.name}:{host}"
+
+    def push(self, entry: Entry) -> None:
+        """Remember an idle connection; on the stack once, however often it comes and goes."""
+        if not entry.stacked:
+            entry.stacked = True
+            self.stack.append(entry)
+
+    def pop(self) -> Entry | None:
+        """The connection left idle last, or None. It may have been taken by another process since."""
+        try:
+            entry = self.stack.pop()
+        except IndexError:
+            return None
+        entry.stacked = False
+        return entry
+
+
+class Patience:
+    """Waits for a busy mutex: a few tries at once, then sleeps of 50 us and more, until a deadline.
+
+    Never sleep(0): a real-time thread would starve the holder.
+    """
+
+    __slots__ = ("limit", "tries")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.tries = 0
+
+    def wait(self) -> bool:
+        """Wait a moment; False when the deadline has passed."""
+        self.tries += 1
+        if self.tries < 4:
+            return True
+        if monotonic_ns() >= self.limit:
+            return False
+        time.sleep(min(0.001, 50e-6 * (self.tries - 3)))
+        return True

@@ -1,0 +1,184 @@
+"""Where everything lies in a pool's shared memory, and what the bits of its words mean. Data and arithmetic only.
+
+The memory is one array of 64-bit words, followed by two arrays of 32-bit marks:
+
+    header | rows | slots | cells        (64-bit words)
+    marks of the slots | kicks of the cells (32-bit)
+
+*Committed* words are the slot words, the cell words, the row words, MAX and the epoch in GATE. Everything else is
+*derived*: it can be rebuilt from them, and `table.repair` does that.
+
+A slot word, from the top: lease serial 12 | generation 28 | holder 16 | flags 4 | state 4. The holder of a GRANTED slot
+is a cell, else a row. (slot, generation) names a connection for ever; (slot, generation, serial) names a lease.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+LAYOUT: Final = 1
+MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
+
+# --- header words -----------------------------------------------------------------------------------------------------
+DIRTY: Final = 0  # the row that is storing; 0 between sections
+GATE: Final = 1  # epoch of limits and flags, and whether anything keeps a checkout from going straight ahead
+VER: Final = 2  # bumped whenever somebody who decided to wait might now decide otherwise
+USED: Final = 3  # slots that are not FREE
+MAX: Final = 4  # the cap
+HEAD: Final = 5  # first waiting cell; 0: nobody waits
+TAIL: Final = 6
+WAITING_COUNT: Final = 7
+TICKET: Final = 8  # the next ticket
+FREE_SLOT: Final = 9  # head of the list of free slots below HIGH
+HIGH: Final = 10  # slots ever used: searches end there
+FREE_CELL: Final = 11  # head of the list of free cells below CELL_HIGH
+CELL_HIGH: Final = 12
+HAND: Final = 13  # where the search for the least recently used begins
+BEAT: Final = 14  # the arbiter's last turn, monotonic ns
+WATCH: Final = 15  # 1: the arbiter sleeps long and wants to be told when somebody queues
+IDLE_TIMEOUT: Final = 16  # ns; 0: none
+CLOSE_TIMEOUT: Final = 17  # ns
+STEAL_AFTER: Final = 18  # ns; 0: from the measured connect time
+CONNECT_TIME: Final = 19  # ns, smoothed
+RULES: Final = 20  # CAN_MOVE, STICKY
+INCARNATION: Final = 21
+HEADER: Final = 32
+
+# --- GATE: epoch << 4 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
+QUEUED: Final = 1  # somebody waits (derived)
+OVER: Final = 2  # more slots in use than MAX allows (derived)
+PAUSED: Final = 4
+STOPPED: Final = 8
+GATE_FLAGS: Final = 15
+EPOCH: Final = 16
+
+# --- RULES ------------------------------------------------------------------------------------------------------------
+CAN_MOVE: Final = 1
+STICKY: Final = 2  # sticky order also for what can move
+
+# --- rows: word | nonce | since | … | counters ------------------------------------------------------------------------
+ROW: Final = 32
+ROW_NONCE: Final = 1
+ROW_SINCE: Final = 2
+ROW_COUNTERS: Final = 4
+TOTALS_ROW: Final = 0  # what dead rows had counted
+ARBITER_ROW: Final = 1
+FIRST_ROW: Final = 2
+ROW_FREE: Final = 0
+ROW_LIVE: Final = 1
+ROW_DEAD: Final = 2
+
+# --- slots: word | key | since | opened | state version | next free | thread ------------------------------------------
+SLOT: Final = 8
+KEY: Final = 1
+SINCE: Final = 2  # when the state began, monotonic ns
+OPENED: Final = 3
+VERSION: Final = 4  # of the session state that an export would carry
+NEXT_FREE: Final = 5
+
+FREE: Final = 0
+OPENING: Final = 1
+IDLE: Final = 2
+LEASED: Final = 3
+GRANTED: Final = 4
+CLOSING: Final = 5
+STATE: Final = 15
+STATE_NAMES: Final = ("free", "opening", "idle", "leased", "granted", "closing")
+
+DOOMED: Final = 0x10  # to be closed at the next chance
+BARE: Final = 0x20  # granted without a connection: the taker opens its own
+STAYS: Final = 0x40  # cannot move to another process
+HOLDER_SHIFT: Final = 8
+HOLDER: Final = 0xFFFF << HOLDER_SHIFT
+GEN_SHIFT: Final = 24
+GEN: Final = 0xFFF_FFFF << GEN_SHIFT
+GEN_MASK: Final = 0xFFF_FFFF
+GEN_ONE: Final = 1 << GEN_SHIFT
+SERIAL_ONE: Final = 1 << 52
+SERIAL: Final = 0xFFF << 52
+IDENTITY: Final = SERIAL | GEN | HOLDER
+
+# --- cells: word | key | next | previous | granted slot | deadline | since --------------------------------------------
+CELL: Final = 8
+CELL_KEY: Final = 1
+NEXT: Final = 2
+PREV: Final = 3
+GRANT: Final = 4  # the slot granted to this cell (derived)
+CELL_DEADLINE: Final = 5
+CELL_SINCE: Final = 6
+
+CELL_FREE: Final = 0
+CELL_OWNED: Final = 1  # belongs to a process, nobody waits in it
+CELL_WAITING: Final = 2
+CELL_STALLED: Final = 3  # did not take its grant: passed over until its owner stirs; keeps its ticket
+CELL_ROW_SHIFT: Final = 4
+CELL_ROW: Final = 0xFFFF << CELL_ROW_SHIFT
+TICKET_SHIFT: Final = 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Geometry:
+    """How many rows, slots and cells a segment has; fixed for its life."""
+
+    rows: int
+    slots: int
+    cells: int
+
+    @property
+    def slot_base(self) -> int:
+        return HEADER + ROW * self.rows
+
+    @property
+    def cell_base(self) -> int:
+        return self.slot_base + SLOT * self.slots
+
+    @property
+    def words(self) -> int:
+        return self.cell_base + CELL * self.cells
+
+    @property
+    def marks(self) -> int:
+        return self.slots + self.cells
+
+    @property
+    def size(self) -> int:
+        """Bytes of words and marks together."""
+        return 8 * self.words + 4 * ((self.marks + 1) // 2 * 2)
+
+
+def tag_of(key: int) -> int:
+    """A key's 32-bit mark; never 0."""
+    return (key & 0xFFFF_FFFF) or 1
+
+
+def generation_of(word: int) -> int:
+    return (word & GEN) >> GEN_SHIFT
+
+
+def holder_of(word: int) -> int:
+    return (word & HOLDER) >> HOLDER_SHIFT
+
+
+def leased_word(idle: int, row: int) -> int:
+    """An idle slot's word after it is leased to a row."""
+    return (((idle & ~(HOLDER | STATE)) + SERIAL_ONE) & MASK64) | row << HOLDER_SHIFT | LEASED
+
+
+def opening_word(word: int, row: int, state: int = OPENING) -> int:
+    """A slot's word after a new connection was begun in it: next generation, next serial, no flags."""
+    generation = (generation_of(word) + 1) & GEN_MASK
+    return (((word & SERIAL) + SERIAL_ONE) & MASK64) | generation << GEN_SHIFT | row << HOLDER_SHIFT | state
+
+
+def with_state(word: int, state: int) -> int:
+    return word & ~STATE | state
+
+
+def describe(word: int) -> str:
+    """A slot word for people: `slot leased by row 3, generation 7, serial 12, doomed`."""
+    state = word & STATE
+    name = STATE_NAMES[state] if state < len(STATE_NAMES) else f"state {state}?"
+    holder = "cell" if state == GRANTED else "row"
+    flags = "".join(f", {text}" for bit, text in ((DOOMED, "doomed"), (BARE, "bare"), (STAYS, "stays")) if word & bit)
+    return f"{name} by {holder} {holder_of(word)}, generation {generation_of(word)}, serial {word >> 52}{flags}"

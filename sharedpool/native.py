@@ -1,0 +1,158 @@
+"""C functions that CPython calls without letting go of the GIL, bound to operators so that nothing can come between.
+
+`-call`, `+call` and `~call` run a C function at once: CPython looks neither for signals nor for other threads before
+and after an operator. That is what makes a check and the act that follows it one stretch.
+
+Linux and glibc or musl; imported only by the shared (not the local) mode.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from .errors import NotSupported
+
+# Without use_errno (25 ns a call); arguments are plain ints and byref(): c_void_p objects cost 20 to 40 ns each.
+_held = ctypes.PyDLL(None)
+_released = ctypes.CDLL(None)
+
+_FUTEX_NUMBERS: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
+_FUTEX_WAIT: Final = 0
+_FUTEX_WAKE: Final = 1
+_POLLIN: Final = 1
+
+Nullary = Callable[[], int]
+
+
+class Call:
+    """Up to three C calls with their arguments fixed, run by `-`, `+` and `~`.
+
+    The slots are member descriptors named like the operators: looking the operator up on the type finds the
+    descriptor, which gives this object's own callable. All of it happens in C.
+    """
+
+    __slots__ = ("__invert__", "__neg__", "__pos__")
+
+    __neg__: Nullary
+    __pos__: Nullary
+    __invert__: Nullary
+
+    def __init__(self, minus: Nullary, plus: Nullary | None = None, tilde: Nullary | None = None) -> None:
+        self.__neg__ = minus
+        self.__pos__ = plus or minus
+        self.__invert__ = tilde or minus
+
+
+class Subscript:
+    """`FILENO[sock]`: a C function of one argument, run by subscription."""
+
+    __slots__ = ()
+
+    __getitem__ = staticmethod(socket.socket.fileno)
+
+
+FILENO: Final = Subscript()
+
+
+def bound(name: str, *arguments: Any) -> Nullary:
+    """A libc function that keeps the GIL, with fixed ctypes arguments; gives its int."""
+    return functools.partial(getattr(_held, name), *arguments)
+
+
+def at(address: int) -> Any:
+    """A pointer to `address` as ctypes passes it fastest."""
+    return ctypes.byref(ctypes.c_char.from_address(address))
+
+
+def futex_number() -> int:
+    """The system call's number on this machine.
+
+    Raises:
+        NotSupported: This machine's is not known.
+    """
+    machine = platform.machine()
+    if machine not in _FUTEX_NUMBERS or sys.maxsize < 2**32:
+        raise NotSupported(f"the futex system call's number is not known for {machine}; known: {[*_FUTEX_NUMBERS]}")
+    return _FUTEX_NUMBERS[machine]
+
+
+def waker(address: int) -> Call:
+    """`-waker(address)` wakes one thread that sleeps on the 32-bit word there, in whatever process."""
+    return Call(bound("syscall", ctypes.c_long(futex_number()), at(address), _FUTEX_WAKE, 1))
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class Sleeper:
+    """Sleeps on one 32-bit word in shared memory; one thread at a time.
+
+    A futex needs no descriptor, no buffer and no name: nothing can fill up, go stale, or be left behind by a death.
+    """
+
+    __slots__ = ("_call", "_time")
+
+    def __init__(self, address: int) -> None:
+        self._time = _Timespec(0, 0)
+        function = _released.syscall
+        self._call = functools.partial(
+            function, ctypes.c_long(futex_number()), ctypes.c_void_p(address), ctypes.c_int(_FUTEX_WAIT)
+        )
+
+    def sleep(self, value: int, nanoseconds: int) -> None:
+        """Sleep until woken, a signal, or the time is over; return at once if the word is not `value`."""
+        self._time.seconds, self._time.nanoseconds = divmod(max(0, nanoseconds), 1_000_000_000)
+        self._call(ctypes.c_uint(value), ctypes.byref(self._time))
+
+
+def finder(address: int) -> Callable[[int, int, int], int]:
+    """find(tag, start, stop) over the 32-bit marks at `address`: the first equal one's index, or -1.
+
+    wmemchr looks at 8 marks per instruction: 1,000 cost 0.2 us more than one. A wchar_t of 32 bits is checked once.
+    """
+    if ctypes.sizeof(ctypes.c_wchar) != 4:
+        raise NotSupported("this platform's wchar_t has no 32 bits")
+    function = _held.wmemchr
+    function.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t)
+    function.restype = ctypes.c_void_p
+
+    def find(tag: int, start: int, stop: int) -> int:
+        if stop <= start:
+            return -1
+        found = function(address + 4 * start, tag, stop - start)
+        return -1 if found is None else (found - address) >> 2
+
+    return find
+
+
+class _PollFd(ctypes.Structure):
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class Gate:
+    """The three C calls that a pooled descriptor needs: `-gate` polls it, `+gate` unparks, `~gate` parks.
+
+    Args:
+        real: The connection's own descriptor, which stays with the pool.
+        number: The descriptor that the user's object holds.
+        dead: A descriptor at which nothing can happen.
+
+    `-gate` is 0 while the connection is quiet and open, 1 when something can be read or it has ended. The others give
+    `number`, or -1.
+    """
+
+    __slots__ = ("__invert__", "__neg__", "__pos__", "_pollfd")
+
+    def __init__(self, real: int, number: int, dead: int) -> None:
+        self._pollfd = _PollFd(real, _POLLIN, 0)
+        self.__neg__ = functools.partial(_held.poll, ctypes.byref(self._pollfd), 1, 0)
+        self.__pos__ = functools.partial(_held.dup3, real, number, os.O_CLOEXEC)
+        self.__invert__ = functools.partial(_held.dup3, dead, number, os.O_CLOEXEC)

@@ -1,0 +1,367 @@
+"""What users hold: a Pool, which attaches at first use, and the context managers around its leases."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Final, Generic, ParamSpec, Protocol, Self, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from . import options
+from .errors import NotSupported, OptionError, PoolStopped
+from .lease import Lease
+from .options import NOT_GIVEN, NotGiven
+from .stats import PoolStats
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+MODES: Final = ("shared", "local")
+
+log = logging.getLogger("sharedpool")
+
+
+class Attached(Protocol):
+    """What a Pool needs once it is attached; shared over processes, or local to this one."""
+
+    lost: bool
+    welcome: Mapping[str, Any]
+
+    def route(self, transport: str, host: str, port: int) -> Any: ...
+    def checkout(self, route: Any, patience: float | None, connect_timeout: float) -> Lease[Any]: ...
+    def stats(self) -> PoolStats: ...
+    def own_counters(self) -> dict[str, int]: ...
+    def detach(self) -> None: ...
+
+
+def mode() -> str:
+    """"shared" or "local": SHAREDPOOL_MODE, else shared on Linux and local elsewhere.
+
+    Raises:
+        OptionError: SHAREDPOOL_MODE has another value.
+        NotSupported: Shared mode cannot work with this interpreter or platform.
+    """
+    chosen = os.environ.get("SHAREDPOOL_MODE", "").strip().lower()
+    if chosen and chosen not in MODES:
+        raise OptionError(
+            f"option 'mode' has the value {chosen!r} (from the environment's SHAREDPOOL_MODE); allowed is one of"
+            f" {', '.join(MODES)}",
+            option="mode", value=chosen, source="the environment's SHAREDPOOL_MODE", allowed=MODES,
+        )  # fmt: skip
+    if chosen == "local":
+        return "local"
+    if sys.platform != "linux":
+        if chosen == "shared":
+            raise NotSupported(f"shared mode needs Linux, this is {sys.platform}; set SHAREDPOOL_MODE=local")
+        _warn_local()
+        return "local"
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise NotSupported(
+            "shared mode relies on the GIL, and this interpreter runs without it; use a build with the GIL,"
+            " or set PYTHON_GIL=1, or SHAREDPOOL_MODE=local for one process"
+        )
+    return "shared"
+
+
+@functools.cache
+def _warn_local() -> None:
+    log.warning("sharedpool is in local mode on %s: each process has a cap of its own", sys.platform)
+
+
+class Pool(Generic[T]):
+    """A handle on one pool. Lazy: making it does no I/O and starts no thread; the first use attaches.
+
+    Safe to make at import and before a fork; threads may share it. In a forked child it attaches anew by itself.
+
+    Args:
+        name: The pool's name; processes of one scope that use the same name share it.
+        given: Options that were set by the call or by the environment.
+        app: The scope's name, instead of SHAREDPOOL_DIR or SHAREDPOOL_APP.
+        update: Whether options that differ from the pool's are applied (with a warning), or raise.
+        transport: What checkouts are for unless they say otherwise.
+    """
+
+    def __init__(
+        self, name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True, transport: str = "tcp"
+    ) -> None:
+        self.name = name
+        self.transport = transport
+        self._given = given
+        self._app = app
+        self._update = update
+        self._options = options.make(given)
+        self._lock = threading.Lock()
+        self._attached: Attached | None = None
+        self._routes: dict[tuple[str, str, int], Any] = {}
+        _pools.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.name!r}{'' if self._attached is None else ' attached'}>"
+
+    # --- attaching ----------------------------------------------------------------------------------------------------
+
+    def open(self, timeout: float = 30.0) -> Self:
+        """Attach now instead of at the first use, to fail early.
+
+        Raises:
+            StartFailed, AttachRefused, PoolNotFound, PoolOptionsDiffer, NotSupported.
+        """
+        with self._lock:
+            if self._attached is None:
+                self._routes = {}
+                self._attached = self._attach(timeout)
+        return self
+
+    def _attach(self, seconds: float) -> Attached:
+        if mode() == "local":
+            from .local import LocalAttachment
+
+            return LocalAttachment(self.name, self._options)
+        from . import scope
+        from .attachment import Attachment
+
+        directory = scope.directory_for(os.environ, app=self._app)
+        attached = Attachment(
+            directory, self.name, self._given, declares=bool(self._given), update=self._update, seconds=seconds
+        )
+        for text in attached.welcome["warnings"]:
+            log.warning("%s", text)
+        log.info(
+            "attached to pool %r (max %s) in %s, arbiter %s, %s processes", self.name,
+            attached.welcome["options"].get("max_connections"), directory, attached.welcome["arbiter_pid"],
+            attached.welcome["processes"],
+        )  # fmt: skip
+        return attached
+
+    def close(self) -> None:
+        """Detach this process: its idle connections stay in the pool for others, its leases are closed."""
+        with self._lock:
+            attached, self._attached = self._attached, None
+            self._routes = {}
+        if attached is not None:
+            attached.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def forget(self) -> None:
+        """In a forked child: what was inherited is the parent's."""
+        self._lock = threading.Lock()
+        self._attached = None
+        self._routes = {}
+
+    # --- checkout -----------------------------------------------------------------------------------------------------
+
+    def checkout(
+        self,
+        host: str,
+        port: int = 0,
+        transport: str | None = None,
+        *,
+        checkout_timeout: float | NotGiven | None = NOT_GIVEN,
+        connect_timeout: float | NotGiven = NOT_GIVEN,
+    ) -> Lease[T]:
+        """Lease a connection; waits in line when the cap is reached.
+
+        Args:
+            host: A host name or address; for `transport="unix"` the socket's path, port 0. Or a URL, `tcp://h:p`.
+            port: The port.
+            transport: "tcp" (the default), "unix", "permit".
+            checkout_timeout: Seconds for all of it. None: no limit. Not given: the pool's, else connect_timeout.
+            connect_timeout: Seconds for opening a connection. Not given: the pool's, 8.0 by default.
+
+        Raises:
+            PoolTimeout: None became free in time.
+            ConnectFailed, ConnectTimeout: The remote refused or did not answer.
+            TooManyWaiting, PoolStopped, PoolNotFound, PoolOptionsDiffer, OptionError, StartFailed, AttachRefused.
+        """
+        attached = self._attached
+        if attached is None:
+            attached = self.open()._attached
+            assert attached is not None
+        try:
+            route = self._routes[transport or self.transport, host, port]
+        except (KeyError, TypeError):
+            route = self._route(attached, transport, host, port)
+        if connect_timeout is NOT_GIVEN:
+            connect: Any = self._options.connect_timeout
+        else:
+            connect = options.check("connect_timeout", connect_timeout)
+        if checkout_timeout is NOT_GIVEN:
+            patience: Any = self._options.checkout_timeout
+            if patience is NOT_GIVEN:
+                patience = connect
+        else:
+            patience = options.check("checkout_timeout", checkout_timeout)
+        try:
+            return attached.checkout(route, patience, connect)
+        except PoolStopped:
+            if not attached.lost:
+                raise
+        self.close()  # its arbiter was stopped; there may be a new one
+        return self.checkout(host, port, transport, checkout_timeout=checkout_timeout, connect_timeout=connect_timeout)
+
+    def _route(self, attached: Attached, transport: str | None, host: str, port: int) -> Any:
+        kind, where, number = transport or self.transport, host, port
+        if isinstance(host, str) and "://" in host:
+            kind, where, number = parse_url(host, port, transport)
+        route = attached.route(kind, where, number)
+        if attached is self._attached:
+            self._routes[transport or self.transport, host, port] = route
+        return route
+
+    def connection(
+        self,
+        host: str,
+        port: int = 0,
+        transport: str | None = None,
+        *,
+        checkout_timeout: float | NotGiven | None = NOT_GIVEN,
+        connect_timeout: float | NotGiven = NOT_GIVEN,
+    ) -> AbstractContextManager[T]:
+        """Lease a connection for a with block, as `checkout` does; an exception in the block discards it."""
+        return _Leasing(self, host, port, transport, checkout_timeout, connect_timeout)
+
+    def checkin(self, lease: Lease[Any]) -> None:
+        """The same as `lease.checkin()`."""
+        lease.checkin()
+
+    def discard(self, lease: Lease[Any]) -> None:
+        """The same as `lease.discard()`."""
+        lease.discard()
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """The pool's numbers over all processes of the scope; no message is sent."""
+        attached = self._attached or self.open()._attached
+        assert attached is not None
+        return attached.stats()
+
+    def worker_stats(self) -> dict[str, int]:
+        """What this process has counted: the counters of PoolStats by name; empty before the first use."""
+        attached = self._attached
+        return {} if attached is None else attached.own_counters()
+
+
+class _Leasing(AbstractContextManager[T]):
+    """`with pool.connection(...)`; may be entered once."""
+
+    __slots__ = ("_arguments", "_lease", "_pool", "_timeouts")
+
+    def __init__(
+        self, pool: Pool[T], host: str, port: int, transport: str | None,
+        checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven,
+    ) -> None:  # fmt: skip
+        self._pool = pool
+        self._arguments = (host, port, transport)
+        self._timeouts = (checkout_timeout, connect_timeout)
+
+    def __enter__(self) -> T:
+        patience, connect = self._timeouts
+        self._lease = self._pool.checkout(*self._arguments, checkout_timeout=patience, connect_timeout=connect)
+        return self._lease.conn
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lease.__exit__(kind, error, trace)
+
+
+class Permit:
+    """The cap without a connection: `with permit:`, or a decorator. Threads may share one; it may be nested.
+
+    Args:
+        pool: The pool that counts; its transport is "permit".
+        name: What the permit is for.
+        checkout_timeout: Seconds to wait for it; None: no limit.
+    """
+
+    def __init__(self, pool: Pool[None], name: str, checkout_timeout: float | NotGiven | None) -> None:
+        self.pool = pool
+        self.name = name
+        self._patience = checkout_timeout
+        self._held = threading.local()
+
+    def __enter__(self) -> Self:
+        lease = self.pool.checkout(self.name, 0, "permit", checkout_timeout=self._patience)
+        try:
+            self._held.leases.append(lease)
+        except AttributeError:
+            self._held.leases = [lease]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(AttributeError, IndexError):
+            lease = self._held.leases.pop()
+            if lease.in_force:
+                lease.checkin()
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Every call of the function holds a permit."""
+
+        @functools.wraps(function)
+        def permitted(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self:
+                return function(*args, **kwargs)
+
+        return permitted
+
+
+def parse_url(url: str, port: int, transport: str | None) -> tuple[str, str, int]:
+    """(transport, host, port) of `tcp://host:port` or `unix:///path`.
+
+    Raises:
+        OptionError: It is neither, or a port or transport is given beside it.
+    """
+    try:
+        parts = urlsplit(url)
+        number = parts.port
+    except ValueError as error:
+        raise _bad_url(url, str(error)) from None
+    if port or transport or parts.query or parts.fragment or parts.username is not None:
+        raise _bad_url(url, "a port, transport, user, query or fragment beside it")
+    if parts.scheme == "unix" and not parts.netloc and parts.path:
+        return "unix", unquote(parts.path), 0
+    if parts.scheme == "tcp" and parts.hostname and number and parts.path in ("", "/"):
+        return "tcp", parts.hostname, number
+    raise _bad_url(url, "another form")
+
+
+def _bad_url(url: str, why: str) -> OptionError:
+    allowed = "tcp://host:port or unix:///path"
+    return OptionError(
+        f"option 'host' has the value {url!r} ({why}); allowed is {allowed}",
+        option="host", value=url, source="the call", allowed=allowed,
+    )  # fmt: skip
+
+
+_pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    attachment = sys.modules.get(__package__ + ".attachment")
+    if attachment is not None:
+        attachment.forked()
+    for pool in list(_pools):
+        pool.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def each_pool() -> Iterator[Pool[Any]]:
+    """The handles of this process."""
+    yield from list(_pools)

@@ -1,0 +1,129 @@
+"""Rebuilding everything derived in a table from its committed words, after a death in the middle of a section.
+
+Runs under the mutex with DIRTY set; it may be interrupted or killed anywhere and run again. Reads copies of whole
+columns, because a loop of single loads over thousands of words would hold the mutex for milliseconds.
+"""
+
+from __future__ import annotations
+
+from .layout import (
+    CELL,
+    CELL_FREE,
+    CELL_HIGH,
+    CELL_WAITING,
+    EPOCH,
+    FREE,
+    FREE_CELL,
+    FREE_SLOT,
+    GATE,
+    GRANT,
+    GRANTED,
+    HEAD,
+    HIGH,
+    HOLDER,
+    HOLDER_SHIFT,
+    IDLE,
+    KEY,
+    MAX,
+    NEXT,
+    NEXT_FREE,
+    OVER,
+    PAUSED,
+    PREV,
+    QUEUED,
+    SLOT,
+    STATE,
+    STOPPED,
+    TAIL,
+    TICKET,
+    TICKET_SHIFT,
+    USED,
+    VER,
+    WAITING_COUNT,
+    Geometry,
+    tag_of,
+)
+
+
+def rebuild(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> None:
+    """Rebuild marks, counts, lists of free slots and cells, grants, the queue, and GATE's derived flags.
+
+    Every plan made before is made void: VER and the epoch move on.
+    """
+    granted = _slots(w, marks, geometry)
+    _cells(w, geometry, granted)
+    over = OVER if w[USED] > w[MAX] else 0
+    queued = QUEUED if w[HEAD] else 0
+    w[GATE] = ((w[GATE] & ~15) + EPOCH) | (w[GATE] & (PAUSED | STOPPED)) | queued | over
+    w[VER] = w[VER] + 1
+
+
+def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> dict[int, int]:
+    """Rebuild what slots imply; gives which cell is granted which slot."""
+    base = geometry.slot_base
+    words = w[base : geometry.cell_base : SLOT].tolist()
+    granted: dict[int, int] = {}
+    used = 0
+    high = 0
+    for index, word in enumerate(words):
+        state = word & STATE
+        if state != FREE:
+            used += 1
+        if word:
+            high = index + 1
+        if state == GRANTED:
+            granted[geometry.cell_base + CELL * ((word & HOLDER) >> HOLDER_SHIFT)] = base + SLOT * index
+    free = 0
+    for index in range(high - 1, -1, -1):
+        at = base + SLOT * index
+        word = words[index]
+        marks[index] = tag_of(w[at + KEY]) if word & STATE == IDLE else 0
+        if word & STATE == FREE:
+            w[at + NEXT_FREE] = free
+            free = at
+    for index in range(high, max(high, w[HIGH])):
+        marks[index] = 0
+    w[USED] = used
+    w[FREE_SLOT] = free
+    w[HIGH] = high
+    return granted
+
+
+def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> None:
+    """Rebuild the queue in the order of the tickets, the cells' grants, and the list of free cells."""
+    base = geometry.cell_base
+    words = w[base : base + CELL * geometry.cells : CELL].tolist()
+    high = 0
+    for index, word in enumerate(words):
+        if word:
+            high = index + 1
+    free = 0
+    queue: list[tuple[int, int]] = []
+    ticket = w[TICKET]
+    for index in range(high - 1, -1, -1):
+        at = base + CELL * index
+        word = words[index]
+        w[at + GRANT] = granted.get(at, 0)
+        ticket = max(ticket, (word >> TICKET_SHIFT) + 1)
+        if word & 15 == CELL_FREE:
+            w[at + NEXT] = free
+            free = at
+        elif word & 15 == CELL_WAITING and at not in granted:
+            queue.append((word >> TICKET_SHIFT, at))
+    w[FREE_CELL] = free
+    w[CELL_HIGH] = high
+    w[TICKET] = ticket
+    _link(w, [at for _, at in sorted(queue)])
+
+
+def _link(w: memoryview[int], queue: list[int]) -> None:
+    before = 0
+    for at in queue:
+        w[at + PREV] = before
+        w[at + NEXT] = 0
+        if before:
+            w[before + NEXT] = at
+        before = at
+    w[HEAD] = queue[0] if queue else 0
+    w[TAIL] = before
+    w[WAITING_COUNT] = len(queue)

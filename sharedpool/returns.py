@@ -1,0 +1,206 @@
+"""Giving back: where a connection or a permit goes when its lease ends. The one place where that is decided.
+
+To the longest waiter, if it may have it; idle, if nobody waits; else it is closed, and the arbiter passes the permit on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Any
+
+from . import view
+from .errors import LeaseError
+from .held import Patience, Route
+from .layout import (
+    BARE,
+    CELL_KEY,
+    CELL_SINCE,
+    DOOMED,
+    GATE,
+    GRANTED,
+    HEAD,
+    HOLDER,
+    HOLDER_SHIFT,
+    IDLE,
+    OVER,
+    PAUSED,
+    QUEUED,
+    RULES,
+    SINCE,
+    STATE,
+    STAYS,
+    STICKY,
+    STOPPED,
+    generation_of,
+    with_state,
+)
+from .segment import Segment
+from .table import BUSY, DONE, Table
+
+CLOSED = 0
+GIVEN = -1
+LATER = -2
+
+
+class Returns:
+    """Ends leases of one process.
+
+    Args:
+        table: The table, as this process's row.
+        segment: For the places where waiters sleep.
+        tell_close: Called with a slot's number and generation after it went CLOSING.
+        discards: The place of the counter of leases given back closed.
+        own_waiter: Gives the cell of this process that has waited longest for a key, or 0.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        segment: Segment,
+        tell_close: Callable[[int, int], None],
+        discards: int,
+        own_waiter: Callable[[int], int],
+    ) -> None:
+        self._table = table
+        self._words = table.words
+        self._segment = segment
+        self._tell_close = tell_close
+        self._discards = discards
+        self._own_waiter = own_waiter
+        self._wakers: dict[int, Any] = {}
+
+    def _waker(self, cell: int) -> Any:
+        waker = self._wakers.get(cell)
+        if waker is None:
+            waker = self._wakers[cell] = self._segment.waker(cell)
+        return waker
+
+    def connection(self, at: int, word: int, route: Route, limit: int) -> int:
+        """End the lease of a clean, parked connection.
+
+        Args:
+            at: Its slot.
+            word: The lease's word.
+            route: Where it leads.
+            limit: Until when to try, monotonic ns.
+
+        Returns:
+            The slot's word if it is idle now; else GIVEN (to a waiter), CLOSED, or LATER (the mutex stayed busy).
+
+        Raises:
+            LeaseError: The slot is no longer this lease's.
+        """
+        w = self._words
+        patience = Patience(limit)
+        while True:
+            seen = self._check(at, word)
+            gate = w[GATE]
+            now = monotonic_ns()
+            if seen & DOOMED or gate & (OVER | STOPPED):
+                result = self._close(at, seen, now)
+                outcome = CLOSED
+            elif not gate & QUEUED or gate & PAUSED:
+                outcome = with_state(seen, IDLE) | route.stays
+                result = self._table.put_idle(at, seen, outcome, gate, route.tag, now)
+            else:
+                result, outcome = self._to_waiter(at, seen, route, gate, now)
+            if result == DONE:
+                return outcome
+            if result == BUSY and not patience.wait():
+                return LATER
+
+    def _to_waiter(self, at: int, seen: int, route: Route, gate: int, now: int) -> tuple[int, int]:
+        """Somebody waits: hand it over if it fits and may move; sticky ones stay for a while; else close it."""
+        w = self._words
+        head = w[HEAD]
+        if not head:
+            return 0, GIVEN
+        sticky = route.stays or w[RULES] & STICKY
+        if sticky and now - w[head + CELL_SINCE] < view.steal_after(w):
+            own = self._own_waiter(route.key)
+            if own:
+                return self._hand(at, seen | route.stays, seen, own, gate, now), GIVEN
+            if route.stays or w[head + CELL_KEY] == route.key:
+                outcome = with_state(seen, IDLE) | route.stays
+                return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
+        if route.stays or w[head + CELL_KEY] != route.key:
+            return self._close(at, seen, now), CLOSED
+        return self._hand(at, seen, seen, head, gate, now), GIVEN
+
+    def _hand(self, at: int, word: int, seen: int, cell: int, gate: int, now: int, bare: int = 0, old: int = 0) -> int:
+        table = self._table
+        new = word & ~(STATE | HOLDER | 0xF0) | word & STAYS | bare | table.cell_index(cell) << HOLDER_SHIFT | GRANTED
+        waker = self._waker(cell)
+        result = table.hand(at, seen, new, gate, cell, self._words[cell], old, now)
+        if result == DONE:
+            -waker
+        return result
+
+    def permit(self, at: int, word: int, limit: int) -> int:
+        """End the lease of a bare permit, or of an opening that never became a connection.
+
+        Returns:
+            GIVEN or LATER.
+
+        Raises:
+            LeaseError: The slot is no longer this lease's.
+        """
+        w = self._words
+        patience = Patience(limit)
+        while True:
+            seen = self._check(at, word)
+            gate, head = w[GATE], w[HEAD]
+            if head and not gate & (OVER | PAUSED | STOPPED):
+                result = self._hand(at, seen, seen, head, gate, monotonic_ns(), BARE)
+            elif not head and gate & QUEUED:
+                result = 0  # the queue is changing
+            else:
+                result = self._table.free(at, seen, gate, 0)
+            if result == DONE:
+                return GIVEN
+            if result == BUSY and not patience.wait():
+                return LATER
+
+    def closed(self, at: int, word: int, limit: int) -> int:
+        """End a lease by closing its connection; the permit goes on once the remote has closed, too.
+
+        Returns:
+            CLOSED or LATER.
+
+        Raises:
+            LeaseError: The slot is no longer this lease's.
+        """
+        patience = Patience(limit)
+        while True:
+            result = self._close(at, self._check(at, word), monotonic_ns())
+            if result == DONE:
+                return CLOSED
+            if result == BUSY and not patience.wait():
+                return LATER
+
+    def _close(self, at: int, seen: int, now: int) -> int:
+        result = self._table.close(at, seen, self._words[at + SINCE], 0, self._discards, now)
+        if result == DONE:
+            self._tell_close(self._table.slot_index(at), generation_of(seen))
+        return result
+
+    def evict(self, at: int, counter: int) -> int:
+        """Close an idle connection for its permit, while this process waits at the head of the queue."""
+        w = self._words
+        seen = w[at]
+        if seen & STATE != IDLE:
+            return 0
+        result = self._table.close(at, seen, w[at + SINCE], 0, counter, monotonic_ns())
+        if result == DONE:
+            self._tell_close(self._table.slot_index(at), generation_of(seen))
+        return result
+
+    def _check(self, at: int, word: int) -> int:
+        """The slot's word now, which may have got DOOMED since the lease began."""
+        seen = self._words[at]
+        if (seen ^ word) & ~DOOMED:
+            raise LeaseError("the lease is no longer in force: its slot was taken away")
+        return seen
+
+

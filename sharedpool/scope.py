@@ -1,0 +1,125 @@
+"""Which runtime directory a process uses, and whether it is safe. One scope = one directory = one arbiter.
+
+The directory holds sockets and locks only, is ours and 0700, and is refused otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from .errors import StartFailed
+from .options import check_app_name
+
+ARBITER_SOCKET = "arbiter.sock"
+REGISTRY_SOCKET = "registry.sock"
+START_LOCK = "start.lock"
+LEADER_LOCK = "leader.lock"
+OUR_FILES = (ARBITER_SOCKET, REGISTRY_SOCKET, START_LOCK, LEADER_LOCK)
+
+DEFAULT_APP = "default"
+_SUBDIRECTORY = "sharedpool"
+_PRIVATE = "private-"
+
+T = TypeVar("T")
+
+
+def directory_for(environ: Mapping[str, str], given: str | None = None, app: str | None = None) -> str:
+    """The runtime directory's path; it is made if it is not there.
+
+    Order: the directory given, the app given, SHAREDPOOL_DIR, SHAREDPOOL_APP, the app "default".
+
+    Raises:
+        StartFailed: No directory can be used; the message lists what was tried and why each failed.
+        OptionError: The app's name is none.
+    """
+    if given is not None:
+        return prepare(os.path.join(os.path.abspath(os.fspath(given)), _SUBDIRECTORY))
+    if app is not None:
+        return _for_app(environ, check_app_name(app))
+    if environ.get("SHAREDPOOL_DIR"):
+        return prepare(os.path.join(os.path.abspath(environ["SHAREDPOOL_DIR"]), _SUBDIRECTORY))
+    name = environ.get("SHAREDPOOL_APP") or DEFAULT_APP
+    return _for_app(environ, check_app_name(name, "the environment's SHAREDPOOL_APP"))
+
+
+def private_directory(environ: Mapping[str, str]) -> str:
+    """A new directory of the caller's own, to be given as SHAREDPOOL_DIR."""
+
+    def make(root: str) -> str:
+        return tempfile.mkdtemp(prefix=_PRIVATE, dir=prepare(root))
+
+    return _first_usable(environ, make)
+
+
+def is_private(directory: str) -> bool:
+    """Whether the directory lies in one made by `private_directory`, which goes with it."""
+    return os.path.basename(os.path.dirname(directory)).startswith(_PRIVATE)
+
+
+def _for_app(environ: Mapping[str, str], app: str) -> str:
+    return _first_usable(environ, lambda root: prepare(os.path.join(prepare(root), app)))
+
+
+def _first_usable(environ: Mapping[str, str], use: Callable[[str], T]) -> T:
+    user = f"sharedpool-{os.geteuid()}"
+    roots = []
+    if environ.get("XDG_RUNTIME_DIR"):
+        roots.append(os.path.join(environ["XDG_RUNTIME_DIR"], "sharedpool"))
+    roots.append(os.path.join("/dev/shm", user))
+    roots.append(os.path.join(environ.get("TMPDIR") or "/tmp", user))
+    failures = []
+    for root in roots:
+        try:
+            return use(root)
+        except (OSError, StartFailed) as error:
+            failures.append(f"{root}: {error}")
+    raise StartFailed("no runtime directory can be used; tried " + "; ".join(failures) + "; set SHAREDPOOL_DIR")
+
+
+def prepare(path: str) -> str:
+    """Make the directory if it is not there, and check that it is ours alone.
+
+    Raises:
+        StartFailed: It cannot be made, or is not a directory of this user with mode 0700.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StartFailed(f"the runtime directory {path} cannot be made: {error}") from error
+    os.close(open_directory(path))
+    return path
+
+
+def open_directory(path: str) -> int:
+    """A descriptor of the checked directory; what is reached through it cannot be exchanged underneath.
+
+    Raises:
+        StartFailed: It is a symbolic link, somebody else's, or not 0700.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise StartFailed(f"the runtime directory {path} cannot be used (a symbolic link is refused): {error}") from error
+    status = os.fstat(fd)
+    mode = stat.S_IMODE(status.st_mode)
+    problem = None
+    if status.st_uid != os.geteuid():
+        problem = f"belongs to uid {status.st_uid}, this process is uid {os.geteuid()}"
+    elif mode & 0o777 != 0o700:
+        problem = f"has mode {mode:04o}, only 0700 is safe"
+    if problem:
+        os.close(fd)
+        raise StartFailed(f"the runtime directory {path} {problem}")
+    return fd
+
+
+def inside(directory: int, name: str) -> str:
+    """A path below an open directory that fits into a socket's 107 bytes however long the directory's own is."""
+    return f"/proc/self/fd/{directory}/{name}"

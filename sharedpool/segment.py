@@ -1,0 +1,223 @@
+"""A pool's shared memory: a sealed memfd with a header that says who may attach, the mutex, and the table's words.
+
+It has no path: nothing to leak, to unlink or to find by accident. Whoever gets the descriptor checks everything in the
+header before the first use, because a mutex shared across PID namespaces or libcs corrupts memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import fcntl
+import functools
+import json
+import mmap
+import os
+import platform
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from . import layout, mutex
+from .errors import AttachRefused, StartFailed
+from .layout import Geometry
+from .native import Call, finder, waker
+from .table import Table
+
+MAGIC = b"SHRDPOOL"
+_HEADER_BYTES = 4096
+_MUTEX_AT = 64
+_FACTS_AT = 256
+_HEAD = struct.Struct("<8sIIQ")  # magic, layout, length of the facts, bytes in all
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+#: Why each fact must agree, in the words of the refusal.
+_REASONS = {
+    "pid_namespace": "their robust mutexes would unlock each other: one container = one cap;"
+    " share the PID namespace (shareProcessNamespace: true) or give each its own SHAREDPOOL_DIR",
+    "time_namespace": "their monotonic clocks differ",
+    "boot": "the memory is from before a reboot or from another machine",
+    "libc": "a mutex of one libc is not a mutex of another",
+    "machine": "the memory's layout differs",
+    "pointer": "the memory's layout differs",
+    "layout": "restart the processes that run the older version of sharedpool",
+}
+
+
+@functools.cache
+def identity() -> Mapping[str, Any]:
+    """What all processes that share a segment must have in common."""
+    return {
+        "pid_namespace": _namespace("pid"),
+        "time_namespace": _namespace("time"),
+        "boot": _boot_id(),
+        "libc": " ".join(platform.libc_ver()) or "unknown",
+        "machine": platform.machine(),
+        "pointer": ctypes.sizeof(ctypes.c_void_p),
+        "layout": layout.LAYOUT,
+    }
+
+
+def _namespace(kind: str) -> str:
+    try:
+        status = os.stat(f"/proc/self/ns/{kind}")
+    except OSError:
+        return "unknown"
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+def check_identity(theirs: Mapping[str, Any], who: str) -> None:
+    """Compare another party's facts with ours.
+
+    Raises:
+        AttachRefused: One differs; the message names both values and why it matters.
+    """
+    for name, ours in identity().items():
+        if theirs.get(name) != ours:
+            raise AttachRefused(
+                f"{who} has {name} {theirs.get(name)!r}, this process has {ours!r}: {_REASONS[name]}",
+                fact=name, theirs=theirs.get(name), ours=ours,
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(slots=True)
+class Segment:
+    """A mapped segment. It stays mapped until the process ends: a mutex must not vanish while somebody holds it."""
+
+    fd: int
+    pool: str
+    secret: bytes
+    geometry: Geometry
+    mutex: Call
+    words: memoryview[int]
+    marks: memoryview[int]
+    words_address: int
+    marks_address: int
+
+    def table(self, row: int) -> Table:
+        """The table, storing as `row`."""
+        return Table(self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address))
+
+    def kick_address(self, cell_at: int) -> int:
+        """Where the sleeper of a cell sleeps."""
+        index = self.geometry.slots + (cell_at - self.geometry.cell_base) // layout.CELL
+        return self.marks_address + 4 * index
+
+    def waker(self, cell_at: int) -> Call:
+        return waker(self.kick_address(cell_at))
+
+
+def create(pool: str, geometry: Geometry) -> Segment:
+    """Make a segment, all of its memory allocated: a hole on a full tmpfs would be SIGBUS in somebody's worker.
+
+    Raises:
+        StartFailed: The memory is not to be had.
+    """
+    size = _HEADER_BYTES + geometry.size
+    try:
+        fd = os.memfd_create(f"sharedpool:{pool}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise StartFailed(f"no shared memory for pool {pool!r}: memfd_create: {error}") from error
+    try:
+        os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise StartFailed(f"no shared memory for pool {pool!r} ({size} bytes): {error}") from error
+    facts = {
+        **identity(),
+        "pool": pool,
+        "secret": os.urandom(16).hex(),
+        "rows": geometry.rows,
+        "slots": geometry.slots,
+        "cells": geometry.cells,
+    }
+    text = json.dumps(facts).encode()
+    if len(text) > _HEADER_BYTES - _FACTS_AT:
+        raise StartFailed(f"the header of pool {pool!r} is too long: {len(text)} bytes")
+    os.pwrite(fd, text, _FACTS_AT)
+    os.pwrite(fd, _HEAD.pack(MAGIC, layout.LAYOUT, len(text), size), 0)
+    segment = _map(fd, size, facts)
+    mutex.initialize(segment.words_address - _HEADER_BYTES + _MUTEX_AT)
+    words = segment.words
+    words[layout.VER] = 1
+    words[layout.TICKET] = 1
+    words[layout.GATE] = layout.EPOCH
+    return segment
+
+
+def attach(fd: int) -> Segment:
+    """Map a segment that somebody else made, after checking everything its header says. Takes over `fd`.
+
+    Raises:
+        AttachRefused: It is no segment, or not one for this process.
+    """
+    try:
+        size, facts = _read_header(fd)
+        check_identity(facts, "the pool's shared memory")
+        return _map(fd, size, facts)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _read_header(fd: int) -> tuple[int, dict[str, Any]]:
+    status = os.fstat(fd)
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise AttachRefused(f"what came as shared memory is no memfd: {error}") from error
+    if status.st_uid != os.geteuid():
+        raise AttachRefused(f"the shared memory belongs to uid {status.st_uid}, this process is uid {os.geteuid()}")
+    if status.st_size < _HEADER_BYTES or seals & _SEALS != _SEALS:
+        raise AttachRefused(f"what came as shared memory is no segment: {status.st_size} bytes, seals {seals:#x}")
+    head = os.pread(fd, _HEAD.size, 0)
+    magic, version, length, size = _HEAD.unpack(head)
+    if magic != MAGIC:
+        raise AttachRefused(f"what came as shared memory is no segment: it begins with {magic!r}")
+    if version != layout.LAYOUT:
+        raise AttachRefused(
+            f"the pool's shared memory has layout {version}, this version of sharedpool has {layout.LAYOUT}:"
+            f" {_REASONS['layout']}"
+        )
+    if length > _HEADER_BYTES - _FACTS_AT or size != status.st_size:
+        raise AttachRefused(f"the segment's header is damaged: {length} bytes of facts, {size} of {status.st_size}")
+    try:
+        facts = json.loads(os.pread(fd, length, _FACTS_AT))
+        geometry = Geometry(facts["rows"], facts["slots"], facts["cells"])
+        sound = _HEADER_BYTES + geometry.size == size and len(bytes.fromhex(facts["secret"])) == 16
+    except (ValueError, KeyError, TypeError) as error:
+        raise AttachRefused(f"the segment's header is damaged: {error!r}") from error
+    if not sound:
+        raise AttachRefused("the segment's header is damaged: its numbers do not fit its size")
+    return size, facts
+
+
+def _map(fd: int, size: int, facts: Mapping[str, Any]) -> Segment:
+    geometry = Geometry(facts["rows"], facts["slots"], facts["cells"])
+    memory = mmap.mmap(fd, size)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    view = memoryview(memory)
+    split = _HEADER_BYTES + 8 * geometry.words
+    words: Any = view[_HEADER_BYTES:split].cast("Q")
+    marks: Any = view[split : _HEADER_BYTES + geometry.size].cast("I")
+    return Segment(
+        fd=fd,
+        pool=facts["pool"],
+        secret=bytes.fromhex(facts["secret"]),
+        geometry=geometry,
+        mutex=mutex.attach(address + _MUTEX_AT),
+        words=words,
+        marks=marks,
+        words_address=address + _HEADER_BYTES,
+        marks_address=address + split,
+    )

@@ -1,0 +1,625 @@
+"""One pool as the arbiter sees it: everything that needs a watcher rather than a worker.
+
+Closing to the end, deaths, idle timeout, lowered limits, stuck grants. It is told the time and never sleeps longer than
+a busy mutex takes; what cannot be done now stays on a list and is done at the next turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from . import segment as segments
+from .drivers.sockets import Ending
+from .errors import OptionError
+from .layout import (
+    ARBITER_ROW,
+    BARE,
+    BEAT,
+    CAN_MOVE,
+    CELL,
+    CELL_HIGH,
+    CELL_KEY,
+    CELL_ROW,
+    CELL_ROW_SHIFT,
+    CELL_SINCE,
+    CELL_WAITING,
+    CLOSE_TIMEOUT,
+    CLOSING,
+    DOOMED,
+    FIRST_ROW,
+    FREE,
+    FREE_SLOT,
+    GATE,
+    GRANT,
+    GRANTED,
+    HEAD,
+    HEADER,
+    HIGH,
+    HOLDER,
+    HOLDER_SHIFT,
+    IDLE,
+    IDLE_TIMEOUT,
+    KEY,
+    LEASED,
+    MAX,
+    OPENING,
+    OVER,
+    PAUSED,
+    ROW,
+    ROW_COUNTERS,
+    ROW_DEAD,
+    ROW_FREE,
+    ROW_LIVE,
+    RULES,
+    SINCE,
+    SLOT,
+    STATE,
+    STAYS,
+    STEAL_AFTER,
+    STICKY,
+    STOPPED,
+    TOTALS_ROW,
+    USED,
+    WAITING_COUNT,
+    WATCH,
+    GEN_ONE,
+    GEN,
+    SERIAL,
+    Geometry,
+    generation_of,
+    holder_of,
+    with_state,
+)
+from .options import NOT_GIVEN, PoolOptions
+from .stats import ARBITER_COUNTERS, COUNTERS
+from .table import BUSY, DONE, STALE, NoLease
+from .view import steal_after
+
+ROWS: Final = 1024
+CELLS: Final = 16_384
+LEAST_SLOTS: Final = 1024
+
+#: A grant not taken for so long goes to the next waiter, ns.
+GRANT_TIMEOUT: Final = 100_000_000
+#: While anybody waits, untaken grants are looked at so often, ns.
+WATCH_EVERY: Final = 20_000_000
+#: Slots that are CLOSING without our knowing are looked for so often, ns.
+SWEEP_EVERY: Final = 1_000_000_000
+
+_TRIES: Final = 40
+_CLOSE_WAIT: Final = 8
+_COUNTER: Final = {name: index for index, name in enumerate(ARBITER_COUNTERS)}
+_NOBODY: Final = NoLease()
+
+
+class Later(Exception):
+    """The mutex is held by a process that does not let go: this has to be done at another turn."""
+
+
+@dataclasses.dataclass(slots=True)
+class Held:
+    """The arbiter's duplicate of one connection's descriptor."""
+
+    generation: int
+    sock: socket.socket
+    rows: set[int]
+
+
+@dataclasses.dataclass(slots=True)
+class Closing:
+    """A connection on its way to its end."""
+
+    ending: Ending | None
+    generation: int
+    give_up: int
+    look: int
+
+
+def nanoseconds(seconds: float | None) -> int:
+    return 0 if seconds is None else max(1, int(seconds * 1e9))
+
+
+def geometry_for(maximum: int) -> Geometry:
+    """Room for twice the first limit, so that it can be raised; memory that nobody touches costs little."""
+    slots = LEAST_SLOTS
+    while slots < 2 * maximum:
+        slots *= 2
+    return Geometry(ROWS, min(slots, 32_768), CELLS)
+
+
+class ServedPool:
+    """The arbiter's side of one pool.
+
+    Args:
+        name: The pool's name.
+        options: What it is made with.
+        declared_by: The pid of who made it.
+        watch: Called with a descriptor whose end of stream is to be reported to `remote_ended`.
+        unwatch: Undoes `watch`.
+        tell_closed: Called with rows, a slot and a generation: drop what you hold of it.
+        drain: Reads whatever the workers have sent: a registration may be under way.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: PoolOptions,
+        declared_by: int,
+        *,
+        watch: Callable[[ServedPool, int, socket.socket], None],
+        unwatch: Callable[[socket.socket], None],
+        tell_closed: Callable[[ServedPool, set[int], int, int], None],
+        drain: Callable[[ServedPool], None],
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.declared_by = declared_by
+        self.segment = segments.create(name, geometry_for(options.max_connections))
+        self.table = self.segment.table(ARBITER_ROW)
+        self.words = self.table.words
+        self.held: dict[int, Held] = {}
+        self.closings: dict[int, Closing] = {}
+        self.reaping: set[int] = set()
+        self._watch = watch
+        self._unwatch = unwatch
+        self._tell_closed = tell_closed
+        self._drain = drain
+        self._expire_at = 0
+        self._sweep_at = 0
+        self._wakers: dict[int, Any] = {}
+        self.apply(options)
+
+    # --- doing one thing ----------------------------------------------------------------------------------------------
+
+    def _settle(self, attempt: Callable[[], int]) -> bool:
+        """Try a transition until it is done (True) or no longer applies (False).
+
+        Raises:
+            Later: The mutex stayed busy.
+        """
+        for _ in range(_TRIES):
+            result = attempt()
+            if result == DONE:
+                return True
+            if result == STALE:
+                return False
+            time.sleep(50e-6)
+        raise Later
+
+    def _insist(self, attempt: Callable[[], int]) -> None:
+        """As `_settle`, for what can only fail for a moment."""
+        for _ in range(_TRIES):
+            if self._settle(attempt):
+                return
+        raise Later
+
+    def _count(self, name: str, by: int = 1) -> None:
+        at = self.table.counter(_COUNTER[name])
+        self.words[at] = self.words[at] + by
+
+    def _wake(self, cell: int) -> None:
+        waker = self._wakers.get(cell)
+        if waker is None:
+            waker = self._wakers[cell] = self.segment.waker(cell)
+        -waker
+
+    def slots(self) -> Iterator[tuple[int, int, int]]:
+        """(index, place, word) of every slot that is not FREE, from a copy."""
+        base = self.table.slot_base
+        words = self.words[base : base + SLOT * self.words[HIGH] : SLOT].tolist()
+        return ((index, base + SLOT * index, word) for index, word in enumerate(words) if word & STATE)
+
+    # --- options ------------------------------------------------------------------------------------------------------
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.words[GATE] & STOPPED)
+
+    def apply(self, options: PoolOptions) -> None:
+        """Put options in force, at once, for idle connections and waiters too.
+
+        Raises:
+            OptionError: The limit is above what the segment has room for.
+        """
+        room = self.segment.geometry.slots
+        if options.max_connections > room:
+            raise OptionError(
+                f"option 'max_connections' has the value {options.max_connections}; pool {self.name!r} was made with"
+                f" room for {room}: stop it and start it anew to go above",
+                option="max_connections", value=options.max_connections, source="the call", allowed=f"1 to {room}",
+            )  # fmt: skip
+        w = self.words
+        w[IDLE_TIMEOUT] = nanoseconds(options.idle_timeout)
+        w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
+        w[STEAL_AFTER] = 0 if options.steal_after is NOT_GIVEN else nanoseconds(options.steal_after)  # type: ignore[arg-type]
+        w[RULES] = (CAN_MOVE if options.move else 0) | (STICKY if options.order == "sticky" else 0)
+        flags = w[GATE] & PAUSED
+        self._insist(lambda: self.table.set_limit(options.max_connections, flags))
+        self.options = options
+        self._expire_at = 0
+        self._trim()
+
+    def stop(self) -> None:
+        """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
+        w = self.words
+        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED))
+        now = time.monotonic_ns()
+        for _, at, word in self.slots():
+            if word & STATE == IDLE:
+                self._close(at, word, "closed", now)
+        for cell, _ in self._cells():
+            index = self.table.kick_index(cell)
+            self.table.marks[index] = self.table.marks[index] + 1 & 0xFFFF_FFFF
+            self._wake(cell)
+
+    @property
+    def empty(self) -> bool:
+        return self.words[USED] == 0
+
+    def _trim(self) -> None:
+        """Close the idle connections longest unused while there are more than the limit allows."""
+        w = self.words
+        surplus = w[USED] - w[MAX] - sum(word & STATE == CLOSING for _, _, word in self.slots())
+        if surplus <= 0:
+            return
+        idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
+        for _, at, word in idle[:surplus]:
+            self._close(at, word, "over_limit", time.monotonic_ns())
+
+    # --- descriptors --------------------------------------------------------------------------------------------------
+
+    def register(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
+        """A worker's connection-to-be. Of an older generation: drop it, which ends it."""
+        if index >= self.segment.geometry.slots:
+            sock.close()
+            return
+        word = self.words[self.table.slot_at(index)]
+        if generation_of(word) != generation or word & STATE == FREE:
+            _cut(sock)
+            return
+        old = self.held.get(index)
+        if old is not None and old.generation != generation:  # opened anew on the same permit
+            self._tell_closed(self, old.rows - {row}, index, old.generation)
+        self.forget(index)
+        self.held[index] = Held(generation, sock, {row})
+        self._watch(self, index, sock)
+
+    def forget(self, index: int, generation: int | None = None) -> None:
+        """Let go of a descriptor."""
+        held = self.held.get(index)
+        if held is not None and (generation is None or held.generation == generation):
+            del self.held[index]
+            self._unwatch(held.sock)
+            held.sock.close()
+
+    def fetch(self, row: int, index: int, generation: int) -> socket.socket | None:
+        """The descriptor of a connection that the row has leased, or None."""
+        if index >= self.segment.geometry.slots:
+            return None
+        held = self.held.get(index)
+        if held is None or held.generation != generation:
+            self._drain(self)
+            held = self.held.get(index)
+        word = self.words[self.table.slot_at(index)]
+        if held is None or held.generation != generation or word & STATE != LEASED or holder_of(word) != row:
+            return None
+        held.rows.add(row)
+        return held.sock
+
+    def remote_ended(self, index: int, now: int) -> None:
+        """The remote closed: an idle connection is closed, a leased one marked, so that its checkin closes it."""
+        held = self.held.get(index)
+        if held is None:
+            return
+        at = self.table.slot_at(index)
+        word = self.words[at]
+        if generation_of(word) != held.generation:
+            return
+        state = word & STATE
+        if state == IDLE:
+            self._close(at, word, "remote_closed", now)
+        elif state == LEASED or (state == OPENING and _remote_closed(held.sock)):
+            since = self.words[at + SINCE]
+            if not word & DOOMED:
+                self._settle(lambda: self.table.swap(at, word, word | DOOMED, _NOBODY, 0, 0, since))
+
+    # --- closing ------------------------------------------------------------------------------------------------------
+
+    def _close(self, at: int, word: int, reason: str, now: int, old_cell: int = 0) -> bool:
+        """A slot -> CLOSING, and begin."""
+        since = self.words[at + SINCE]
+        counter = self.table.counter(_COUNTER[reason])
+        done = self._settle(lambda: self.table.close(at, word, since, old_cell, counter, now))
+        if done:
+            self.begin_closing(self.table.slot_index(at), now)
+        return done
+
+    def begin_closing(self, index: int, now: int) -> None:
+        """A slot was found or reported CLOSING: start closing its connection to the end, once."""
+        if index >= self.segment.geometry.slots:
+            return
+        word = self.words[self.table.slot_at(index)]
+        if word & STATE != CLOSING:
+            return
+        generation = generation_of(word)
+        known = self.closings.get(index)
+        if known is not None and known.generation == generation:
+            return
+        held = self.held.get(index)
+        if held is None or held.generation != generation:
+            self._drain(self)
+            held = self.held.get(index)
+        ending = None
+        if held is not None and held.generation == generation:
+            ending = Ending(held.sock)
+            ending.begin()
+        self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now)
+        self._look(index, now)
+
+    def _look(self, index: int, now: int) -> None:
+        """See whether a connection has ended; if so, or if its time is over, its permit goes on."""
+        closing = self.closings[index]
+        ending = closing.ending
+        if ending is not None and not ending.ended():
+            if now < closing.give_up:
+                closing.look = min(closing.give_up, now + nanoseconds(ending.pause()))
+                return
+            ending.force()
+            self._count("closed_unconfirmed")
+        held = self.held.get(index)
+        if held is not None and held.generation == closing.generation:
+            rows = held.rows
+            self.forget(index)
+            self._tell_closed(self, rows, index, closing.generation)
+        closing.ending = None
+        closing.look = now
+        at = self.table.slot_at(index)
+        word = self.words[at]
+        if word & STATE == CLOSING and generation_of(word) == closing.generation:
+            self._pass_on(at, word, 0, now)
+        self._count("closed")
+        del self.closings[index]
+
+    def _pass_on(self, at: int, word: int, old_cell: int, now: int) -> None:
+        """A permit without a connection goes to the longest waiter, or becomes free."""
+
+        def attempt() -> int:
+            w = self.words
+            gate, cell = w[GATE], w[HEAD]
+            if w[at] != word:
+                return DONE
+            if cell and not gate & (OVER | PAUSED | STOPPED):
+                new = _granted(word, self.table.cell_index(cell)) | BARE
+                result = self.table.hand(at, word, new, gate, cell, w[cell], old_cell, now)
+                if result == DONE:
+                    self._wake(cell)
+                return result
+            return self.table.free(at, word, gate, old_cell)
+
+        self._insist(attempt)
+
+    # --- waiters ------------------------------------------------------------------------------------------------------
+
+    def _cells(self) -> Iterator[tuple[int, int]]:
+        """(place, word) of every cell in use, from a copy."""
+        base = self.table.cell_base
+        words = self.words[base : base + CELL * self.words[CELL_HIGH] : CELL].tolist()
+        return ((base + CELL * index, word) for index, word in enumerate(words) if word)
+
+    def _serve(self, now: int) -> None:
+        """Give the head of the queue what it could have: after a raised limit, a repair, or a release gone astray."""
+        w = self.words
+        while (cell := w[HEAD]) and not (gate := w[GATE]) & (OVER | PAUSED | STOPPED):
+            cell_word = w[cell]
+            if w[USED] < w[MAX]:
+                at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
+                word = w[at]
+                new = _granted(word + GEN_ONE & GEN | word & SERIAL, self.table.cell_index(cell)) | BARE
+                if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now)):  # noqa: B023
+                    self._count("rescued")
+                    self._wake(cell)
+            elif not self._serve_idle(cell, cell_word, gate, now):
+                return
+
+    def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int) -> bool:
+        """Give an idle connection, or its permit, to the head of the queue; False if there is none to give."""
+        w = self.words
+        patient = now - w[cell + CELL_SINCE] < steal_after(w)
+        closing = 0
+        idle: list[tuple[int, int, int]] = []
+        for _, at, word in self.slots():
+            closing += word & STATE == CLOSING
+            if word & STATE == IDLE and not (word & STAYS and patient):
+                idle.append((w[at + SINCE], at, word))
+        if not idle or closing >= w[WAITING_COUNT]:
+            return False
+        for _, at, word in idle:
+            if w[at + KEY] == w[cell + CELL_KEY] and not word & STAYS:
+                new = _granted(word, self.table.cell_index(cell))
+                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now)):  # noqa: B023
+                    self._count("rescued")
+                    self._wake(cell)
+                return True
+        _, at, word = min(idle)
+        self._close(at, word, "over_limit", now)
+        return True
+
+    def _watch_grants(self, now: int) -> None:
+        """Kick those who do not take their grants; after GRANT_TIMEOUT give them to others who wait."""
+        w = self.words
+        for _, at, word in self.slots():
+            if word & STATE != GRANTED:
+                continue
+            age = now - w[at + SINCE]
+            cell = self.table.cell_at(holder_of(word))
+            if age < WATCH_EVERY:
+                continue
+            self._wake(cell)
+            if age >= GRANT_TIMEOUT and w[HEAD]:
+                self._revoke(at, word, cell, now)
+
+    def _revoke(self, at: int, word: int, cell: int, now: int) -> None:
+        w = self.words
+        head, gate = w[HEAD], w[GATE]
+        if not head or w[cell + GRANT] != at:
+            return
+        bare = word & BARE
+        if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & (OVER | PAUSED | STOPPED)):
+            self._close(at, word, "revoked", now, cell)
+            return
+        if gate & (OVER | PAUSED | STOPPED):
+            return
+        new = _granted(word, self.table.cell_index(head)) | bare
+        if self._settle(lambda: self.table.hand(at, word, new, gate, head, w[head], cell, now)):
+            self._count("revoked")
+            self._wake(head)
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    def claim_row(self, pid: int, nonce: int, now: int) -> int | None:
+        """A free row for a process, or None."""
+        w = self.words
+        for row in range(FIRST_ROW, self.segment.geometry.rows):
+            at = HEADER + ROW * row
+            if w[at] == ROW_FREE:
+                self._insist(lambda: self.table.set_row(row, ROW_FREE, ROW_LIVE | pid << 4, nonce, now))  # noqa: B023
+                return row
+        return None
+
+    def reap(self, row: int, now: int) -> None:
+        """A process has gone: its cells, then its slots, then its row. Idle connections that can move are kept."""
+        self.reaping.add(row)
+        with contextlib.suppress(Later):
+            self._reap(row, now)
+            self.reaping.discard(row)
+
+    def _reap(self, row: int, now: int) -> None:
+        w = self.words
+        row_at = HEADER + ROW * row
+        word = w[row_at]
+        if word & STATE == ROW_LIVE:
+            self._insist(lambda: self.table.set_row(row, w[row_at], with_state(w[row_at], ROW_DEAD), 0, now))
+        for cell, cell_word in self._cells():
+            if (cell_word & CELL_ROW) >> CELL_ROW_SHIFT == row:
+                self._reap_cell(cell, now)
+        for _, at, slot_word in self.slots():
+            if slot_word & STATE != GRANTED and holder_of(slot_word) == row:
+                self._reap_slot(at, slot_word, now)
+        for index in range(len(COUNTERS)):
+            total = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS + index
+            w[total] = w[total] + w[row_at + ROW_COUNTERS + index]
+            w[row_at + ROW_COUNTERS + index] = 0
+        self._insist(lambda: self.table.set_row(row, w[row_at], ROW_FREE, 0, now))
+
+    def _reap_cell(self, cell: int, now: int) -> None:
+        w = self.words
+
+        def attempt() -> int:
+            at = w[cell + GRANT]
+            if at and w[at] & STATE == GRANTED and holder_of(w[at]) == self.table.cell_index(cell):
+                word = w[at]
+                if word & BARE:
+                    self._pass_on(at, word, cell, now)
+                else:
+                    self._close(at, word, "reaped", now, cell)
+            if w[cell] == 0:
+                return DONE
+            return self.table.leave(cell, w[cell], 0)
+
+        if w[cell] & 15 == CELL_WAITING:
+            self._count("reaped")
+        self._insist(attempt)
+
+    def _reap_slot(self, at: int, word: int, now: int) -> None:
+        state = word & STATE
+        if state == IDLE and not word & STAYS and self.table.slot_index(at) in self.held:
+            new = word & ~HOLDER | ARBITER_ROW << HOLDER_SHIFT
+            since = self.words[at + SINCE]
+            if self._settle(lambda: self.table.swap(at, word, new, _NOBODY, 0, 1, since)):
+                self._count("adopted")
+        elif state in (IDLE, LEASED, OPENING):
+            for _ in range(_TRIES):  # its word may get DOOMED meanwhile
+                if self._close(at, self.words[at], "reaped", now) or self.words[at] & STATE == CLOSING:
+                    return
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def turn(self, now: int) -> int:
+        """Do what is due; gives when to come again, monotonic ns."""
+        w = self.words
+        w[BEAT] = now
+        try:
+            return self._turn(now)
+        except Later:
+            return now + 1_000_000
+
+    def _turn(self, now: int) -> int:
+        w = self.words
+        due = now + SWEEP_EVERY
+        for row in list(self.reaping):
+            self.reap(row, now)
+            due = min(due, now + 1_000_000 if row in self.reaping else due)
+        for index in [index for index, closing in self.closings.items() if closing.look <= now]:
+            self._look(index, now)
+        if now >= self._expire_at:
+            self._expire_at = self._expire(now)
+        if w[HEAD]:
+            w[WATCH] = 0
+            self._watch_grants(now)
+            self._serve(now)
+            due = min(due, now + WATCH_EVERY)
+        else:
+            w[WATCH] = 1
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_EVERY
+            self._sweep(now)
+        due = min(due, self._expire_at)
+        return min([due, *(closing.look for closing in self.closings.values())])
+
+    def _sweep(self, now: int) -> None:
+        """Find what nobody told: a worker may die between a commit and its message."""
+        for index, _, word in self.slots():
+            if word & STATE == CLOSING:
+                self.begin_closing(index, now)
+
+    def _expire(self, now: int) -> int:
+        """Close what has been idle too long; gives when the next one will be."""
+        limit = self.words[IDLE_TIMEOUT]
+        if not limit:
+            return now + 3600 * 1_000_000_000
+        soonest = now + limit
+        for _, at, word in self.slots():
+            if word & STATE == IDLE:
+                until = self.words[at + SINCE] + limit
+                if until > now:
+                    soonest = min(soonest, until)
+                else:
+                    self._close(at, word, "expired", now)
+        return soonest
+
+
+def _granted(word: int, cell: int) -> int:
+    """A slot's word once granted to a cell: what flags it had, but not DOOMED, are kept only with a connection."""
+    return word & ~(STATE | HOLDER | 0xF0) | (word & STAYS) | cell << HOLDER_SHIFT | GRANTED
+
+
+def _remote_closed(sock: socket.socket) -> bool:
+    """Whether the remote closed an established connection (a refused one looks alike to epoll)."""
+    if sock.family == socket.AF_UNIX:
+        return False
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
+    except OSError:
+        return False
+
+
+def _cut(sock: socket.socket) -> None:
+    """End a connection whose slot is no longer its own."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()

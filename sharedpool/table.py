@@ -1,0 +1,742 @@
+"""The slot table: who holds which permit, who waits, in which order. The heart of sharedpool.
+
+A pure data structure over shared memory: no I/O, no clock (time is an argument), no logging. Callers search outside
+the mutex (`plan.py`), then ask for one transition here, which is verified and committed inside. Each method
+returns DONE, STALE (what was seen no longer holds: search again) or BUSY (the mutex is taken: wait a moment).
+
+The shape of a critical section is a law here, and `tests/core/test_section_shape.py` checks it in the byte code:
+
+* trylock and unlock are C functions behind unary operators, because CPython looks for signals and for other threads
+  after calls, at backward jumps and at function starts, but not after operators, loads, stores and comparisons;
+* between them only item loads and stores, arithmetic on ints, comparisons and `if`;
+* the first store sets DIRTY to the storing row and the last one clears it; whoever finds it set repairs first;
+* one store commits, and what is written before it is without meaning unless it follows.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from .errors import PoolBroken
+from .layout import (
+    ARBITER_ROW,
+    BARE,
+    CELL,
+    CELL_FREE,
+    CELL_HIGH,
+    CELL_KEY,
+    CELL_OWNED,
+    CELL_ROW,
+    CELL_ROW_SHIFT,
+    CELL_SINCE,
+    CELL_STALLED,
+    CELL_WAITING,
+    CELL_DEADLINE,
+    DIRTY,
+    EPOCH,
+    FREE,
+    FREE_CELL,
+    FREE_SLOT,
+    GATE,
+    GRANT,
+    GRANTED,
+    HEAD,
+    HEADER,
+    HIGH,
+    HOLDER,
+    HOLDER_SHIFT,
+    KEY,
+    MAX,
+    NEXT,
+    NEXT_FREE,
+    OPENED,
+    OVER,
+    PAUSED,
+    PREV,
+    QUEUED,
+    ROW,
+    ROW_COUNTERS,
+    ROW_FREE,
+    ROW_NONCE,
+    ROW_SINCE,
+    SINCE,
+    SLOT,
+    STATE,
+    STOPPED,
+    TAIL,
+    TICKET,
+    TICKET_SHIFT,
+    USED,
+    VER,
+    VERSION,
+    WAITING_COUNT,
+    Geometry,
+    with_state,
+)
+from .repair import rebuild
+
+DONE: Final = 1
+STALE: Final = 0
+BUSY: Final = -1
+
+_EOWNERDEAD: Final = errno.EOWNERDEAD
+_HELD: Final = (errno.EBUSY, errno.EDEADLK)
+
+
+class Mutex(Protocol):
+    """trylock, unlock and consistent as operators; each gives an errno, 0 for success."""
+
+    def __neg__(self) -> int: ...
+    def __pos__(self) -> int: ...
+    def __invert__(self) -> int: ...
+
+
+class HasWord(Protocol):
+    """What a section claims or gives: a lease, whose `word` is 0 when it is not in force."""
+
+    word: int
+
+
+class NoLease:
+    """Stands in where no user's lease is concerned."""
+
+    __slots__ = ("word",)
+
+    def __init__(self) -> None:
+        self.word = 0
+
+
+class Table:
+    """One process's view of the slot table, storing as one row.
+
+    Args:
+        words: The 64-bit words.
+        marks: The 32-bit marks: a slot's key tag while it is IDLE, else 0; then the cells' kicks.
+        mutex: The robust process-shared mutex.
+        geometry: How many of each there are.
+        row: The row this process stores as.
+        find: find(tag, start, stop) gives the first slot in that range whose mark is `tag`, or -1.
+    """
+
+    __slots__ = ("cell_base", "find", "geometry", "marks", "mutex", "row", "row_at", "slot_base", "words")
+
+    def __init__(
+        self,
+        words: memoryview[int],
+        marks: memoryview[int],
+        mutex: Mutex,
+        geometry: Geometry,
+        row: int,
+        find: Callable[[int, int, int], int],
+    ) -> None:
+        self.words = words
+        self.marks = marks
+        self.mutex = mutex
+        self.find = find
+        self.geometry = geometry
+        self.slot_base = geometry.slot_base
+        self.cell_base = geometry.cell_base
+        self.row = row
+        self.row_at = HEADER + ROW * row
+
+    # --- places -------------------------------------------------------------------------------------------------------
+
+    def slot_at(self, index: int) -> int:
+        return self.slot_base + SLOT * index
+
+    def slot_index(self, at: int) -> int:
+        return (at - self.slot_base) // SLOT
+
+    def cell_at(self, index: int) -> int:
+        return self.cell_base + CELL * index
+
+    def cell_index(self, at: int) -> int:
+        return (at - self.cell_base) // CELL
+
+    def kick_index(self, cell_at: int) -> int:
+        """Where a cell's kick lies among the marks."""
+        return self.geometry.slots + (cell_at - self.cell_base) // CELL
+
+    def counter(self, index: int) -> int:
+        return self.row_at + ROW_COUNTERS + index
+
+    # --- entering failed ----------------------------------------------------------------------------------------------
+
+    def missed(self, rc: int) -> int:
+        """Why a section committed nothing: STALE or BUSY. Repairs, or marks for repair, where a holder died."""
+        if rc == 0:
+            if self.words[DIRTY]:
+                self.repair()
+            return STALE
+        if rc in _HELD:
+            return BUSY
+        if rc == _EOWNERDEAD:
+            self._inherit()
+            self.repair()
+            return STALE
+        raise PoolBroken(
+            f"the pool's mutex cannot be recovered ({errno.errorcode.get(rc, rc)}); every process must attach anew"
+        )
+
+    def _inherit(self) -> None:
+        """The holder died, and trylock left the mutex with us: mark the table, make the mutex usable, let go."""
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        try:
+            if not w[DIRTY]:
+                w[DIRTY] = me
+            ~mutex
+        finally:
+            +mutex
+
+    def repair(self) -> int:
+        """Rebuild everything derived if a section was left half done; DONE when nothing is left to repair."""
+        w = self.words
+        mutex = self.mutex
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[DIRTY]:
+                    rebuild(w, self.marks, self.geometry)
+                    w[DIRTY] = 0
+            finally:
+                +mutex
+            return DONE
+        if rc == _EOWNERDEAD:
+            self._inherit()
+        return BUSY
+
+    # --- taking -------------------------------------------------------------------------------------------------------
+
+    def take_idle(
+        self, at: int, seen: int, new: int, gate: int, lease: HasWord, counter: int, now: int
+    ) -> int:
+        """IDLE -> LEASED: one's own or, by takeover, another process's."""
+        w = self.words
+        marks = self.marks
+        mutex = self.mutex
+        me = self.row
+        mark = (at - self.slot_base) // SLOT
+        since = at + SINCE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[GATE] == gate and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[since] = now
+                    lease.word = new
+                    w[at] = new
+                    marks[mark] = 0
+                    w[counter] = w[counter] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def take_free(
+        self, at: int, seen: int, new: int, gate: int, lease: HasWord, key: int, counter: int, now: int
+    ) -> int:
+        """FREE -> OPENING, or -> LEASED for a bare permit, below the cap with nobody waiting.
+
+        `at` must be the head of the list of free slots or, where that is empty, the first slot never used.
+        """
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        index = (at - self.slot_base) // SLOT
+        top = index + 1
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[GATE] == gate and not w[DIRTY] and w[USED] < w[MAX]:
+                    if w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index):
+                        w[DIRTY] = me
+                        w[at + KEY] = key
+                        w[at + SINCE] = now
+                        w[at + OPENED] = now
+                        w[at + VERSION] = 0
+                        lease.word = new
+                        w[at] = new
+                        if w[FREE_SLOT] == at:
+                            w[FREE_SLOT] = w[at + NEXT_FREE]
+                        else:
+                            w[HIGH] = top
+                        w[USED] = w[USED] + 1
+                        w[counter] = w[counter] + 1
+                        w[DIRTY] = 0
+                        done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def take_grant(self, at: int, seen: int, new: int, cell: int, lease: HasWord, key: int, counter: int, now: int) -> int:
+        """GRANTED -> LEASED (a connection) or OPENING (a bare permit), by the cell it was granted to."""
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        owned = CELL_OWNED | me << CELL_ROW_SHIFT
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[cell + GRANT] == at and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at + KEY] = key
+                    w[at + SINCE] = now
+                    lease.word = new
+                    w[at] = new
+                    w[cell] = owned
+                    w[cell + GRANT] = 0
+                    w[counter] = w[counter] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    # --- holding ------------------------------------------------------------------------------------------------------
+
+    def swap(self, at: int, seen: int, new: int, lease: HasWord, expected: int, bump: int, now: int) -> int:
+        """A slot's word changes and its place in lists does not: connected, reopened, doomed, adopted.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be.
+            lease: Gets `new`, if its word is `expected`.
+            expected: The lease's word before.
+            bump: 1 where somebody who decided to wait might now decide otherwise, else 0.
+            now: When the new state began.
+        """
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and lease.word == expected and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at + SINCE] = now
+                    if expected:
+                        lease.word = new
+                    w[at] = new
+                    w[VER] = w[VER] + bump
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    # --- giving back --------------------------------------------------------------------------------------------------
+
+    def put_idle(self, at: int, seen: int, new: int, gate: int, tag: int, now: int) -> int:
+        """LEASED -> IDLE: clean, not doomed, within the limits; nobody waits, or (sticky) what waits may not have it."""
+        w = self.words
+        marks = self.marks
+        mutex = self.mutex
+        me = self.row
+        mark = (at - self.slot_base) // SLOT
+        since = at + SINCE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[GATE] == gate and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[since] = now
+                    w[at] = new
+                    marks[mark] = tag
+                    w[VER] = w[VER] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def hand(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, old_cell: int, now: int) -> int:
+        """A slot that is in use, idle, closed or granted -> GRANTED to a waiting cell, which leaves the queue.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be: GRANTED, the holder the cell's number, BARE without a connection.
+            gate: GATE as it was searched; its OVER flag must not be set.
+            cell: The waiting cell.
+            cell_word: Its word as it was searched.
+            old_cell: The cell that loses a grant it did not take, and stalls; 0 for none.
+            now: When the grant was given.
+        """
+        w = self.words
+        marks = self.marks
+        mutex = self.mutex
+        me = self.row
+        mark = (at - self.slot_base) // SLOT
+        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        if cell_word & 15 != CELL_WAITING:
+            return STALE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[cell] == cell_word and w[cell + GRANT] == 0 and w[GATE] == gate and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at + SINCE] = now
+                    w[at] = new
+                    if old_cell:
+                        w[old_cell] = w[old_cell] & -16 | CELL_STALLED
+                        w[old_cell + GRANT] = 0
+                    marks[mark] = 0
+                    n = w[cell + NEXT]
+                    p = w[cell + PREV]
+                    if p:
+                        w[p + NEXT] = n
+                    else:
+                        w[HEAD] = n
+                    if n:
+                        w[n + PREV] = p
+                    else:
+                        w[TAIL] = p
+                    if w[HEAD] == 0:
+                        w[GATE] = w[GATE] & -2
+                    w[WAITING_COUNT] = w[WAITING_COUNT] - 1
+                    w[cell + GRANT] = at
+                    marks[kick] = marks[kick] + 1 & 0xFFFF_FFFF
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def hand_free(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int) -> int:
+        """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired."""
+        w = self.words
+        marks = self.marks
+        mutex = self.mutex
+        me = self.row
+        index = (at - self.slot_base) // SLOT
+        top = index + 1
+        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        if cell_word & 15 != CELL_WAITING:
+            return STALE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[cell] == cell_word and w[cell + GRANT] == 0 and w[GATE] == gate and not w[DIRTY]:
+                    if w[USED] < w[MAX] and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)):
+                        w[DIRTY] = me
+                        w[at + SINCE] = now
+                        w[at + OPENED] = now
+                        w[at + VERSION] = 0
+                        w[at] = new
+                        if w[FREE_SLOT] == at:
+                            w[FREE_SLOT] = w[at + NEXT_FREE]
+                        else:
+                            w[HIGH] = top
+                        w[USED] = w[USED] + 1
+                        n = w[cell + NEXT]
+                        p = w[cell + PREV]
+                        if p:
+                            w[p + NEXT] = n
+                        else:
+                            w[HEAD] = n
+                        if n:
+                            w[n + PREV] = p
+                        else:
+                            w[TAIL] = p
+                        if w[HEAD] == 0:
+                            w[GATE] = w[GATE] & -2
+                        w[WAITING_COUNT] = w[WAITING_COUNT] - 1
+                        w[cell + GRANT] = at
+                        marks[kick] = marks[kick] + 1 & 0xFFFF_FFFF
+                        w[DIRTY] = 0
+                        done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def free(self, at: int, seen: int, gate: int, old_cell: int) -> int:
+        """A slot without a connection -> FREE: nobody waits, or the cap was lowered below what is in use.
+
+        The caller has checked that `gate` says one of the two. `old_cell` loses its grant, as in `hand`.
+        """
+        w = self.words
+        marks = self.marks
+        mutex = self.mutex
+        me = self.row
+        mark = (at - self.slot_base) // SLOT
+        new = seen & ~(STATE | HOLDER | 0xF0)
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[GATE] == gate and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at] = new
+                    if old_cell:
+                        w[old_cell] = w[old_cell] & -16 | CELL_STALLED
+                        w[old_cell + GRANT] = 0
+                    marks[mark] = 0
+                    w[at + NEXT_FREE] = w[FREE_SLOT]
+                    w[FREE_SLOT] = at
+                    w[USED] = w[USED] - 1
+                    if w[USED] <= w[MAX]:
+                        w[GATE] = w[GATE] & ~OVER
+                    w[VER] = w[VER] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def close(self, at: int, seen: int, since: int, old_cell: int, counter: int, now: int) -> int:
+        """Any slot with a connection -> CLOSING; the arbiter closes it to the end. The slot counts until then.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            since: SINCE as it was searched: the same word may have been leased and idle again.
+            old_cell: The cell that loses its grant, and stalls; 0 for none.
+            counter: What is counted.
+            now: When the closing began.
+        """
+        w = self.words
+        marks = self.marks
+        mutex = self.mutex
+        me = self.row
+        mark = (at - self.slot_base) // SLOT
+        new = with_state(seen, 5)
+        if old_cell:
+            new = new & ~HOLDER | me << HOLDER_SHIFT
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and w[at + SINCE] == since and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at + SINCE] = now
+                    w[at] = new
+                    if old_cell:
+                        w[old_cell] = w[old_cell] & -16 | CELL_STALLED
+                        w[old_cell + GRANT] = 0
+                    marks[mark] = 0
+                    w[counter] = w[counter] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def claim_cell(self, cell: int) -> int:
+        """A free cell -> owned by this row. `cell` must be the first free one, or the first never used."""
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        owned = CELL_OWNED | me << CELL_ROW_SHIFT
+        index = (cell - self.cell_base) // CELL
+        top = index + 1
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[cell] == 0 and not w[DIRTY]:
+                    if w[FREE_CELL] == cell or (w[FREE_CELL] == 0 and w[CELL_HIGH] == index):
+                        w[DIRTY] = me
+                        w[cell] = owned
+                        if w[FREE_CELL] == cell:
+                            w[FREE_CELL] = w[cell + NEXT]
+                        else:
+                            w[CELL_HIGH] = top
+                        w[cell + GRANT] = 0
+                        w[cell + NEXT] = 0
+                        w[cell + PREV] = 0
+                        w[DIRTY] = 0
+                        done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def enqueue(
+        self, cell: int, key: int, gate: int, ver: int, evict: int, evict_seen: int, deadline: int, counter: int, now: int
+    ) -> int:
+        """An owned cell joins the end of the queue, closing another key's idle connection for its permit in the same go.
+
+        Verified by VER: nothing has become usable since the search that found nothing.
+
+        Args:
+            cell: A cell of this row in which nobody waits.
+            key: What it waits for.
+            gate: GATE as it was searched.
+            ver: VER as it was searched.
+            evict: An idle slot that goes CLOSING for its permit; 0 for none.
+            evict_seen: Its word as it was searched.
+            deadline: When it gives up, monotonic ns; 0: never.
+            counter: What is counted.
+            now: Monotonic ns.
+        """
+        w = self.words
+        marks = self.marks
+        mutex = self.mutex
+        me = self.row
+        owned = CELL_OWNED | me << CELL_ROW_SHIFT
+        waiting = CELL_WAITING | me << CELL_ROW_SHIFT
+        place = evict or self.slot_base
+        mark = (place - self.slot_base) // SLOT
+        closing = with_state(evict_seen, 5)
+        gate = gate | QUEUED
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[VER] == ver and w[GATE] | 1 == gate and w[cell] == owned and not w[DIRTY]:
+                    if evict == 0 or w[place] == evict_seen:
+                        w[DIRTY] = me
+                        ticket = w[TICKET]
+                        tail = w[TAIL]
+                        w[cell + CELL_KEY] = key
+                        w[cell + CELL_DEADLINE] = deadline
+                        w[cell + CELL_SINCE] = now
+                        if evict:
+                            w[place + SINCE] = now
+                            w[place] = closing
+                            marks[mark] = 0
+                        w[cell] = waiting | ticket << TICKET_SHIFT
+                        w[TICKET] = ticket + 1
+                        w[cell + NEXT] = 0
+                        w[cell + PREV] = tail
+                        if tail:
+                            w[tail + NEXT] = cell
+                        else:
+                            w[HEAD] = cell
+                        w[TAIL] = cell
+                        w[GATE] = gate
+                        w[WAITING_COUNT] = w[WAITING_COUNT] + 1
+                        w[counter] = w[counter] + 1
+                        w[DIRTY] = 0
+                        done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def rejoin(self, cell: int, seen: int, after: int, before: int, ver: int, gate: int) -> int:
+        """A stalled cell returns to its place in the queue, between the cells `after` and `before` (0: none)."""
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        waiting = with_state(seen, CELL_WAITING)
+        gate = gate | QUEUED
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[cell] == seen and w[VER] == ver and w[GATE] | 1 == gate and not w[DIRTY]:
+                    if (w[after + NEXT] == before and w[after] & 15 == 2 if after else w[HEAD] == before) and (
+                        w[before + PREV] == after and w[before] & 15 == 2 if before else w[TAIL] == after
+                    ):
+                        w[DIRTY] = me
+                        w[cell] = waiting
+                        w[cell + NEXT] = before
+                        w[cell + PREV] = after
+                        if after:
+                            w[after + NEXT] = cell
+                        else:
+                            w[HEAD] = cell
+                        if before:
+                            w[before + PREV] = cell
+                        else:
+                            w[TAIL] = cell
+                        w[GATE] = gate
+                        w[WAITING_COUNT] = w[WAITING_COUNT] + 1
+                        w[DIRTY] = 0
+                        done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def leave(self, cell: int, seen: int, new: int) -> int:
+        """A cell without a grant, waiting or not, -> owned and empty again, or FREE after its process's death."""
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[cell] == seen and w[cell + GRANT] == 0 and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[cell] = new
+                    if seen & 15 == CELL_WAITING:
+                        n = w[cell + NEXT]
+                        p = w[cell + PREV]
+                        if p:
+                            w[p + NEXT] = n
+                        else:
+                            w[HEAD] = n
+                        if n:
+                            w[n + PREV] = p
+                        else:
+                            w[TAIL] = p
+                        if w[HEAD] == 0:
+                            w[GATE] = w[GATE] & -2
+                        w[WAITING_COUNT] = w[WAITING_COUNT] - 1
+                        w[VER] = w[VER] + 1
+                    if new == 0:
+                        w[cell + NEXT] = w[FREE_CELL]
+                        w[FREE_CELL] = cell
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    # --- the arbiter's ------------------------------------------------------------------------------------------------
+
+    def set_row(self, row: int, seen: int, new: int, nonce: int, now: int) -> int:
+        """A row's word changes: FREE -> LIVE -> DEAD -> FREE."""
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        at = HEADER + ROW * row
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at + ROW_NONCE] = nonce
+                    w[at + ROW_SINCE] = now
+                    w[at] = new
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def set_limit(self, maximum: int, flags: int) -> int:
+        """Set the cap and the flags PAUSED and STOPPED; whatever was decided under the old ones is decided again."""
+        w = self.words
+        mutex = self.mutex
+        me = self.row
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[MAX] = maximum
+                    w[GATE] = (w[GATE] & -16) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
+                    w[VER] = w[VER] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        return done or self.missed(rc)

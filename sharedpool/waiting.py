@@ -1,0 +1,308 @@
+"""Waiting in the queue: cells, sleeping, and taking what one was given. Strictly first come, first served."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Any, Final
+
+from . import view
+from .errors import PoolStopped, TooManyWaiting
+from .held import Patience, Route
+from .layout import (
+    BARE,
+    CELL_HIGH,
+    CELL_OWNED,
+    CELL_ROW_SHIFT,
+    CELL_SINCE,
+    CELL_STALLED,
+    CELL_WAITING,
+    DOOMED,
+    FREE_CELL,
+    GATE,
+    GRANT,
+    GRANTED,
+    HEAD,
+    HOLDER,
+    HOLDER_SHIFT,
+    KEY,
+    LEASED,
+    MASK64,
+    IDLE,
+    NEXT,
+    OPENING,
+    OVER,
+    RULES,
+    SERIAL_ONE,
+    STATE,
+    STICKY,
+    STOPPED,
+    TICKET_SHIFT,
+    VER,
+    generation_of,
+    holder_of,
+    opening_word,
+)
+from .lease import Lease
+from .native import Sleeper
+from .returns import Returns
+from .segment import Segment
+from .table import BUSY, DONE, Table
+
+_NEVER: Final = 1 << 62
+#: Who sleeps looks up so often, ns, whatever happens.
+_LOOK_UP: Final = 1_000_000_000
+_GIVE_UP: Final = 50_000_000
+
+
+class OutOfTime(Exception):
+    """The deadline has passed; the caller knows how to say it."""
+
+
+class Waiter:
+    """A cell of this process: a place in the queue for one thread at a time."""
+
+    __slots__ = ("cell", "key", "kick", "sleeper", "ticket")
+
+    def __init__(self, cell: int, kick: int, sleeper: Sleeper) -> None:
+        self.cell = cell
+        self.kick = kick
+        self.sleeper = sleeper
+        self.key = 0
+        self.ticket = 0
+
+
+class WaitingRoom:
+    """The waiting threads of one process and pool.
+
+    Args:
+        table: The table, as this process's row.
+        segment: For the places to sleep at.
+        name: The pool's name, for errors.
+        counters: Places of the counters "waits", "handoffs", "opens", "attempts", "unwanted", "evictions", by name.
+        tell_close: Called with a slot's number and generation after it went CLOSING.
+        tell_watch: Called when the arbiter wants to know that somebody waits.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        segment: Segment,
+        name: str,
+        counters: dict[str, int],
+        tell_close: Callable[[int, int], None],
+        tell_watch: Callable[[], None],
+    ) -> None:
+        self._table = table
+        self._words = table.words
+        self._marks = table.marks
+        self._segment = segment
+        self._name = name
+        self._counters = counters
+        self._tell_close = tell_close
+        self._tell_watch = tell_watch
+        self._free: list[Waiter] = []
+        self._waiting: set[Waiter] = set()
+        self._owned = CELL_OWNED | table.row << CELL_ROW_SHIFT
+        self.returns: Returns | None = None
+
+    def longest_for(self, key: int) -> int:
+        """The cell of this process that has waited longest for a key, not yet granted anything; 0 if there is none."""
+        w = self._words
+        waiting = [
+            (w[waiter.cell] >> TICKET_SHIFT, waiter.cell)
+            for waiter in list(self._waiting)
+            if waiter.key == key and w[waiter.cell] & 15 == CELL_WAITING and not w[waiter.cell + GRANT]
+        ]
+        return min(waiting, default=(0, 0))[1]
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+
+    def wait(self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int) -> int:
+        """Join the queue and wait until the lease has been given a slot.
+
+        Returns:
+            DONE; or STALE or BUSY if it did not come to queueing.
+
+        Raises:
+            OutOfTime, PoolStopped, TooManyWaiting: The place in the queue has been left.
+        """
+        w = self._words
+        if now >= limit:
+            raise OutOfTime
+        waiter = self._free.pop() if self._free else self._claim(limit)
+        cell = waiter.cell
+        evict = seen = 0
+        if not gate & OVER and not self._sticky(route):
+            evict = view.victim(w, self._marks, self._segment.geometry, route.key)
+            seen = w[evict] if evict else 0
+            if evict and seen & STATE != IDLE:
+                self._free.append(waiter)
+                return 0
+        waiter.key = route.key
+        queued = False
+        try:
+            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, 0 if limit == _NEVER else limit, self._counters["waits"], now)
+            if result != DONE:
+                return result
+            queued = True
+            self._waiting.add(waiter)
+            if evict:
+                at = self._counters["evictions"]
+                w[at] = w[at] + 1
+                self._tell_close(self._table.slot_index(evict), generation_of(seen))
+            self._tell_watch()
+            self._sleep_until_granted(waiter, route, lease, limit)
+            queued = False
+            return DONE
+        finally:
+            self._waiting.discard(waiter)
+            if not queued or self._abandon(waiter, lease):
+                self._free.append(waiter)
+
+    def _sticky(self, route: Route) -> bool:
+        return bool(route.stays or self._words[RULES] & STICKY)
+
+    def _claim(self, limit: int) -> Waiter:
+        """Get another cell for this process.
+
+        Raises:
+            TooManyWaiting: All cells of the pool are in use.
+        """
+        w = self._words
+        table = self._table
+        patience = Patience(limit)
+        while True:
+            cell = w[FREE_CELL] or table.cell_at(w[CELL_HIGH])
+            if cell >= table.cell_at(table.geometry.cells):
+                raise TooManyWaiting(f"pool {self._name!r}: all {table.geometry.cells} waiting places are taken")
+            result = table.claim_cell(cell)
+            if result == DONE:
+                return Waiter(cell, table.kick_index(cell), Sleeper(self._segment.kick_address(cell)))
+            if result == BUSY and not patience.wait():
+                raise OutOfTime
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int) -> None:
+        w = self._words
+        marks = self._marks
+        cell = waiter.cell
+        sticky = self._sticky(route)
+        patience = Patience(limit)
+        while True:
+            kick = marks[waiter.kick]  # before looking: a grant after this changes it, and nobody sleeps
+            if w[cell + GRANT]:
+                if self._take(waiter, route, lease, patience):
+                    return
+                continue
+            if w[GATE] & STOPPED:
+                raise PoolStopped(f"pool {self._name!r} was stopped while this checkout waited")
+            word = w[cell]
+            now = monotonic_ns()
+            if now >= limit:
+                if self._leave(cell, word, patience):
+                    raise OutOfTime
+                continue
+            if word & 15 == CELL_STALLED:
+                self._rejoin(cell, word)
+                continue
+            nap = min(limit - now, _LOOK_UP)
+            if sticky:
+                nap = min(nap, self._steal(cell, now))
+            waiter.sleeper.sleep(kick, nap)
+
+    def _take(self, waiter: Waiter, route: Route, lease: Lease[Any], patience: Patience) -> bool:
+        """Take what was granted: a connection becomes LEASED, a bare permit OPENING (or LEASED, where that is all)."""
+        w = self._words
+        table = self._table
+        cell = waiter.cell
+        at = w[cell + GRANT]
+        if not at:
+            return False
+        seen = w[at]
+        if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell):
+            return False
+        if seen & BARE:
+            state = OPENING if route.driver.connects else LEASED
+            new = opening_word(seen, table.row, state)
+            counter = self._counters["attempts" if route.driver.connects else "opens"]
+        else:
+            new = (seen & ~(STATE | HOLDER | DOOMED)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
+            counter = self._counters["handoffs"]
+        lease.place = at
+        result = table.take_grant(at, seen, new, cell, lease, route.key, counter, monotonic_ns())
+        if result == BUSY and not patience.wait():
+            raise OutOfTime
+        return result == DONE
+
+    def _leave(self, cell: int, word: int, patience: Patience) -> bool:
+        """Leave the queue; False if a grant came first, or the table was busy."""
+        result = self._table.leave(cell, word, self._owned)
+        if result == BUSY and not patience.wait():
+            raise OutOfTime
+        return result == DONE
+
+    def _rejoin(self, cell: int, word: int) -> None:
+        """It slept through a grant, which went on to the next: back to its place by its ticket."""
+        w = self._words
+        gate, ver = w[GATE], w[VER]
+        ticket = word >> TICKET_SHIFT
+        after, before = 0, w[HEAD]
+        while before and w[before] >> TICKET_SHIFT < ticket:
+            after, before = before, w[before + NEXT]
+        if self._table.rejoin(cell, word, after, before, ver, gate) == DONE:
+            self._tell_watch()
+
+    def _steal(self, cell: int, now: int) -> int:
+        """Sticky order: at the head for too long, close somebody's idle connection; gives how long to sleep."""
+        w = self._words
+        over = w[cell + CELL_SINCE] + view.steal_after(w) - now
+        if over > 0:
+            return over
+        if w[HEAD] == cell and self.returns is not None:
+            victim = view.victim(w, self._marks, self._segment.geometry, 0)
+            if victim:
+                self.returns.evict(victim, self._counters["evictions"])
+        return 5_000_000
+
+    def _abandon(self, waiter: Waiter, lease: Lease[Any]) -> bool:
+        """Leave the queue after an exception, passing on what was granted meanwhile; False: the cell is not free."""
+        w = self._words
+        cell = waiter.cell
+        patience = Patience(monotonic_ns() + _GIVE_UP)
+        while w[cell] != self._owned:
+            word, at = w[cell], w[cell + GRANT]
+            if not at:
+                result = self._table.leave(cell, word, self._owned)
+            else:
+                result = self._pass_on(cell, at, patience)
+            if result == BUSY and not patience.wait():
+                return False  # it stays as it is until this process ends: its grants are revoked
+        return True
+
+    def _pass_on(self, cell: int, at: int, patience: Patience) -> int:
+        """A grant that nobody wants any more is taken and given back."""
+        w = self._words
+        table = self._table
+        seen = w[at]
+        if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell) or self.returns is None:
+            return 0
+        unwanted = _Unwanted()
+        bare = seen & BARE
+        new = (seen & ~(STATE | HOLDER | BARE)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
+        result = table.take_grant(at, seen, new, cell, unwanted, w[at + KEY], self._counters["unwanted"], monotonic_ns())
+        if result == DONE:
+            with contextlib.suppress(Exception):
+                (self.returns.permit if bare else self.returns.closed)(at, new, patience.limit)
+        return result
+
+
+class _Unwanted:
+    __slots__ = ("word",)
+
+    def __init__(self) -> None:
+        self.word = 0
+
+

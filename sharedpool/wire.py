@@ -1,0 +1,93 @@
+"""Messages between workers and the arbiter, to and from bytes. No sockets.
+
+A message is a fixed head and, for some kinds, a JSON object. Every request has a number, and its reply repeats the
+number, the slot and the generation. What comes from another process is data: it is checked here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import SharedPoolError
+
+#: Longest message in bytes.
+LONGEST = 60_000
+
+_HEAD = struct.Struct("<HHIQQ")  # kind, spare, request, slot, generation
+
+
+class WireError(SharedPoolError):
+    """Bytes that are no message."""
+
+
+class Kind(enum.IntEnum):
+    """What a message says. The descriptor that goes with it, if any, is named in brackets."""
+
+    HELLO = 1  # worker: facts about itself, the pool and its options [its event channel]
+    WELCOME = 2  # arbiter: row, options [the segment]
+    REFUSED = 3  # arbiter: an error's name and text
+    REGISTER = 4  # worker: a connection is about to be opened in this slot [the socket]; no reply
+    FETCH = 5  # worker: the connection in this slot, please
+    CONNECTION = 6  # arbiter: here [the socket]
+    GONE = 7  # arbiter: there is none
+    CLOSE = 8  # worker: this slot is CLOSING; no reply
+    FORGET = 9  # worker: what was registered here never became a connection; no reply
+    WATCH = 10  # worker: somebody queues; no reply
+    DETACH = 11  # worker: it is leaving; no reply
+    CLOSED = 12  # arbiter, on the event channel: drop what you hold of this connection
+    CALLER = 13  # anybody: the registry's authkey, please
+    KEY = 14  # arbiter: here
+    HOLD = 15  # anybody: stay while this channel is open
+    OK = 16  # arbiter
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Message:
+    kind: Kind
+    request: int = 0
+    slot: int = 0
+    generation: int = 0
+    body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def pack(message: Message) -> bytes:
+    """A message as bytes.
+
+    Raises:
+        WireError: It is too long.
+    """
+    head = _HEAD.pack(message.kind, 0, message.request, message.slot, message.generation)
+    data = head + (json.dumps(dict(message.body)).encode() if message.body else b"")
+    if len(data) > LONGEST:
+        raise WireError(f"a message {message.kind.name} of {len(data)} bytes is longer than {LONGEST}")
+    return data
+
+
+def unpack(data: bytes) -> Message:
+    """Bytes as a message.
+
+    Raises:
+        WireError: They are none; the message says why.
+    """
+    if not _HEAD.size <= len(data) <= LONGEST:
+        raise WireError(f"a message of {len(data)} bytes; {_HEAD.size} to {LONGEST} are allowed")
+    number, _, request, slot, generation = _HEAD.unpack_from(data)
+    try:
+        kind = Kind(number)
+    except ValueError:
+        raise WireError(f"a message of unknown kind {number}") from None
+    rest = data[_HEAD.size :]
+    body: Any = {}
+    if rest:
+        try:
+            body = json.loads(rest)
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"the body of a message {kind.name} is no JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise WireError(f"the body of a message {kind.name} is a {type(body).__name__}, not an object")
+    return Message(kind, request, slot, generation, body)

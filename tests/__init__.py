@@ -1,0 +1,1 @@
+"""The tests of sharedpool. `core` needs no operating system, `system` uses real processes and sockets."""

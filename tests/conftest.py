@@ -1,0 +1,20 @@
+"""Fixtures for all tests; those with processes live in tests/system/conftest.py."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+
+@pytest.fixture
+def seeded(request: pytest.FixtureRequest) -> random.Random:
+    """A random source whose seed is printed, so that a failure can be played again (`--seed N`)."""
+    given = request.config.getoption("--seed")
+    seed = random.SystemRandom().randrange(2**32) if given is None else int(given)
+    print(f"seed: {seed} (again with --seed {seed})")
+    return random.Random(seed)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="the seed of every test that uses chance")

@@ -1,0 +1,90 @@
+"""Fixtures of the system tests: a back end, a scope, workers, and the leak check around all of them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.backend import Backend, Target
+from tests.support.leaks import check_nothing_left, take_census
+from tests.support.processes import adopt_orphans
+from tests.support.scope import Scope
+from tests.support.workers import ForkServer, Harness, Worker
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """The process that forks the workers, one for the whole session."""
+    adopt_orphans()
+    server = ForkServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short private directory, below which everything of the test lies."""
+    path = Path(tempfile.mkdtemp(prefix="sp-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(directory: Path, fork_server: ForkServer) -> Iterator[None]:
+    """The leak check: set up before and torn down after everything else of a test."""
+    scope = directory / "s"
+    before = take_census(scope)
+    yield
+    check_nothing_left(before, scope)
+
+
+@pytest.fixture
+def scope(directory: Path, nothing_left_behind: None) -> Iterator[Scope]:
+    """A private SHAREDPOOL_DIR; its arbiter is told to end when the test is over."""
+    scope = Scope(directory / "s")
+    yield scope
+    scope.stop()
+
+
+@pytest.fixture
+def backend(directory: Path, nothing_left_behind: None) -> Iterator[Backend]:
+    """The counting back end."""
+    with Backend(directory) as running:
+        yield running
+
+
+@pytest.fixture
+def tcp(backend: Backend) -> Target:
+    return backend.tcp
+
+
+@pytest.fixture
+def unix(backend: Backend) -> Target:
+    return backend.listen_unix()
+
+
+@pytest.fixture
+def harness(directory: Path, scope: Scope, fork_server: ForkServer) -> Iterator[Harness]:
+    """Starts workers in the test's scope, and kills them when it is over."""
+    harness = Harness(directory, scope.env, fork_server)
+    yield harness
+    harness.close()
+
+
+@pytest.fixture
+def worker(harness: Harness) -> Worker:
+    return harness.start()
+
+
+@pytest.fixture
+def two(harness: Harness) -> list[Worker]:
+    return harness.start_many(2)
+
+
+@pytest.fixture
+def three(harness: Harness) -> list[Worker]:
+    return harness.start_many(3)
