@@ -237,7 +237,7 @@ class Attachment:
         """
         w = self.words
         table = self.table
-        patience = Patience(limit)
+        patience: Patience | None = None
         while True:
             gate, ver, now = w[GATE], w[VER], monotonic_ns()
             if gate & STOPPED:
@@ -246,7 +246,7 @@ class Attachment:
             if straight:
                 self.gate = gate
             at = 0
-            if straight or self._may_stick(route, gate, now):
+            if straight or (route.stays or w[RULES] & STICKY) and self._may_stick(gate, now):
                 at, seen = self._find_idle(route, refused, own_only=not straight)
             if at:
                 mine = holder_of(seen) == self.row
@@ -259,8 +259,10 @@ class Attachment:
                 result = self.room.wait(route, lease, gate, ver, limit, now)
             if result == DONE:
                 return
-            if result == BUSY and not patience.wait():
-                raise OutOfTime
+            if result == BUSY:
+                patience = patience or Patience(limit)
+                if not patience.wait():
+                    raise OutOfTime
 
     def _take_free(self, route: Route, lease: Lease[Any], gate: int, now: int) -> int:
         w = self.words
@@ -274,11 +276,11 @@ class Attachment:
         lease.place = at
         return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
 
-    def _may_stick(self, route: Route, gate: int, now: int) -> bool:
+    def _may_stick(self, gate: int, now: int) -> bool:
         """Sticky order: others wait, but a process's own idle connection is its own until they have waited long."""
         w = self.words
         head = w[HEAD]
-        if not head or gate & (OVER | PAUSED) or not (route.stays or w[RULES] & STICKY):
+        if not head or gate & (OVER | PAUSED):
             return False
         return now - w[head + CELL_SINCE] < view.steal_after(w)
 
@@ -459,13 +461,13 @@ class Attachment:
             if not (route.clean(entry.conn) and self._park(entry)):
                 self._close(entry, word)
                 return
-            at = entry.at
-            new = word - 1
-            result = self.table.put_idle(at, word, new, self.gate, route.tag, monotonic_ns())
-            if result == DONE:
-                entry.word = new
-                route.push(entry)
-                return
+            gate = self.gate
+            if self.words[GATE] == gate:
+                new = word - 1
+                if self.table.put_idle(entry.at, word, new, gate, route.tag, monotonic_ns()) == DONE:
+                    entry.word = new
+                    route.push(entry)
+                    return
             self._return(entry, word)
         except BaseException as error:
             if not isinstance(error, LeaseError):

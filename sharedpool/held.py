@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from time import monotonic_ns
-from typing import Any
+from typing import Any, Final
 
 from .drivers import Driver
 from .layout import STAYS, tag_of
@@ -86,6 +86,11 @@ class Route:
         return entry
 
 
+#: Tries before the first sleep: a section takes 1 us, a sleep of 50 us takes 110. With 4 tries, 8 processes on a cap of
+#: 4 made 22k requests a second, with 16 they made 26k.
+_SPINS: Final = 16
+
+
 class Patience:
     """Waits for a busy mutex: a few tries at once, then sleeps of 50 us and more, until a deadline.
 
@@ -101,9 +106,9 @@ class Patience:
     def wait(self) -> bool:
         """Wait a moment; False when the deadline has passed."""
         self.tries += 1
-        if self.tries < 4:
+        if self.tries < _SPINS:
             return True
         if monotonic_ns() >= self.limit:
             return False
-        time.sleep(min(0.001, 50e-6 * (self.tries - 3)))
+        time.sleep(min(0.001, 50e-6 * (self.tries - _SPINS + 1)))
         return True

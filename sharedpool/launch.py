@@ -6,6 +6,7 @@ wait for. Launchers take turns by a lock; who has to wait finds the arbiter that
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -65,7 +66,10 @@ def reach(directory: str, seconds: float) -> socket.socket:
 
 def connect(directory: str) -> socket.socket | None:
     """A channel to the scope's arbiter, or None if none listens. Nothing is promised before it has answered."""
-    fd = scope.open_directory(directory)
+    try:
+        fd = scope.open_directory(directory)
+    except FileNotFoundError:
+        return None
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         channel.connect(scope.inside(fd, scope.ARBITER_SOCKET))
@@ -160,8 +164,10 @@ def _start_lock(directory: str, limit: float) -> Iterator[None]:
 
 
 def _lock_file(directory: str) -> int:
-    scope.prepare(directory)
-    return os.open(os.path.join(directory, scope.START_LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    while True:
+        path = os.path.join(scope.prepare(directory), scope.START_LOCK)
+        with contextlib.suppress(FileNotFoundError):  # the directory went with an arbiter that just ended
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _flock(fd: int, limit: float) -> bool:

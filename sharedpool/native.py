@@ -98,19 +98,36 @@ class Sleeper:
     A futex needs no descriptor, no buffer and no name: nothing can fill up, go stale, or be left behind by a death.
     """
 
-    __slots__ = ("_call", "_time")
+    __slots__ = ("_call", "_time", "_value")
 
     def __init__(self, address: int) -> None:
         self._time = _Timespec(0, 0)
-        function = _released.syscall
+        self._value = ctypes.c_uint(0)
         self._call = functools.partial(
-            function, ctypes.c_long(futex_number()), ctypes.c_void_p(address), ctypes.c_int(_FUTEX_WAIT)
-        )
+            _released.syscall, ctypes.c_long(futex_number()), at(address), _FUTEX_WAIT, self._value,
+            ctypes.byref(self._time),
+        )  # fmt: skip
 
     def sleep(self, value: int, nanoseconds: int) -> None:
         """Sleep until woken, a signal, or the time is over; return at once if the word is not `value`."""
-        self._time.seconds, self._time.nanoseconds = divmod(max(0, nanoseconds), 1_000_000_000)
-        self._call(ctypes.c_uint(value), ctypes.byref(self._time))
+        time = self._time
+        time.seconds = nanoseconds // 1_000_000_000
+        time.nanoseconds = nanoseconds % 1_000_000_000
+        self._value.value = value
+        self._call()
+
+
+def any_set(address: int, most: int) -> Callable[[int], int]:
+    """any_set(n) is 0 if the first n 32-bit words at `address` are all 0; n is at most `most`."""
+    zeros = ctypes.create_string_buffer(4 * most)
+    function = _held.memcmp
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    base = ctypes.addressof(zeros)
+
+    def compare(words: int, _keep: Any = zeros) -> int:
+        return int(function(address, base, 4 * words))
+
+    return compare
 
 
 def finder(address: int) -> Callable[[int, int, int], int]:

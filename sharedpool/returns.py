@@ -14,6 +14,7 @@ from .errors import LeaseError
 from .held import Patience, Route
 from .layout import (
     BARE,
+    CELL,
     CELL_KEY,
     CELL_SINCE,
     DOOMED,
@@ -23,6 +24,7 @@ from .layout import (
     HOLDER,
     HOLDER_SHIFT,
     IDLE,
+    MASK64,
     OVER,
     PAUSED,
     QUEUED,
@@ -37,6 +39,9 @@ from .layout import (
 )
 from .segment import Segment
 from .table import BUSY, DONE, Table
+
+#: What a connection keeps of its slot's word when it is granted: serial, generation, and whether it stays.
+_KEPT = MASK64 & ~(STATE | HOLDER | 0xF0) | STAYS
 
 CLOSED = 0
 GIVEN = -1
@@ -68,12 +73,11 @@ class Returns:
         self._tell_close = tell_close
         self._discards = discards
         self._own_waiter = own_waiter
+        self._cells = table.cell_base
         self._wakers: dict[int, Any] = {}
 
     def _waker(self, cell: int) -> Any:
-        waker = self._wakers.get(cell)
-        if waker is None:
-            waker = self._wakers[cell] = self._segment.waker(cell)
+        waker = self._wakers[cell] = self._segment.waker(cell)
         return waker
 
     def connection(self, at: int, word: int, route: Route, limit: int) -> int:
@@ -92,9 +96,11 @@ class Returns:
             LeaseError: The slot is no longer this lease's.
         """
         w = self._words
-        patience = Patience(limit)
+        patience: Patience | None = None
         while True:
-            seen = self._check(at, word)
+            seen = w[at]
+            if seen != word:
+                seen = self._check(at, word)
             gate = w[GATE]
             now = monotonic_ns()
             if seen & DOOMED or gate & (OVER | STOPPED):
@@ -107,8 +113,10 @@ class Returns:
                 result, outcome = self._to_waiter(at, seen, route, gate, now)
             if result == DONE:
                 return outcome
-            if result == BUSY and not patience.wait():
-                return LATER
+            if result == BUSY:
+                patience = patience or Patience(limit)
+                if not patience.wait():
+                    return LATER
 
     def _to_waiter(self, at: int, seen: int, route: Route, gate: int, now: int) -> tuple[int, int]:
         """Somebody waits: hand it over if it fits and may move; sticky ones stay for a while; else close it."""
@@ -116,23 +124,26 @@ class Returns:
         head = w[HEAD]
         if not head:
             return 0, GIVEN
-        sticky = route.stays or w[RULES] & STICKY
-        if sticky and now - w[head + CELL_SINCE] < view.steal_after(w):
-            own = self._own_waiter(route.key)
-            if own:
-                return self._hand(at, seen | route.stays, seen, own, gate, now), GIVEN
-            if route.stays or w[head + CELL_KEY] == route.key:
-                outcome = with_state(seen, IDLE) | route.stays
-                return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
-        if route.stays or w[head + CELL_KEY] != route.key:
+        fits = w[head + CELL_KEY] == route.key
+        if route.stays or w[RULES] & STICKY:
+            if now - w[head + CELL_SINCE] < view.steal_after(w):
+                own = self._own_waiter(route.key)
+                if own:
+                    return self._hand(at, seen | route.stays, seen, own, gate, now), GIVEN
+                if route.stays or fits:
+                    outcome = with_state(seen, IDLE) | route.stays
+                    return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
+            fits = fits and not route.stays
+        if not fits:
             return self._close(at, seen, now), CLOSED
         return self._hand(at, seen, seen, head, gate, now), GIVEN
 
-    def _hand(self, at: int, word: int, seen: int, cell: int, gate: int, now: int, bare: int = 0, old: int = 0) -> int:
-        table = self._table
-        new = word & ~(STATE | HOLDER | 0xF0) | word & STAYS | bare | table.cell_index(cell) << HOLDER_SHIFT | GRANTED
-        waker = self._waker(cell)
-        result = table.hand(at, seen, new, gate, cell, self._words[cell], old, now)
+    def _hand(self, at: int, word: int, seen: int, cell: int, gate: int, now: int, bare: int = 0) -> int:
+        """To a waiter, and wake it in the same stretch: nothing can come between the commit and the call."""
+        number = (cell - self._cells) // CELL
+        waker = self._wakers.get(cell) or self._waker(cell)
+        new = word & _KEPT | bare | number << HOLDER_SHIFT | GRANTED
+        result = self._table.hand(at, seen, new, gate, cell, self._words[cell], 0, now)
         if result == DONE:
             -waker
         return result

@@ -5,6 +5,7 @@ The directory holds sockets and locks only, is ours and 0700, and is refused oth
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -23,6 +24,7 @@ OUR_FILES = (ARBITER_SOCKET, REGISTRY_SOCKET, START_LOCK, LEADER_LOCK)
 DEFAULT_APP = "default"
 _SUBDIRECTORY = "sharedpool"
 _PRIVATE = "private-"
+_TRIES = 20
 
 T = TypeVar("T")
 
@@ -86,15 +88,18 @@ def prepare(path: str) -> str:
     Raises:
         StartFailed: It cannot be made, or is not a directory of this user with mode 0700.
     """
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise StartFailed(f"the runtime directory {path} cannot be made: {error}") from error
-    os.close(open_directory(path))
-    return path
+    for _ in range(_TRIES):  # an arbiter that ends may take it along just now
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            os.close(open_directory(path))
+            return path
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StartFailed(f"the runtime directory {path} cannot be made: {error}") from error
+    raise StartFailed(f"the runtime directory {path} vanishes as soon as it is made")
 
 
 def open_directory(path: str) -> int:
@@ -102,9 +107,12 @@ def open_directory(path: str) -> int:
 
     Raises:
         StartFailed: It is a symbolic link, somebody else's, or not 0700.
+        FileNotFoundError: It is gone: an arbiter that ends takes it along.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise StartFailed(f"the runtime directory {path} cannot be used (a symbolic link is refused): {error}") from error
     status = os.fstat(fd)

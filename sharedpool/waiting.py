@@ -24,6 +24,7 @@ from .layout import (
     GRANT,
     GRANTED,
     HEAD,
+    HIGH,
     HOLDER,
     HOLDER_SHIFT,
     KEY,
@@ -40,12 +41,13 @@ from .layout import (
     STOPPED,
     TICKET_SHIFT,
     VER,
+    WATCH,
     generation_of,
     holder_of,
     opening_word,
 )
 from .lease import Lease
-from .native import Sleeper
+from .native import Sleeper, any_set
 from .returns import Returns
 from .segment import Segment
 from .table import BUSY, DONE, Table
@@ -105,6 +107,9 @@ class WaitingRoom:
         self._free: list[Waiter] = []
         self._waiting: set[Waiter] = set()
         self._owned = CELL_OWNED | table.row << CELL_ROW_SHIFT
+        self._waits = counters["waits"]
+        self._handoffs = counters["handoffs"]
+        self._any_idle = any_set(segment.marks_address, segment.geometry.slots)
         self.returns: Returns | None = None
 
     def longest_for(self, key: int) -> int:
@@ -133,36 +138,38 @@ class WaitingRoom:
             raise OutOfTime
         waiter = self._free.pop() if self._free else self._claim(limit)
         cell = waiter.cell
+        sticky = route.stays or w[RULES] & STICKY
         evict = seen = 0
-        if not gate & OVER and not self._sticky(route):
+        if not sticky and self._any_idle(w[HIGH]) and not gate & OVER:
             evict = view.victim(w, self._marks, self._segment.geometry, route.key)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
                 return 0
-        waiter.key = route.key
         queued = False
         try:
-            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, 0 if limit == _NEVER else limit, self._counters["waits"], now)
+            deadline = 0 if limit == _NEVER else limit
+            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
             if result != DONE:
                 return result
             queued = True
-            self._waiting.add(waiter)
+            if sticky:
+                waiter.key = route.key
+                self._waiting.add(waiter)
             if evict:
                 at = self._counters["evictions"]
                 w[at] = w[at] + 1
                 self._tell_close(self._table.slot_index(evict), generation_of(seen))
-            self._tell_watch()
-            self._sleep_until_granted(waiter, route, lease, limit)
+            if w[WATCH]:
+                self._tell_watch()
+            self._sleep_until_granted(waiter, route, lease, limit, sticky)
             queued = False
             return DONE
         finally:
-            self._waiting.discard(waiter)
+            if sticky:
+                self._waiting.discard(waiter)
             if not queued or self._abandon(waiter, lease):
                 self._free.append(waiter)
-
-    def _sticky(self, route: Route) -> bool:
-        return bool(route.stays or self._words[RULES] & STICKY)
 
     def _claim(self, limit: int) -> Waiter:
         """Get another cell for this process.
@@ -185,64 +192,59 @@ class WaitingRoom:
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
-    def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int) -> None:
+    def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int, sticky: int) -> None:
         w = self._words
         marks = self._marks
         cell = waiter.cell
-        sticky = self._sticky(route)
-        patience = Patience(limit)
+        grant = cell + GRANT
+        sleep = waiter.sleeper.sleep
+        patience: Patience | None = None
         while True:
             kick = marks[waiter.kick]  # before looking: a grant after this changes it, and nobody sleeps
-            if w[cell + GRANT]:
-                if self._take(waiter, route, lease, patience):
+            if at := w[grant]:
+                result = self._take(at, cell, route, lease)
+                if result == DONE:
                     return
+                if result == BUSY:
+                    patience = patience or Patience(limit + _GIVE_UP)
+                    if not patience.wait():
+                        raise OutOfTime
                 continue
             if w[GATE] & STOPPED:
                 raise PoolStopped(f"pool {self._name!r} was stopped while this checkout waited")
             word = w[cell]
             now = monotonic_ns()
             if now >= limit:
-                if self._leave(cell, word, patience):
+                result = self._table.leave(cell, word, self._owned)
+                patience = patience or Patience(limit + _GIVE_UP)
+                if result == DONE or (result == BUSY and not patience.wait()):
                     raise OutOfTime
                 continue
             if word & 15 == CELL_STALLED:
                 self._rejoin(cell, word)
                 continue
-            nap = min(limit - now, _LOOK_UP)
+            nap = limit - now
+            if nap > _LOOK_UP:
+                nap = _LOOK_UP
             if sticky:
                 nap = min(nap, self._steal(cell, now))
-            waiter.sleeper.sleep(kick, nap)
+            sleep(kick, nap)
 
-    def _take(self, waiter: Waiter, route: Route, lease: Lease[Any], patience: Patience) -> bool:
+    def _take(self, at: int, cell: int, route: Route, lease: Lease[Any]) -> int:
         """Take what was granted: a connection becomes LEASED, a bare permit OPENING (or LEASED, where that is all)."""
-        w = self._words
         table = self._table
-        cell = waiter.cell
-        at = w[cell + GRANT]
-        if not at:
-            return False
-        seen = w[at]
+        seen = self._words[at]
         if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell):
-            return False
+            return 0
         if seen & BARE:
-            state = OPENING if route.driver.connects else LEASED
-            new = opening_word(seen, table.row, state)
-            counter = self._counters["attempts" if route.driver.connects else "opens"]
+            connects = route.driver.connects
+            new = opening_word(seen, table.row, OPENING if connects else LEASED)
+            counter = self._counters["attempts" if connects else "opens"]
         else:
             new = (seen & ~(STATE | HOLDER | DOOMED)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
-            counter = self._counters["handoffs"]
+            counter = self._handoffs
         lease.place = at
-        result = table.take_grant(at, seen, new, cell, lease, route.key, counter, monotonic_ns())
-        if result == BUSY and not patience.wait():
-            raise OutOfTime
-        return result == DONE
-
-    def _leave(self, cell: int, word: int, patience: Patience) -> bool:
-        """Leave the queue; False if a grant came first, or the table was busy."""
-        result = self._table.leave(cell, word, self._owned)
-        if result == BUSY and not patience.wait():
-            raise OutOfTime
-        return result == DONE
+        return table.take_grant(at, seen, new, cell, lease, route.key, counter, monotonic_ns())
 
     def _rejoin(self, cell: int, word: int) -> None:
         """It slept through a grant, which went on to the next: back to its place by its ticket."""

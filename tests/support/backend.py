@@ -145,6 +145,13 @@ class Backend:
         wait_until(lambda: not ports & _untouched_ports(), what=f"the client's side has noticed: {command}")
         return number
 
+    def story(self, around: int = 12) -> str:
+        """What happened up to the moment when the peak was reached, for the message of a test about the peak."""
+        log = self.do("log")
+        peak = self.peak
+        at = next((i for i, event in enumerate(log) if event[5] == peak), len(log))
+        return "\n".join(str(event) for event in log[max(0, at - around) : at + around])
+
     def wait_open(self, number: int) -> None:
         """Wait until exactly `number` connections are open."""
         wait_until(lambda: self.open == number, what=f"{number} connections open at the back end")

@@ -10,6 +10,7 @@ from sharedpool import LeaseError
 from tests.support import commands, processes
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
+from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
@@ -102,6 +103,25 @@ def test_a_fork_while_a_thread_waits_leaves_the_waiter_with_the_parent(
     parent.checkin(queue[0].result())
     assert child.exchange(queue[1].result()) == 1
     assert backend.peak == 1
+
+
+def use_by_two_handles(state: State, target: Target) -> tuple[int, int, int]:
+    """Two handles of one pool in one process: the connections that each used, and the processes attached."""
+    import sharedpool
+
+    handles = [sharedpool.attach("default", max_connections=1) for _ in range(2)]
+    numbers = []
+    for handle in handles:
+        with handle.connection(target.host, target.port, checkout_timeout=5) as conn:
+            numbers.append(commands.exchange_over(conn, "x"))
+    return numbers[0], numbers[1], handles[0].stats().processes
+
+
+def test_two_handles_of_one_pool_in_one_process_are_one_attachment(
+    worker: Worker, backend: Backend, tcp: Target
+) -> None:
+    assert worker.call(use_by_two_handles, tcp) == (1, 1, 1)
+    assert backend.accepted == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -235,6 +235,6 @@ def test_a_storm_of_kills_settles_at_zero_and_then_serves(
         worker.kill()
     stats = observer.wait_stats(in_use=0, waiting=0, granted=0, opening=0, closing=0, processes=1)
     assert backend.open == stats.idle
-    assert backend.peak <= 4
+    assert backend.peak <= 4, backend.story()
     labels = [observer.checkout(tcp, checkout_timeout=20) for _ in range(4)]
     assert len({observer.exchange(label) for label in labels}) == 4

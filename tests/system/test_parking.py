@@ -237,7 +237,7 @@ def test_the_timeout_that_one_user_set_is_not_the_next_ones(
         answer = next_user.begin(commands.receive_line, label, timeout=None)
         wait_until(lambda: backend.received(1).endswith("!late\n"))
         assert not answer.done  # it waits; nobody's non-blocking mode makes it fail
-        assert backend.answer() == 1
+        assert backend.do("answer") == 1
         assert answer.result() == b"1 !late"
     assert backend.accepted == 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sharedpool import PoolTimeout
-from tests.support import commands
+from tests.support import commands, processes
 from tests.support.state import State
 from tests.support.workers import Worker
 
@@ -100,6 +100,23 @@ def nest(state: State, name: str, depth: int) -> int:
 
 def test_one_permit_object_can_be_entered_many_times(worker: Worker) -> None:
     assert worker.call(nest, "openai", 3) == 3
+
+
+def permits_made_anew(state: State, name: str, number: int) -> int:
+    """The documented form, a new permit object for every use; the pool's processes as counted after them."""
+    import sharedpool
+
+    for _ in range(number):
+        with sharedpool.permit(name, max_connections=2, checkout_timeout=5):
+            pass
+    return int(sharedpool.attach(name, max_connections=2).stats().processes)
+
+
+def test_a_permit_made_anew_for_every_use_costs_no_attachment_of_its_own(worker: Worker) -> None:
+    assert worker.call(permits_made_anew, "openai", 1) == 1
+    before = processes.threads(worker.pid), len(processes.descriptors(worker.pid))
+    assert worker.call(permits_made_anew, "openai", 30) == 1
+    assert (processes.threads(worker.pid), len(processes.descriptors(worker.pid))) == before
 
 
 def fail_inside(state: State, name: str) -> int:
