@@ -95,11 +95,10 @@ class Arbiter:
 
     def step(self, longest: float = 0.0) -> float:
         """Wait for at most so many seconds, do what is to be done; gives how long the next wait may be."""
-        with contextlib.suppress(InterruptedError):
-            for fd, events in self._epoll.poll(longest):
-                handler = self._by_fd.get(fd)
-                if handler is not None:
-                    self._guarded(handler, events)
+        due_now = [(fd, events, self._by_fd.get(fd)) for fd, events in self._epoll.poll(longest)]
+        for fd, events, handler in due_now:
+            if handler is not None and self._by_fd.get(fd) is handler:  # else an earlier one of the batch closed it
+                self._guarded(handler, events)
         while self._calls:
             self._answer(*self._calls.popleft())
         now = time.monotonic_ns()
@@ -235,6 +234,8 @@ class Arbiter:
                 client.pool.register(client.row, message.slot, message.generation, sock)
             elif kind is Kind.FETCH:
                 self._fetch(client, client.pool, message)
+            elif kind is Kind.DECLARE:
+                self._declare(client, client.pool, message)
             elif kind is Kind.CLOSE:
                 client.pool.begin_closing(message.slot, time.monotonic_ns())
             elif kind is Kind.FORGET:
@@ -306,6 +307,17 @@ class Arbiter:
             "processes": len(self._rows(pool)),
             "warnings": warnings,
         }
+
+    def _declare(self, client: Client, pool: ServedPool, message: Message) -> None:
+        """Another handle of an attached process has options of its own."""
+        try:
+            _, warnings = self.declare(
+                pool.name, dict(message.body.get("options") or {}), client.pid, update=bool(message.body.get("update"))
+            )
+            answer = Message(Kind.OK, message.request, body={"warnings": warnings})
+        except SharedPoolError as error:
+            answer = Message(Kind.REFUSED, message.request, body={"error": type(error).__name__, "text": str(error)})
+        self._reply(client, answer)
 
     def _return_to_row(self, client: Client, body: Any) -> dict[str, Any]:
         for other in self._clients:

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from . import errors, fdpass, launch, segment, wire
-from .errors import ArbiterLost, AttachRefused, SharedPoolError
+from .errors import ArbiterLost, AttachRefused, FileLimit, SharedPoolError
 from .wire import Kind, Message
 
 
@@ -79,11 +79,29 @@ class Channel:
         if channel is None:
             channel = self._reopen(seconds)
         try:
-            channel.settimeout(seconds)
-            fdpass.send(channel, wire.pack(message), descriptor, wait=True)
+            fdpass.send(channel, wire.pack(message), descriptor)
         except OSError as error:
             self._broken()
             raise ArbiterLost(f"the arbiter cannot be told {message.kind.name}: {error}") from error
+
+    def declare(self, given: dict[str, Any], *, update: bool, seconds: float = 10.0) -> list[str]:
+        """Options of another handle; gives the warnings.
+
+        Raises:
+            PoolOptionsDiffer, OptionError, ArbiterLost.
+        """
+        with self._lock:
+            channel = self._socket or self._reopen(seconds)
+            self._request = self._request + 1 & 0xFFFF_FFFF
+            message = Message(Kind.DECLARE, self._request, body={"options": given, "update": update})
+            try:
+                answer, _ = launch.ask(channel, message, seconds)
+            except BaseException:
+                self._broken()
+                raise
+        if answer.kind is not Kind.OK:
+            raise _refusal(answer)
+        return list(answer.body.get("warnings") or [])
 
     def fetch(self, slot: int, generation: int, limit: int) -> int | None:
         """The descriptor of a leased connection, or None if the arbiter has none.
@@ -101,6 +119,9 @@ class Channel:
             raise ArbiterLost("the channel to the arbiter stayed busy until the deadline")
         try:
             return self._fetch(slot, generation, limit)
+        except fdpass.PassError as error:
+            self._broken()
+            raise FileLimit(f"a connection could not be taken over: {error}") from error
         except OSError as error:
             self._broken()
             raise ArbiterLost(f"the arbiter did not hand over a connection: {error}") from error

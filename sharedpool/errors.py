@@ -6,6 +6,7 @@ one place where they happen, with `raise ... from`.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -73,5 +74,16 @@ class AttachRefused(SharedPoolError):
     """The arbiter or its segment does not fit this process: other user, namespace, libc, layout or version."""
 
 
+class FileLimit(SharedPoolError):
+    """No descriptor is left: the process's limit of open files (RLIMIT_NOFILE), or the system's. Nothing is lost."""
+
+
 class NotSupported(SharedPoolError):
     """This platform or interpreter lacks what the call needs; the message names it."""
+
+
+def file_limit(error: OSError, act: str) -> SharedPoolError:
+    """An operating system error while descriptors were made, in our words."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS):
+        return FileLimit(f"no descriptor is left to {act}: raise the limit of open files (RLIMIT_NOFILE): {error}")
+    return SharedPoolError(f"the system refused to {act}: {error}")

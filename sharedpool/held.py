@@ -57,9 +57,9 @@ class Entry:
 class Route:
     """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO)."""
 
-    __slots__ = ("clean", "driver", "host", "key", "port", "stack", "stays", "tag", "where")
+    __slots__ = ("clean", "driver", "host", "key", "port", "stack", "stays", "sticky", "tag", "where")
 
-    def __init__(self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool) -> None:
+    def __init__(self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool) -> None:
         self.driver = driver
         self.host = host
         self.port = port
@@ -68,6 +68,7 @@ class Route:
         self.stack: list[Entry] = []
         self.clean = driver.clean
         self.stays = 0 if moves else STAYS
+        self.sticky = sticky
         self.where = f"{driver.name}://{host}:{port}" if port else f"{driver.name}:{host}"
 
     def push(self, entry: Entry) -> None:

@@ -41,7 +41,7 @@ IDLE_TIMEOUT: Final = 16  # ns; 0: none
 CLOSE_TIMEOUT: Final = 17  # ns
 STEAL_AFTER: Final = 18  # ns; 0: from the measured connect time
 CONNECT_TIME: Final = 19  # ns, smoothed
-RULES: Final = 20  # CAN_MOVE, STICKY
+RULES: Final = 20  # CAN_MOVE, STICKY, STRICT
 INCARNATION: Final = 21
 HEADER: Final = 32
 
@@ -56,6 +56,7 @@ EPOCH: Final = 16
 # --- RULES ------------------------------------------------------------------------------------------------------------
 CAN_MOVE: Final = 1
 STICKY: Final = 2  # sticky order also for what can move
+STRICT: Final = 4  # first come, first served also for what cannot move
 
 # --- rows: word | nonce | since | … | counters ------------------------------------------------------------------------
 ROW: Final = 32
@@ -71,6 +72,7 @@ ROW_DEAD: Final = 2
 
 # --- slots: word | key | since | opened | state version | next free | thread ------------------------------------------
 SLOT: Final = 8
+SLOT_SHIFT: Final = 3
 KEY: Final = 1
 SINCE: Final = 2  # when the state began, monotonic ns
 OPENED: Final = 3

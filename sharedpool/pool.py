@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -76,6 +77,36 @@ def _warn_local() -> None:
     log.warning("sharedpool is in local mode on %s: each process has a cap of its own", sys.platform)
 
 
+@dataclasses.dataclass(slots=True)
+class _Shared:
+    """This process's attachment to one pool, for all handles on it."""
+
+    attached: Any
+    handles: int
+    declared: dict[str, Any]
+
+
+_sharing = threading.Lock()
+_shared: dict[tuple[str, str], _Shared] = {}
+
+
+def _last_handle(attached: Attached) -> bool:
+    """One handle less; whether none is left."""
+    with _sharing:
+        for key, shared in list(_shared.items()):
+            if shared.attached is attached:
+                shared.handles -= 1
+                if shared.handles > 0 and not attached.lost:
+                    return False
+                del _shared[key]
+    return True
+
+
+def _warn(texts: list[str]) -> None:
+    for text in texts:
+        log.warning("%s", text)
+
+
 class Pool(Generic[T]):
     """A handle on one pool. Lazy: making it does no I/O and starts no thread; the first use attaches.
 
@@ -129,11 +160,20 @@ class Pool(Generic[T]):
         from .attachment import Attachment
 
         directory = scope.directory_for(os.environ, app=self._app)
-        attached = Attachment(
-            directory, self.name, self._given, declares=bool(self._given), update=self._update, seconds=seconds
-        )
-        for text in attached.welcome["warnings"]:
-            log.warning("%s", text)
+        ours = {name: value for name, value in self._given.items() if name not in options.OF_THE_HANDLE}
+        with _sharing:
+            shared = _shared.get((directory, self.name))
+            if shared is not None and not shared.attached.lost:
+                if ours and ours != shared.declared:
+                    _warn(shared.attached.channel.declare(ours, update=self._update))
+                    shared.declared.update(ours)
+                shared.handles += 1
+                return shared.attached
+            attached = Attachment(
+                directory, self.name, ours, declares=bool(self._given), update=self._update, seconds=seconds
+            )
+            _shared[directory, self.name] = _Shared(attached, 1, ours)
+        _warn(attached.welcome["warnings"])
         log.info(
             "attached to pool %r (max %s) in %s, arbiter %s, %s processes", self.name,
             attached.welcome["options"].get("max_connections"), directory, attached.welcome["arbiter_pid"],
@@ -142,11 +182,11 @@ class Pool(Generic[T]):
         return attached
 
     def close(self) -> None:
-        """Detach this process: its idle connections stay in the pool for others, its leases are closed."""
+        """Detach. With the last handle of this process on the pool its leases end; its idle connections stay there."""
         with self._lock:
             attached, self._attached = self._attached, None
             self._routes = {}
-        if attached is not None:
+        if attached is not None and _last_handle(attached):
             attached.detach()
 
     def __enter__(self) -> Self:
@@ -351,6 +391,9 @@ _pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
+    global _sharing
+    _sharing = threading.Lock()
+    _shared.clear()
     attachment = sys.modules.get(__package__ + ".attachment")
     if attachment is not None:
         attachment.forked()

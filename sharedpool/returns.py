@@ -16,6 +16,8 @@ from .layout import (
     BARE,
     CELL,
     CELL_KEY,
+    CELL_ROW,
+    CELL_ROW_SHIFT,
     CELL_SINCE,
     DOOMED,
     GATE,
@@ -28,11 +30,9 @@ from .layout import (
     OVER,
     PAUSED,
     QUEUED,
-    RULES,
     SINCE,
     STATE,
     STAYS,
-    STICKY,
     STOPPED,
     generation_of,
     with_state,
@@ -124,16 +124,16 @@ class Returns:
         head = w[HEAD]
         if not head:
             return 0, GIVEN
-        fits = w[head + CELL_KEY] == route.key
-        if route.stays or w[RULES] & STICKY:
+        same = w[head + CELL_KEY] == route.key
+        fits = same and (not route.stays or (w[head] & CELL_ROW) >> CELL_ROW_SHIFT == self._table.row)
+        if route.sticky:
             if now - w[head + CELL_SINCE] < view.steal_after(w):
                 own = self._own_waiter(route.key)
                 if own:
                     return self._hand(at, seen | route.stays, seen, own, gate, now), GIVEN
-                if route.stays or fits:
+                if route.stays or same:
                     outcome = with_state(seen, IDLE) | route.stays
                     return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
-            fits = fits and not route.stays
         if not fits:
             return self._close(at, seen, now), CLOSED
         return self._hand(at, seen, seen, head, gate, now), GIVEN

@@ -63,6 +63,7 @@ from .layout import (
     STEAL_AFTER,
     STICKY,
     STOPPED,
+    STRICT,
     TOTALS_ROW,
     USED,
     WAITING_COUNT,
@@ -237,7 +238,7 @@ class ServedPool:
         w[IDLE_TIMEOUT] = nanoseconds(options.idle_timeout)
         w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
         w[STEAL_AFTER] = 0 if options.steal_after is NOT_GIVEN else nanoseconds(options.steal_after)  # type: ignore[arg-type]
-        w[RULES] = (CAN_MOVE if options.move else 0) | (STICKY if options.order == "sticky" else 0)
+        w[RULES] = (CAN_MOVE if options.move else 0) | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
         flags = w[GATE] & PAUSED
         self._insist(lambda: self.table.set_limit(options.max_connections, flags))
         self.options = options
@@ -252,6 +253,8 @@ class ServedPool:
         for _, at, word in self.slots():
             if word & STATE == IDLE:
                 self._close(at, word, "closed", now)
+            elif word & STATE in (LEASED, OPENING):
+                self._doom(at)
         for cell, _ in self._cells():
             index = self.table.kick_index(cell)
             self.table.marks[index] = self.table.marks[index] + 1 & 0xFFFF_FFFF
@@ -324,9 +327,19 @@ class ServedPool:
         if state == IDLE:
             self._close(at, word, "remote_closed", now)
         elif state == LEASED or (state == OPENING and _remote_closed(held.sock)):
-            since = self.words[at + SINCE]
-            if not word & DOOMED:
-                self._settle(lambda: self.table.swap(at, word, word | DOOMED, _NOBODY, 0, 0, since))
+            self._doom(at)
+
+    def _doom(self, at: int) -> None:
+        """Mark a lease, so that its checkin closes the connection."""
+
+        def attempt() -> int:
+            w = self.words
+            word, since = w[at], w[at + SINCE]
+            if word & STATE not in (LEASED, OPENING) or word & DOOMED:
+                return DONE
+            return self.table.swap(at, word, word | DOOMED, _NOBODY, 0, 0, since)
+
+        self._insist(attempt)
 
     # --- closing ------------------------------------------------------------------------------------------------------
 
@@ -429,7 +442,7 @@ class ServedPool:
     def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int) -> bool:
         """Give an idle connection, or its permit, to the head of the queue; False if there is none to give."""
         w = self.words
-        patient = now - w[cell + CELL_SINCE] < steal_after(w)
+        patient = not w[RULES] & STRICT and now - w[cell + CELL_SINCE] < steal_after(w)
         closing = 0
         idle: list[tuple[int, int, int]] = []
         for _, at, word in self.slots():

@@ -63,6 +63,7 @@ from .layout import (
     ROW_SINCE,
     SINCE,
     SLOT,
+    SLOT_SHIFT,
     STATE,
     STOPPED,
     TAIL,
@@ -219,7 +220,7 @@ class Table:
         marks = self.marks
         mutex = self.mutex
         me = self.row
-        mark = (at - self.slot_base) // SLOT
+        mark = at - self.slot_base >> SLOT_SHIFT
         since = at + SINCE
         done = 0
         rc = -mutex
@@ -342,7 +343,7 @@ class Table:
         marks = self.marks
         mutex = self.mutex
         me = self.row
-        mark = (at - self.slot_base) // SLOT
+        mark = at - self.slot_base >> SLOT_SHIFT
         since = at + SINCE
         done = 0
         rc = -mutex

@@ -34,10 +34,8 @@ from .layout import (
     NEXT,
     OPENING,
     OVER,
-    RULES,
     SERIAL_ONE,
     STATE,
-    STICKY,
     STOPPED,
     TICKET_SHIFT,
     VER,
@@ -138,7 +136,7 @@ class WaitingRoom:
             raise OutOfTime
         waiter = self._free.pop() if self._free else self._claim(limit)
         cell = waiter.cell
-        sticky = route.stays or w[RULES] & STICKY
+        sticky = route.sticky
         evict = seen = 0
         if not sticky and self._any_idle(w[HIGH]) and not gate & OVER:
             evict = view.victim(w, self._marks, self._segment.geometry, route.key)
@@ -192,7 +190,7 @@ class WaitingRoom:
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
-    def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int, sticky: int) -> None:
+    def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int, sticky: bool) -> None:
         w = self._words
         marks = self._marks
         cell = waiter.cell

@@ -44,6 +44,7 @@ class Kind(enum.IntEnum):
     KEY = 14  # arbiter: here
     HOLD = 15  # anybody: stay while this channel is open
     OK = 16  # arbiter
+    DECLARE = 17  # worker: options of another handle
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

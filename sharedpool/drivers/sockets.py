@@ -55,7 +55,7 @@ class PooledSocket(socket.socket):
         """End the connection. In a forked child only the child's copy is closed."""
         if not self._closed and self._owner == os.getpid():  # type: ignore[attr-defined]
             try:
-                self.shutdown(socket.SHUT_RDWR)
+                self.shutdown(goodbye(self))
             except OSError:
                 pass
         super().close()
@@ -78,9 +78,11 @@ class StreamDriver:
 
     def clean(self, conn: PooledSocket) -> bool:
         """No file object is open on it (its buffer may hold unread bytes); timeouts back at the baseline."""
-        if conn._io_refs:  # type: ignore[attr-defined]
+        if conn._io_refs or conn._closed:  # type: ignore[attr-defined]
             return False
         if conn._touched:
+            if conn.fileno() < 0:  # detached
+                return False
             conn.rest()
         return True
 
@@ -123,6 +125,11 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
     conn.rest()
 
 
+def goodbye(sock: socket.socket) -> int:
+    """How a connection's end is said so that the peer's can still be seen."""
+    return socket.SHUT_WR if sock.family == getattr(socket, "AF_UNIX", None) else socket.SHUT_RDWR
+
+
 class Ending:
     """Closes one connection to the end: until the other side has closed, too.
 
@@ -134,14 +141,14 @@ class Ending:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._tcp = sock.family != socket.AF_UNIX
+        self._tcp = goodbye(sock) == socket.SHUT_RDWR
         self.asked = 0
 
     def begin(self) -> None:
         """Say goodbye; never blocks."""
         try:
             self._sock.setblocking(False)
-            self._sock.shutdown(socket.SHUT_RDWR if self._tcp else socket.SHUT_WR)
+            self._sock.shutdown(goodbye(self._sock))
         except OSError:
             pass
 

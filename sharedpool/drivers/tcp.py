@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from ..errors import ConnectFailed, ConnectTimeout
+from ..errors import ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, register
 from .sockets import PooledSocket, StreamDriver, connect
 
@@ -32,7 +32,7 @@ class TcpDriver(StreamDriver):
             try:
                 conn = PooledSocket(family, kind, protocol)
             except OSError as error:
-                raise ConnectFailed(f"{where}: no socket: {error}") from error
+                raise file_limit(error, f"open {where}") from error
             try:
                 conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 register(conn)

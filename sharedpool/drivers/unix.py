@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 
-from ..errors import ConnectFailed, ConnectTimeout
+from ..errors import ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, register
 from .sockets import PooledSocket, StreamDriver
 
@@ -26,7 +26,10 @@ class UnixDriver(StreamDriver):
         blocks, bounded by the kernel's send timeout.
         """
         where = f"unix:{host}"
-        conn = PooledSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            conn = PooledSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise file_limit(error, f"open {where}") from error
         try:
             register(conn)
             _limit(conn, max(timeout, 1e-6))

@@ -105,7 +105,7 @@ class Worker(processes.Watched):
         before = len(self.stderr())
         self.signal(signal.SIGUSR1)
         try:
-            wait_until(lambda: "Current thread" in self.stderr()[before:], deadline=2)
+            wait_until(lambda: self.stderr()[before:].endswith("_run_module_as_main\n"), deadline=5)
         except AssertionError:
             return f"worker {self.pid} doesn't answer SIGUSR1\n{self.stderr()}"
         return self.stderr()

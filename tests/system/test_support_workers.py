@@ -128,6 +128,7 @@ def test_a_killed_worker_is_reported_with_what_it_wrote(worker: Worker) -> None:
 
 
 def test_a_command_without_an_answer_shows_where_the_worker_stands(worker: Worker) -> None:
+    worker.call(whoami)  # this module is imported there now
     pending = worker.begin(wait_event, "never")
     with pytest.raises(AssertionError, match=r"no answer within 0.2 s(.|\n)*wait_event"):
         pending.result(deadline=0.2)

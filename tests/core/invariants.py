@@ -1,0 +1,243 @@
+"""What must hold in every table between sections, as functions; stress and crash tests use them, too.
+
+Each gives the sentences in which it is violated. They read a table that is at rest: no section may run meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from sharedpool.layout import (
+    ARBITER_ROW,
+    BARE,
+    CELL_FREE,
+    CELL_HIGH,
+    CELL_KEY,
+    CELL_ROW,
+    CELL_ROW_SHIFT,
+    CELL_STALLED,
+    CELL_WAITING,
+    CLOSING,
+    DIRTY,
+    FREE,
+    FREE_CELL,
+    FREE_SLOT,
+    GATE,
+    GRANT,
+    GRANTED,
+    HEAD,
+    HEADER,
+    HIGH,
+    IDLE,
+    KEY,
+    LEASED,
+    MAX,
+    NEXT,
+    NEXT_FREE,
+    OPENING,
+    OVER,
+    PAUSED,
+    PREV,
+    QUEUED,
+    ROW,
+    ROW_FREE,
+    STATE,
+    STAYS,
+    STOPPED,
+    TAIL,
+    TICKET,
+    TICKET_SHIFT,
+    USED,
+    WAITING_COUNT,
+    describe,
+    holder_of,
+    tag_of,
+)
+from sharedpool.table import Table
+
+Violations = Iterator[str]
+
+
+def slots(table: Table) -> list[tuple[int, int, int]]:
+    """(index, place, word) of all slots ever used."""
+    places = [(index, table.slot_at(index)) for index in range(table.words[HIGH])]
+    return [(index, at, table.words[at]) for index, at in places]
+
+
+def cells(table: Table) -> list[tuple[int, int]]:
+    """(place, word) of all cells ever used."""
+    return [(at, table.words[at]) for at in map(table.cell_at, range(table.words[CELL_HIGH]))]
+
+
+def queue(table: Table) -> list[int]:
+    """The waiting cells in order, by the links; ends at a cycle."""
+    found: list[int] = []
+    at = table.words[HEAD]
+    while at and at not in found:
+        found.append(at)
+        at = table.words[at + NEXT]
+    return found
+
+
+def nobody_is_storing(table: Table) -> Violations:
+    if table.words[DIRTY]:
+        yield f"DIRTY is {table.words[DIRTY]}"
+
+
+def used_counts_what_is_not_free(table: Table) -> Violations:
+    count = sum(word & STATE != FREE for _, _, word in slots(table))
+    if table.words[USED] != count:
+        yield f"USED is {table.words[USED]}, {count} slots are not FREE"
+    for index, at, word in slots(table):
+        if word & STATE > CLOSING:
+            yield f"slot {index} at {at}: no such state: {word:#x}"
+
+
+def the_cap_holds_or_over_says_not(table: Table) -> Violations:
+    over = table.words[USED] > table.words[MAX]
+    if over != bool(table.words[GATE] & OVER):
+        yield f"USED {table.words[USED]}, MAX {table.words[MAX]}, OVER {table.words[GATE] & OVER}"
+
+
+def marks_are_the_tags_of_idle_slots(table: Table) -> Violations:
+    for index, at, word in slots(table):
+        tag = tag_of(table.words[at + KEY]) if word & STATE == IDLE else 0
+        if table.marks[index] != tag:
+            yield f"slot {index} ({describe(word)}): its mark is {table.marks[index]:#x} and not {tag:#x}"
+    if any(table.marks[table.words[HIGH] : table.geometry.slots]):
+        yield "a slot never used has a mark"
+
+
+def free_slots_are_listed_once(table: Table) -> Violations:
+    listed: list[int] = []
+    at = table.words[FREE_SLOT]
+    while at and at not in listed:
+        listed.append(at)
+        at = table.words[at + NEXT_FREE]
+    free = {at for _, at, word in slots(table) if word & STATE == FREE}
+    if at:
+        yield f"the list of free slots has a cycle at {at}"
+    if set(listed) != free:
+        yield f"free slots are {sorted(free)}, listed are {listed}"
+    beyond = range(table.words[HIGH], table.geometry.slots)
+    if any(table.words[table.slot_at(index)] for index in beyond):
+        yield "a slot beyond HIGH has a word"
+
+
+def free_cells_are_listed_once(table: Table) -> Violations:
+    listed: list[int] = []
+    at = table.words[FREE_CELL]
+    while at and at not in listed:
+        listed.append(at)
+        at = table.words[at + NEXT]
+    free = {at for at, word in cells(table) if word & 15 == CELL_FREE}
+    if at:
+        yield f"the list of free cells has a cycle at {at}"
+    if set(listed) != free:
+        yield f"free cells are {sorted(free)}, listed are {listed}"
+    beyond = range(table.words[CELL_HIGH], table.geometry.cells)
+    if any(table.words[table.cell_at(index)] for index in beyond):
+        yield "a cell beyond CELL_HIGH has a word"
+
+
+def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
+    w = table.words
+    waiting = [(word >> TICKET_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]]
+    linked = queue(table)
+    if linked != [at for _, at in sorted(waiting)]:
+        yield f"waiting by ticket: {sorted(waiting)}, linked: {linked}"
+    if linked and w[linked[-1] + NEXT]:
+        yield "the queue has a cycle"
+    if [w[at + PREV] for at in linked] != [0, *linked[:-1]][: len(linked)]:
+        yield "the links backward are not those forward"
+    if w[TAIL] != (linked[-1] if linked else 0):
+        yield f"TAIL is {w[TAIL]}, the queue {linked}"
+    if w[WAITING_COUNT] != len(linked):
+        yield f"WAITING_COUNT is {w[WAITING_COUNT]}, the queue {linked}"
+    if bool(w[GATE] & QUEUED) != bool(linked):
+        yield f"QUEUED is {w[GATE] & QUEUED}, the queue {linked}"
+
+
+def tickets_are_given_once(table: Table) -> Violations:
+    tickets = [word >> TICKET_SHIFT for _, word in cells(table) if word & 15 in (CELL_WAITING, CELL_STALLED)]
+    if len(set(tickets)) != len(tickets):
+        yield f"a ticket twice: {tickets}"
+    if max(tickets, default=0) >= table.words[TICKET]:
+        yield f"the next ticket is {table.words[TICKET]}, in use are {tickets}"
+
+
+def grants_are_known_to_both(table: Table) -> Violations:
+    w = table.words
+    for index, at, word in slots(table):
+        if word & STATE == GRANTED:
+            cell = table.cell_at(holder_of(word))
+            if w[cell + GRANT] != at or w[cell] & 15 != CELL_WAITING:
+                yield f"slot {index} is granted to cell {cell}, which has {w[cell]:#x} and the grant {w[cell + GRANT]}"
+    for cell, word in cells(table):
+        at = w[cell + GRANT]
+        if at and (w[at] & STATE != GRANTED or table.cell_at(holder_of(w[at])) != cell):
+            yield f"cell {cell} ({word:#x}) has the grant {at}, which is {describe(w[at])}"
+
+
+def holders_are_rows_in_use(table: Table) -> Violations:
+    w = table.words
+
+    def in_use(row: int) -> bool:
+        return row == ARBITER_ROW or (row < table.geometry.rows and w[HEADER + ROW * row] & STATE != ROW_FREE)
+
+    for index, _, word in slots(table):
+        if word & STATE in (OPENING, LEASED, IDLE) and not in_use(holder_of(word)):
+            yield f"slot {index} is held by a row that nobody has: {describe(word)}"
+        if word & STATE == LEASED and word & BARE:
+            yield f"slot {index} is leased and still says BARE"
+    for cell, word in cells(table):
+        if word & 15 != CELL_FREE and not in_use((word & CELL_ROW) >> CELL_ROW_SHIFT):
+            yield f"cell {cell} belongs to a row that nobody has: {word:#x}"
+
+
+ALL: tuple[Callable[[Table], Violations], ...] = (
+    nobody_is_storing,
+    used_counts_what_is_not_free,
+    the_cap_holds_or_over_says_not,
+    marks_are_the_tags_of_idle_slots,
+    free_slots_are_listed_once,
+    free_cells_are_listed_once,
+    the_queue_is_who_waits_by_ticket,
+    tickets_are_given_once,
+    grants_are_known_to_both,
+    holders_are_rows_in_use,
+)
+
+
+def violations(table: Table) -> list[str]:
+    """Everything that is wrong with a table at rest."""
+    return [f"{invariant.__name__}: {text}" for invariant in ALL for text in invariant(table)]
+
+
+def check(table: Table) -> None:
+    """Fail with everything that is wrong with a table at rest."""
+    wrong = violations(table)
+    assert not wrong, "\n".join(wrong)
+
+
+def leases_are_single(table: Table, leases: Iterable[tuple[int, int]]) -> Violations:
+    """Leases as their holders know them, (place, word), against the table: each in force, none twice, none unknown."""
+    known = sorted(leases)
+    states = (LEASED, OPENING)
+    there = sorted((at, word & ~0x10) for _, at, word in slots(table) if word & STATE in states)
+    if known != there:
+        yield f"leases known to holders: {known}, in the table: {there}"
+
+
+def nobody_waits_in_vain(table: Table) -> Violations:
+    """At rest, with everything closed to its end: nobody waits beside what could be had."""
+    w = table.words
+    head = w[HEAD]
+    if not head or w[GATE] & (PAUSED | STOPPED):
+        return
+    if w[USED] < w[MAX]:
+        yield f"cell {head} waits beside a free permit: USED {w[USED]}, MAX {w[MAX]}"
+    for index, at, word in slots(table):
+        if word & STATE == IDLE and not word & STAYS:
+            same = "its own" if w[at + KEY] == w[head + CELL_KEY] else "another"
+            yield f"cell {head} waits beside an idle connection of {same} key: slot {index}"

@@ -1,0 +1,519 @@
+"""Every transition of the table, ready to be run: what leads to it, the call, and what it has verified when it commits.
+
+The tests by example, the ones that break off at every store, and the ones in the wrong state all run this list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from sharedpool.layout import (
+    ARBITER_ROW,
+    BARE,
+    CELL_HIGH,
+    CELL_OWNED,
+    CELL_ROW_SHIFT,
+    DOOMED,
+    FREE_CELL,
+    GATE,
+    GEN_ONE,
+    GRANT,
+    HEAD,
+    HEADER,
+    HOLDER,
+    HOLDER_SHIFT,
+    KEY,
+    LEASED,
+    NEXT,
+    PREV,
+    ROW,
+    ROW_DEAD,
+    ROW_LIVE,
+    SINCE,
+    STATE,
+    STAYS,
+    STOPPED,
+    TAIL,
+    VER,
+    leased_word,
+    opening_word,
+    tag_of,
+    with_state,
+)
+from sharedpool.table import Table
+
+from .tables import ONE, THREE, TWO, A, B, Lease, World
+
+#: A call of the transition on somebody's table, with the lease that it stores to.
+Call = Callable[[Table, Any], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A transition in the state in which it is legal.
+
+    Attributes:
+        row: Who does it.
+        call: Does it.
+        guards: Places of words that it verifies: it is STALE when one of them differs.
+        slots: The slots whose state it changes.
+        cells: The cells whose state it changes.
+        expected: The lease's word before.
+        takes: Whether the lease gets the slot's word.
+    """
+
+    row: int
+    call: Call
+    guards: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+    cells: tuple[int, ...] = ()
+    expected: int = 0
+    takes: bool = False
+
+
+def owned_by(row: int) -> int:
+    return CELL_OWNED | row << CELL_ROW_SHIFT
+
+
+def take_own_idle(world: World) -> Ready:
+    return _take_idle(world, world.idle(ONE), ONE)
+
+
+def take_over(world: World) -> Ready:
+    world.idle(TWO, B)
+    return _take_idle(world, world.idle(TWO), ONE)
+
+
+def _take_idle(world: World, at: int, row: int) -> Ready:
+    seen, gate, counter = world.words[at], world.gate, world.table(row).counter(0)
+    new, now = leased_word(seen, row), world.tick()
+    return Ready(
+        row,
+        lambda table, lease: table.take_idle(at, seen, new, gate, lease, counter, now),
+        (at, GATE),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def take_a_slot_never_used(world: World) -> Ready:
+    world.opening(TWO)
+    return _take_free(world, B)
+
+
+def take_a_slot_used_before(world: World) -> Ready:
+    world.limit(4)
+    used = [world.leased(TWO), world.leased(TWO), world.leased(THREE)]
+    world.freed(used[0], used[2])
+    return _take_free(world, B)
+
+
+def take_a_permit(world: World) -> Ready:
+    return _take_free(world, B, LEASED)
+
+
+def _take_free(world: World, key: int, state: int = 1) -> Ready:
+    at = world.next_free()
+    seen, gate, counter = world.words[at], world.gate, world.table(ONE).counter(0)
+    new, now = opening_word(seen, ONE, state), world.tick()
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_free(at, seen, new, gate, lease, key, counter, now),
+        (at, GATE),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def take_a_granted_connection(world: World) -> Ready:
+    at, cell = world.granted(ONE)
+    new = leased_word(world.words[at], ONE)
+    return _take_grant(world, at, cell, new)
+
+
+def take_a_granted_permit(world: World) -> Ready:
+    at, cell = world.granted(ONE, bare=True, key=B)
+    return _take_grant(world, at, cell, opening_word(world.words[at], ONE))
+
+
+def _take_grant(world: World, at: int, cell: int, new: int) -> Ready:
+    seen, counter, now = world.words[at], world.table(ONE).counter(0), world.tick()
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_grant(at, seen, new, cell, lease, A, counter, now),
+        (at, cell + GRANT),
+        slots=(at,),
+        cells=(cell,),
+        takes=True,
+    )
+
+
+def become_connected(world: World) -> Ready:
+    at = world.opening(ONE)
+    word = world.words[at]
+    return _swap(world, ONE, at, with_state(word, LEASED) | STAYS, word)
+
+
+def be_opened_anew(world: World) -> Ready:
+    at = world.leased(ONE)
+    return _swap(world, ONE, at, opening_word(world.words[at], ONE), world.words[at])
+
+
+def be_doomed(world: World) -> Ready:
+    at = world.leased(ONE)
+    return _swap(world, ARBITER_ROW, at, world.words[at] | DOOMED, 0)
+
+
+def be_adopted(world: World) -> Ready:
+    at = world.idle(ONE)
+    return _swap(world, ARBITER_ROW, at, world.words[at] & ~HOLDER | ARBITER_ROW << HOLDER_SHIFT, 0, 1)
+
+
+def _swap(world: World, row: int, at: int, new: int, expected: int, bump: int = 0) -> Ready:
+    seen, now = world.words[at], world.tick()
+    return Ready(
+        row,
+        lambda table, lease: table.swap(at, seen, new, lease, expected, bump, now),
+        (at,),
+        slots=(at,),
+        expected=expected,
+        takes=bool(expected),
+    )
+
+
+def put_idle(world: World) -> Ready:
+    world.idle(TWO)
+    at = world.leased(ONE)
+    seen, gate, now = world.words[at], world.gate, world.tick()
+    new, tag = seen - 1, tag_of(A)
+    return Ready(
+        ONE, lambda table, _: table.put_idle(at, seen, new, gate, tag, now), (at, GATE), slots=(at,)
+    )
+
+
+def hand_to_the_only_waiter(world: World) -> Ready:
+    return _hand(world, ONE, world.leased(ONE), world.waiting(TWO))
+
+
+def hand_to_the_first_of_three(world: World) -> Ready:
+    at = world.leased(ONE)
+    first, *_ = [world.waiting(row) for row in (TWO, THREE, TWO)]
+    return _hand(world, ONE, at, first)
+
+
+def hand_to_one_in_the_middle(world: World) -> Ready:
+    at = world.leased(ONE)
+    _, own, _ = [world.waiting(row) for row in (TWO, ONE, TWO)]
+    return _hand(world, ONE, at, own)
+
+
+def hand_the_last_one(world: World) -> Ready:
+    at = world.leased(ONE)
+    _, last = [world.waiting(row) for row in (TWO, THREE)]
+    return _hand(world, ONE, at, last)
+
+
+def hand_an_idle_connection(world: World) -> Ready:
+    return _hand(world, ARBITER_ROW, world.idle(ONE), world.waiting(TWO))
+
+
+def hand_a_permit_on(world: World) -> Ready:
+    at = world.closing(ONE, B)
+    return _hand(world, ARBITER_ROW, at, world.waiting(TWO), bare=True)
+
+
+def revoke(world: World) -> Ready:
+    at, slow = world.granted(ONE)
+    return _hand(world, ARBITER_ROW, at, world.waiting(THREE), old_cell=slow)
+
+
+def _hand(world: World, row: int, at: int, cell: int, *, bare: bool = False, old_cell: int = 0) -> Ready:
+    seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
+    new = world.granted_word(at, cell, bare=bare)
+    return Ready(
+        row,
+        lambda table, _: table.hand(at, seen, new, gate, cell, word, old_cell, now),
+        (at, GATE, cell, cell + GRANT),
+        slots=(at,),
+        cells=(cell, old_cell) if old_cell else (cell,),
+    )
+
+
+def hand_a_slot_never_used(world: World) -> Ready:
+    world.leased(ONE)
+    world.waiting(TWO)
+    return _hand_free(world)
+
+
+def hand_a_slot_used_before(world: World) -> Ready:
+    world.leased(ONE)
+    world.freed(world.leased(ONE))
+    world.waiting(TWO)
+    world.waiting(THREE)
+    return _hand_free(world)
+
+
+def _hand_free(world: World) -> Ready:
+    at, cell = world.next_free(), world.words[HEAD]
+    seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
+    new = world.granted_word(at, cell, bare=True) + GEN_ONE
+    return Ready(
+        ARBITER_ROW,
+        lambda table, _: table.hand_free(at, seen, new, gate, cell, word, now),
+        (at, GATE, cell, cell + GRANT),
+        slots=(at,),
+        cells=(cell,),
+    )
+
+
+def free_what_never_opened(world: World) -> Ready:
+    return _free(world, ONE, world.opening(ONE))
+
+
+def free_what_was_closed(world: World) -> Ready:
+    world.freed(world.leased(TWO))
+    return _free(world, ARBITER_ROW, world.closing(ONE))
+
+
+def free_above_the_limit(world: World) -> Ready:
+    at = world.closing(ONE)
+    world.leased(TWO)
+    world.waiting(THREE)
+    world.limit(1)
+    return _free(world, ARBITER_ROW, at)
+
+
+def free_what_the_dead_were_granted(world: World) -> Ready:
+    at, cell = world.granted(ONE, bare=True)
+    return _free(world, ARBITER_ROW, at, cell)
+
+
+def _free(world: World, row: int, at: int, old_cell: int = 0) -> Ready:
+    seen, gate = world.words[at], world.gate
+    cells = (old_cell,) if old_cell else ()
+    return Ready(
+        row, lambda table, _: table.free(at, seen, gate, old_cell), (at, GATE), slots=(at,), cells=cells
+    )
+
+
+def close_a_leased_one(world: World) -> Ready:
+    return _close(world, ONE, world.leased(ONE))
+
+
+def close_an_idle_one(world: World) -> Ready:
+    return _close(world, ARBITER_ROW, world.idle(ONE))
+
+
+def close_what_was_not_taken(world: World) -> Ready:
+    at, cell = world.granted(ONE)
+    return _close(world, ARBITER_ROW, at, cell)
+
+
+def _close(world: World, row: int, at: int, old_cell: int = 0) -> Ready:
+    seen, since, counter, now = world.words[at], world.words[at + SINCE], world.table(row).counter(2), world.tick()
+    return Ready(
+        row,
+        lambda table, _: table.close(at, seen, since, old_cell, counter, now),
+        (at, at + SINCE),
+        slots=(at,),
+        cells=(old_cell,) if old_cell else (),
+    )
+
+
+def claim_a_cell_never_used(world: World) -> Ready:
+    world.cell(TWO)
+    return _claim(world)
+
+
+def claim_a_cell_used_before(world: World) -> Ready:
+    cells = [world.cell(TWO), world.cell(TWO)]
+    for cell in cells:
+        assert world.table(ARBITER_ROW).leave(cell, world.words[cell], 0)
+    return _claim(world)
+
+
+def _claim(world: World) -> Ready:
+    table = world.table(ONE)
+    cell = world.words[FREE_CELL] or table.cell_at(world.words[CELL_HIGH])
+    return Ready(ONE, lambda table, _: table.claim_cell(cell), (cell,), cells=(cell,))
+
+
+def enqueue_first(world: World) -> Ready:
+    return _enqueue(world)
+
+
+def enqueue_behind_others(world: World) -> Ready:
+    world.waiting(TWO)
+    world.waiting(THREE)
+    return _enqueue(world)
+
+
+def enqueue_and_evict(world: World) -> Ready:
+    world.leased(TWO)
+    return _enqueue(world, world.idle(TWO, B))
+
+
+def _enqueue(world: World, evict: int = 0) -> Ready:
+    cell, table = world.cell(ONE), world.table(ONE)
+    seen = world.words[evict] if evict else 0
+    gate, ver, counter, now = world.gate, world.words[VER], table.counter(1), world.tick()
+    return Ready(
+        ONE,
+        lambda table, _: table.enqueue(cell, A, gate, ver, evict, seen, now + 50, counter, now),
+        (GATE, VER, cell, evict) if evict else (GATE, VER, cell),
+        slots=(evict,) if evict else (),
+        cells=(cell,),
+    )
+
+
+def rejoin_alone(world: World) -> Ready:
+    return _rejoin(world, world.stalled(ONE), 0, 0)
+
+
+def rejoin_at_the_head(world: World) -> Ready:
+    cell = world.stalled(ONE)
+    return _rejoin(world, cell, 0, world.waiting(TWO))
+
+
+def rejoin_at_the_end(world: World) -> Ready:
+    world.leased(TWO)
+    first, cell = world.waiting(THREE), world.waiting(ONE)
+    _stall(world, cell)
+    return _rejoin(world, cell, first, 0)
+
+
+def rejoin_in_the_middle(world: World) -> Ready:
+    world.leased(TWO)
+    first, cell, third = world.waiting(THREE), world.waiting(ONE), world.waiting(THREE)
+    _stall(world, cell)
+    return _rejoin(world, cell, first, third)
+
+
+def _stall(world: World, cell: int) -> None:
+    """Somewhere in the queue, it sleeps through a grant."""
+    at = world.leased(TWO) if world.words[3] < world.words[4] and not world.gate & 1 else world.table(ONE).slot_at(0)
+    world.grant(at, cell)
+    world.close(at, cell)
+
+
+def _rejoin(world: World, cell: int, after: int, before: int) -> Ready:
+    seen, ver, gate = world.words[cell], world.words[VER], world.gate
+    guards = [cell, VER, GATE, after + NEXT if after else HEAD, before + PREV if before else TAIL]
+    return Ready(
+        ONE,
+        lambda table, _: table.rejoin(cell, seen, after, before, ver, gate),
+        tuple(guards),
+        cells=(cell,),
+    )
+
+
+def leave_as_the_only_one(world: World) -> Ready:
+    return _leave(world, world.waiting(ONE))
+
+
+def leave_from_the_head(world: World) -> Ready:
+    first, *_ = [world.waiting(row) for row in (ONE, TWO, THREE)]
+    return _leave(world, first)
+
+
+def leave_from_the_middle(world: World) -> Ready:
+    _, middle, _ = [world.waiting(row) for row in (TWO, ONE, THREE)]
+    return _leave(world, middle)
+
+
+def leave_from_the_end(world: World) -> Ready:
+    *_, last = [world.waiting(row) for row in (TWO, THREE, ONE)]
+    return _leave(world, last)
+
+
+def leave_after_sleeping_through(world: World) -> Ready:
+    cell = world.stalled(ONE)
+    world.waiting(TWO)
+    return _leave(world, cell)
+
+
+def leave_for_ever(world: World) -> Ready:
+    world.waiting(TWO)
+    cell = world.waiting(ONE)
+    return _leave(world, cell, ARBITER_ROW)
+
+
+def give_up_a_cell(world: World) -> Ready:
+    return _leave(world, world.cell(ONE), ARBITER_ROW)
+
+
+def _leave(world: World, cell: int, row: int = ONE) -> Ready:
+    seen = world.words[cell]
+    new = 0 if row == ARBITER_ROW else owned_by(ONE)
+    return Ready(row, lambda table, _: table.leave(cell, seen, new), (cell, cell + GRANT), cells=(cell,))
+
+
+def a_process_comes(world: World) -> Ready:
+    arbiter = world.table(ARBITER_ROW)
+    for state in (ROW_DEAD, 0):
+        assert arbiter.set_row(THREE, world.row_word(THREE), state, 0, world.tick())
+    now = world.tick()
+    return Ready(
+        ARBITER_ROW,
+        lambda table, _: table.set_row(THREE, 0, ROW_LIVE | 4711 << 4, 99, now),
+        (HEADER + ROW * THREE,),
+    )
+
+
+def a_process_dies(world: World) -> Ready:
+    word, now = world.row_word(ONE), world.tick()
+    new = with_state(word, ROW_DEAD)
+    return Ready(
+        ARBITER_ROW, lambda table, _: table.set_row(ONE, word, new, 0, now), (HEADER + ROW * ONE,)
+    )
+
+
+def raise_the_limit(world: World) -> Ready:
+    world.leased(ONE)
+    world.leased(ONE)
+    world.waiting(TWO)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(3, 0), ())
+
+
+def lower_the_limit(world: World) -> Ready:
+    world.leased(ONE)
+    world.idle(ONE)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(1, 0), ())
+
+
+def stop(world: World) -> Ready:
+    world.leased(ONE)
+    world.waiting(TWO)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(2, STOPPED), ())
+
+
+#: Leads to a state and gives the transition.
+Operation = Callable[[World], Ready]
+
+ALL: tuple[Operation, ...] = (
+    take_own_idle, take_over, take_a_slot_never_used, take_a_slot_used_before, take_a_permit,
+    take_a_granted_connection, take_a_granted_permit,
+    become_connected, be_opened_anew, be_doomed, be_adopted,
+    put_idle,
+    hand_to_the_only_waiter, hand_to_the_first_of_three, hand_to_one_in_the_middle, hand_the_last_one,
+    hand_an_idle_connection, hand_a_permit_on, revoke, hand_a_slot_never_used, hand_a_slot_used_before,
+    free_what_never_opened, free_what_was_closed, free_above_the_limit, free_what_the_dead_were_granted,
+    close_a_leased_one, close_an_idle_one, close_what_was_not_taken,
+    claim_a_cell_never_used, claim_a_cell_used_before,
+    enqueue_first, enqueue_behind_others, enqueue_and_evict,
+    rejoin_alone, rejoin_at_the_head, rejoin_at_the_end, rejoin_in_the_middle,
+    leave_as_the_only_one, leave_from_the_head, leave_from_the_middle, leave_from_the_end,
+    leave_after_sleeping_through, leave_for_ever, give_up_a_cell,
+    a_process_comes, a_process_dies,
+    raise_the_limit, lower_the_limit, stop,
+)  # fmt: skip
+
+
+def run(world: World, ready: Ready, table: Table | None = None, lease: Any = None) -> tuple[int, Any]:
+    """Do it; gives the answer and the lease."""
+    if lease is None:
+        lease = Lease()
+        lease.word = ready.expected
+    return ready.call(table or world.table(ready.row), lease), lease

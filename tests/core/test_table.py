@@ -1,0 +1,736 @@
+"""Every transition by example: in its state it commits what it says, in every other it changes nothing."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from sharedpool.errors import PoolBroken
+from sharedpool.layout import (
+    ARBITER_ROW,
+    BARE,
+    CELL_KEY,
+    CELL_OWNED,
+    CELL_ROW,
+    CELL_ROW_SHIFT,
+    CELL_STALLED,
+    CELL_WAITING,
+    CLOSING,
+    DIRTY,
+    DOOMED,
+    EPOCH,
+    FREE_SLOT,
+    GATE,
+    GATE_FLAGS,
+    GRANT,
+    GRANTED,
+    HEAD,
+    HIGH,
+    HOLDER_SHIFT,
+    IDLE,
+    KEY,
+    LEASED,
+    MAX,
+    NEXT,
+    OPENED,
+    OPENING,
+    OVER,
+    PAUSED,
+    QUEUED,
+    ROW,
+    HEADER,
+    SINCE,
+    STATE,
+    STAYS,
+    STOPPED,
+    TICKET_SHIFT,
+    USED,
+    VER,
+    WAITING_COUNT,
+    generation_of,
+    holder_of,
+    leased_word,
+    opening_word,
+    tag_of,
+    with_state,
+)
+from sharedpool.table import BUSY, DONE, STALE
+
+from . import invariants, operations
+from .operations import Operation
+from .tables import ONE, THREE, TWO, A, B, Lease, World, is_free, must, state_of
+
+
+def every_operation(test: Callable[[Operation], None]) -> Callable[[], None]:
+    """One test over all transitions, which names the one that fails: as many tests would take seconds by themselves."""
+
+    def over_all() -> None:
+        for operation in operations.ALL:
+            try:
+                test(operation)
+            except BaseException as error:
+                error.add_note(f"the transition: {operation.__name__}")
+                raise
+
+    over_all.__name__ = test.__name__
+    return over_all
+
+
+# --- all of them -------------------------------------------------------------------------------------------------------
+
+
+@every_operation
+def test_in_its_state_a_transition_is_done_and_the_invariants_hold(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    invariants.check(world.table(ONE))
+    answer, lease = operations.run(world, ready)
+    assert answer == DONE
+    invariants.check(world.table(ONE))
+    assert not world.mutex.held
+    if ready.takes:
+        assert lease.word == world.words[ready.slots[0]]
+    else:
+        assert lease.word == ready.expected
+
+
+@every_operation
+def test_done_once_it_is_stale_and_changes_nothing(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    operations.run(world, ready)
+    if not ready.guards:
+        return  # a new limit may be set as often as one likes
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+
+
+@every_operation
+def test_in_every_other_state_of_its_slots_it_is_stale_and_changes_nothing(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    for at in ready.slots:
+        right = world.words[at]
+        for state in {0, 1, 2, 3, 4, 5} - {right & STATE}:
+            world.words[at] = with_state(right, state)
+            before = world.save()
+            answer, lease = operations.run(world, ready)
+            assert (answer, lease.word) == (STALE, ready.expected), f"state {state}"
+            assert world.save() == before
+        world.words[at] = right
+    assert operations.run(world, ready)[0] == DONE
+
+
+@every_operation
+def test_in_every_other_state_of_its_cells_it_is_stale_and_changes_nothing(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    for cell in set(ready.cells) & set(ready.guards):
+        right = world.words[cell]
+        for state in {0, CELL_OWNED, CELL_WAITING, CELL_STALLED} - {right & 15}:
+            world.words[cell] = right & ~15 | state
+            before = world.save()
+            assert operations.run(world, ready)[0] == STALE, f"state {state}"
+            assert world.save() == before
+        world.words[cell] = right
+    assert operations.run(world, ready)[0] == DONE
+
+
+@every_operation
+def test_what_it_verifies_may_not_differ_by_a_bit(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    for place in ready.guards:
+        for bit in (0, 4, 8, 24, 52):
+            if place == GATE and bit == 0 and operation.__name__.startswith(("enqueue", "rejoin")):
+                continue  # who joins the queue does not mind whether somebody waits
+            right = world.words[place]
+            world.words[place] = right ^ 1 << bit
+            before = world.save()
+            assert operations.run(world, ready)[0] == STALE, f"word {place}, bit {bit}"
+            assert world.save() == before
+            world.words[place] = right
+    assert operations.run(world, ready)[0] == DONE
+
+
+@every_operation
+def test_while_another_holds_the_mutex_it_is_busy_and_changes_nothing(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    before = world.save()
+    world.mutex.held = True
+    assert operations.run(world, ready)[0] == BUSY
+    assert world.save() == before
+    world.mutex.held = False
+    assert operations.run(world, ready)[0] == DONE
+
+
+@every_operation
+def test_whoever_finds_a_section_left_half_done_repairs_first(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    world.words[DIRTY] = THREE
+    answer, lease = operations.run(world, ready)
+    assert (answer, lease.word) == (STALE, ready.expected)
+    assert world.words[DIRTY] == 0
+    invariants.check(world.table(ONE))
+
+
+@every_operation
+def test_whoever_inherits_the_mutex_of_the_dead_repairs_first(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    world.mutex.die()
+    answer, lease = operations.run(world, ready)
+    assert (answer, lease.word) == (STALE, ready.expected)
+    assert (world.words[DIRTY], world.mutex.dead, world.mutex.held) == (0, False, False)
+    invariants.check(world.table(ONE))
+
+
+@every_operation
+def test_a_mutex_that_cannot_be_recovered_is_told_and_never_unlocked(operation: Operation) -> None:
+    world = World()
+    ready = operation(world)
+    world.mutex.lost = True  # its operator + would fail the test
+    with pytest.raises(PoolBroken, match="cannot be recovered"):
+        operations.run(world, ready)
+
+
+# --- taking ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_takeover_leases_anothers_idle_connection_under_a_new_serial() -> None:
+    world = World()
+    at = world.idle(TWO)
+    seen = world.words[at]
+    lease, counter = Lease(), world.table(ONE).counter(3)
+    must(world.table(ONE).take_idle(at, seen, leased_word(seen, ONE), world.gate, lease, counter, 77))
+    word = world.words[at]
+    assert (word & STATE, holder_of(word), generation_of(word)) == (LEASED, ONE, generation_of(seen))
+    assert word >> 52 == (seen >> 52) + 1
+    assert (lease.word, world.words[at + SINCE], world.words[counter]) == (word, 77, 1)
+    assert world.marks[world.table(ONE).slot_index(at)] == 0
+
+
+def test_two_leases_of_one_connection_by_one_row_have_different_words() -> None:
+    world = World()
+    at = world.leased(ONE)
+    first = world.words[at]
+    world.give_back(at)
+    world.take(ONE, at)
+    assert world.words[at] != first
+
+
+@pytest.mark.parametrize("flag", [QUEUED, OVER, PAUSED, STOPPED])
+def test_nobody_takes_what_he_found_before_something_came_in_the_way(flag):
+    world = World()
+    at = world.idle(ONE)
+    gate, seen = world.gate, world.words[at]
+    if flag == QUEUED:
+        world.waiting(TWO, B)
+    elif flag == OVER:
+        world.leased(ONE)
+        gate = world.gate
+        world.limit(1)
+    else:
+        world.limit(2, flag)
+    assert world.gate & flag
+    assert world.table(ONE).take_idle(at, seen, leased_word(seen, ONE), gate, Lease(), 90, 1) == STALE
+    free = world.next_free()
+    word = opening_word(0, ONE)
+    assert world.table(ONE).take_free(free, world.words[free], word, gate, Lease(), A, 90, 1) == STALE
+    assert world.words[at] == seen
+
+
+def test_a_permit_is_taken_up_to_the_cap_and_not_above() -> None:
+    world = World(maximum=2, slots=4)
+    world.opening(ONE)
+    world.opening(TWO, B)
+    at = world.next_free()
+    before = world.save()
+    assert world.table(ONE).take_free(at, 0, opening_word(0, ONE), world.gate, Lease(), A, 90, 1) == STALE
+    assert world.save() == before
+    assert (world.words[USED], world.words[MAX], world.words[HIGH]) == (2, 2, 2)
+
+
+def test_a_slot_taken_again_is_a_new_generation_with_a_new_key() -> None:
+    world = World()
+    at = world.leased(ONE)
+    old = world.words[at]
+    world.freed(at)
+    assert is_free(world, at)
+    assert world.words[FREE_SLOT] == at
+    assert world.opening(TWO, B) == at
+    word = world.words[at]
+    assert (word & STATE, holder_of(word)) == (OPENING, TWO)
+    assert (generation_of(word), word >> 52) == (generation_of(old) + 1, (old >> 52) + 1)
+    assert (world.words[at + KEY], world.words[at + OPENED]) == (B, world.words[at + SINCE])
+
+
+def test_a_slot_is_taken_only_from_the_head_of_the_list_of_free_ones() -> None:
+    world = World(maximum=4)
+    first, second = world.leased(ONE), world.leased(ONE)
+    world.freed(first, second)
+    before = world.save()
+    for at in (first, world.table(ONE).slot_at(2)):
+        seen = world.words[at]
+        assert world.table(ONE).take_free(at, seen, opening_word(seen, ONE), world.gate, Lease(), A, 90, 1) == STALE
+    assert world.save() == before
+
+
+def test_the_place_of_a_cell_is_never_taken_for_a_slot() -> None:
+    world = World(maximum=2, slots=2)
+    world.opening(ONE)
+    world.opening(ONE)
+    at = world.next_free()  # every slot was used: this is the first cell's place
+    assert at == world.table(ONE).cell_base
+    before = world.save()
+    assert world.table(ONE).take_free(at, 0, opening_word(0, ONE), world.gate, Lease(), A, 90, 1) == STALE
+    assert world.save() == before
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_grant_is_taken_by_its_cell_which_is_then_owned_and_empty(bare):
+    world = World()
+    at, cell = world.granted(ONE, bare=bare)
+    seen = world.words[at]
+    new = opening_word(seen, ONE) if bare else leased_word(seen, ONE)
+    lease = Lease()
+    must(world.table(ONE).take_grant(at, seen, new, cell, lease, B, world.table(ONE).counter(2), 5))
+    word = world.words[at]
+    assert word & STATE == (OPENING if bare else LEASED)
+    assert (holder_of(word), word & BARE, lease.word, world.words[at + KEY]) == (ONE, 0, word, B)
+    assert (world.words[cell], world.words[cell + GRANT]) == (operations.owned_by(ONE), 0)
+
+
+def test_a_grant_that_was_revoked_is_not_taken() -> None:
+    world = World()
+    at, slow = world.granted(ONE)
+    seen = world.words[at]
+    world.grant(at, world.waiting(THREE), old_cell=slow)
+    before = world.save()
+    assert world.table(ONE).take_grant(at, seen, leased_word(seen, ONE), slow, Lease(), A, 90, 1) == STALE
+    assert world.save() == before
+
+
+# --- holding -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_opening_that_got_connected_is_leased_under_the_same_word_but_its_state() -> None:
+    world = World()
+    lease = Lease()
+    at = world.opening(ONE, A, lease)
+    word = lease.word
+    must(world.table(ONE).swap(at, word, with_state(word, LEASED), lease, word, 0, 9))
+    assert lease.word == world.words[at] == with_state(word, LEASED)
+    assert world.words[VER] == 1
+
+
+def test_a_swap_for_a_lease_that_was_ended_meanwhile_changes_nothing() -> None:
+    world = World()
+    at = world.opening(ONE)
+    word, lease = world.words[at], Lease()  # its word is 0: somebody else has ended it
+    before = world.save()
+    assert world.table(ONE).swap(at, word, with_state(word, LEASED), lease, word, 0, 9) == STALE
+    assert (world.save(), lease.word) == (before, 0)
+
+
+def test_a_doomed_lease_no_longer_has_the_word_that_its_holder_knows() -> None:
+    world = World()
+    at = world.leased(ONE)
+    seen = world.words[at]
+    must(world.table(ARBITER_ROW).swap(at, seen, seen | DOOMED, Lease(), 0, 0, world.words[at + SINCE]))
+    assert world.table(ONE).put_idle(at, seen, seen - 1, world.gate, tag_of(A), 1) == STALE
+    assert world.words[at] == seen | DOOMED
+
+
+def test_an_adoption_changes_the_holder_and_makes_everybody_decide_again() -> None:
+    world = World()
+    ready = operations.be_adopted(world)
+    (at,) = ready.slots
+    ver, mark = world.words[VER], world.marks[0]
+    operations.run(world, ready)
+    assert (holder_of(world.words[at]), state_of(world, at)) == (ARBITER_ROW, IDLE)
+    assert (world.words[VER], world.marks[0]) == (ver + 1, mark)
+
+
+# --- giving back -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkin_leaves_the_connection_idle_to_be_found_and_makes_everybody_decide_again() -> None:
+    world = World()
+    at = world.leased(ONE)
+    seen, ver = world.words[at], world.words[VER]
+    must(world.table(ONE).put_idle(at, seen, seen - 1, world.gate, tag_of(A), 55))
+    assert (world.words[at], world.words[at + SINCE]) == (with_state(seen, IDLE), 55)
+    assert world.marks[world.table(ONE).slot_index(at)] == tag_of(A)
+    assert world.words[VER] == ver + 1
+
+
+def test_a_checkin_that_saw_nobody_waiting_is_stale_once_somebody_waits() -> None:
+    world = World()
+    at = world.leased(ONE)
+    seen, gate = world.words[at], world.gate
+    world.waiting(TWO)
+    assert world.table(ONE).put_idle(at, seen, seen - 1, gate, tag_of(A), 55) == STALE
+    assert world.words[at] == seen
+
+
+def test_a_handoff_gives_the_connection_to_the_cell_and_kicks_it() -> None:
+    world = World()
+    at, cell = world.leased(ONE), world.waiting(TWO)
+    kick = world.table(ONE).kick_index(cell)
+    seen, before = world.words[at], world.marks[kick]
+    world.grant(at, cell)
+    word = world.words[at]
+    assert (word & STATE, holder_of(word)) == (GRANTED, world.table(ONE).cell_index(cell))
+    assert (generation_of(word), word >> 52) == (generation_of(seen), seen >> 52)
+    assert world.words[cell + GRANT] == at
+    assert world.marks[kick] == before + 1
+    assert (world.words[HEAD], world.words[WAITING_COUNT], world.gate & QUEUED) == (0, 0, 0)
+
+
+def test_a_kick_goes_round_and_stays_within_its_32_bits() -> None:
+    world = World()
+    at, cell = world.leased(ONE), world.waiting(TWO)
+    kick = world.table(ONE).kick_index(cell)
+    world.marks[kick] = 0xFFFF_FFFF
+    world.grant(at, cell)
+    assert world.marks[kick] == 0
+
+
+def test_a_handoff_leaves_the_others_in_their_order() -> None:
+    world = World()
+    at = world.leased(ONE)
+    cells = [world.waiting(row) for row in (TWO, THREE, TWO, THREE)]
+    world.grant(at, cells[1])
+    table = world.table(ONE)
+    assert invariants.queue(table) == [cells[0], cells[2], cells[3]]
+    assert world.gate & QUEUED
+
+
+def test_a_grant_not_taken_goes_on_and_its_cell_stalls_with_its_ticket() -> None:
+    world = World()
+    at, slow = world.granted(ONE)
+    ticket = world.words[slow] >> TICKET_SHIFT
+    other = world.waiting(THREE)
+    world.grant(at, other, old_cell=slow)
+    assert (world.words[slow] & 15, world.words[slow] >> TICKET_SHIFT) == (CELL_STALLED, ticket)
+    assert (world.words[slow + GRANT], world.words[other + GRANT]) == (0, at)
+
+
+@pytest.mark.parametrize("state", [0, CELL_OWNED, CELL_STALLED])
+def test_nothing_is_handed_to_a_cell_in_which_nobody_waits(state):
+    world = World()
+    at, cell = world.leased(ONE), world.waiting(TWO)
+    word = world.words[cell] = world.words[cell] & ~15 | state
+    new, before = world.granted_word(at, cell), world.save()
+    assert world.table(ONE).hand(at, world.words[at], new, world.gate, cell, word, 0, 1) == STALE
+    free = world.next_free()
+    assert world.table(ONE).hand_free(free, 0, new, world.gate, cell, word, 1) == STALE
+    assert world.save() == before
+
+
+def test_a_free_permit_is_given_bare_to_the_head_of_the_queue() -> None:
+    world = World(maximum=1)
+    world.leased(ONE)
+    cell = world.waiting(TWO)
+    world.limit(2)
+    ready = operations._hand_free(world)
+    operations.run(world, ready)
+    (at,) = ready.slots
+    word = world.words[at]
+    assert (word & STATE, bool(word & BARE), generation_of(word)) == (GRANTED, True, 1)
+    assert (world.words[cell + GRANT], world.words[USED], world.words[HIGH]) == (at, 2, 2)
+
+
+def test_no_free_permit_is_given_above_the_cap() -> None:
+    world = World(maximum=1)
+    world.leased(ONE)
+    world.waiting(TWO)
+    before = world.save()
+    assert operations.run(world, operations._hand_free(world))[0] == STALE
+    assert world.save() == before
+
+
+def test_a_freed_slot_keeps_its_generation_and_loses_all_else() -> None:
+    world = World()
+    at = world.leased(ONE, A, STAYS)
+    word = world.words[at]
+    ver = world.words[VER]
+    world.freed(at)
+    assert world.words[at] == word & ~0xFFFFFF
+    assert (world.words[USED], world.words[VER] > ver) == (0, True)
+
+
+def test_over_the_limit_ends_with_the_last_slot_above_it() -> None:
+    world = World(maximum=3)
+    slots = [world.leased(ONE), world.leased(ONE), world.leased(ONE)]
+    world.limit(1)
+    assert world.gate & OVER
+    world.freed(slots[0])
+    assert world.gate & OVER
+    world.freed(slots[1])
+    assert not world.gate & OVER
+    assert world.words[USED] == 1
+
+
+def test_closing_keeps_the_permit_and_says_since_when() -> None:
+    world = World()
+    at = world.idle(ONE)
+    counter = world.table(ARBITER_ROW).counter(0)
+    must(world.table(ARBITER_ROW).close(at, world.words[at], world.words[at + SINCE], 0, counter, 4321))
+    assert (state_of(world, at), world.words[USED], world.marks[0]) == (CLOSING, 1, 0)
+    assert (world.words[at + SINCE], world.words[counter]) == (4321, 1)
+
+
+def test_an_idle_connection_that_was_used_since_is_not_closed_for_its_age() -> None:
+    world = World()
+    at = world.idle(ONE)
+    seen, since = world.words[at], world.words[at + SINCE]
+    world.words[at + SINCE] = since + 1  # 4,096 leases later its word is the same again
+    assert world.table(ARBITER_ROW).close(at, seen, since, 0, 90, 1) == STALE
+    assert state_of(world, at) == IDLE
+
+
+def test_a_granted_connection_that_is_closed_is_held_by_whoever_closes_it() -> None:
+    world = World()
+    at, cell = world.granted(ONE)
+    world.close(at, cell)
+    assert (state_of(world, at), holder_of(world.words[at])) == (CLOSING, ARBITER_ROW)
+    assert (world.words[cell] & 15, world.words[cell + GRANT]) == (CELL_STALLED, 0)
+
+
+# --- waiting -----------------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_claimed_one_after_another_and_those_left_first() -> None:
+    world = World(cells=3)
+    cells = [world.cell(ONE), world.cell(TWO), world.cell(THREE)]
+    assert cells == [world.table(ONE).cell_at(index) for index in range(3)]
+    for cell in (cells[0], cells[2]):
+        must(world.table(ARBITER_ROW).leave(cell, world.words[cell], 0))
+    assert [world.cell(TWO), world.cell(TWO)] == [cells[2], cells[0]]
+
+
+def test_of_two_who_saw_the_same_free_cell_one_gets_it() -> None:
+    world = World()
+    cell = world.table(ONE).cell_at(0)
+    assert [world.table(row).claim_cell(cell) for row in (ONE, TWO)] == [DONE, STALE]
+    assert (world.words[cell] & CELL_ROW) >> CELL_ROW_SHIFT == ONE
+
+
+def test_who_queues_gets_the_next_ticket_and_the_end_of_the_queue() -> None:
+    world = World()
+    cells = [world.waiting(row) for row in (TWO, ONE, THREE)]
+    assert invariants.queue(world.table(ONE)) == cells
+    assert [world.words[cell] >> TICKET_SHIFT for cell in cells] == [1, 2, 3]
+    assert [world.words[cell + CELL_KEY] for cell in cells] == [A, A, A]
+    assert (world.words[WAITING_COUNT], world.gate & GATE_FLAGS) == (3, QUEUED)
+
+
+def test_who_found_nothing_does_not_queue_once_something_came_back() -> None:
+    world = World(maximum=1)
+    at = world.leased(ONE)
+    cell, gate, ver = world.cell(TWO), world.gate, world.words[VER]
+    world.give_back(at)
+    before = world.save()
+    assert world.table(TWO).enqueue(cell, A, gate, ver, 0, 0, 0, 90, 1) == STALE
+    assert world.save() == before
+
+
+def test_who_found_nothing_queues_although_others_have_queued_meanwhile() -> None:
+    world = World(maximum=1)
+    world.leased(ONE)
+    cell, gate, ver = world.cell(TWO), world.gate, world.words[VER]
+    other = world.waiting(THREE)
+    must(world.table(TWO).enqueue(cell, A, gate, ver, 0, 0, 0, 90, 1))
+    assert invariants.queue(world.table(ONE)) == [other, cell]
+
+
+def test_queueing_for_the_permit_of_anothers_idle_connection_closes_that_in_the_same_go() -> None:
+    world = World()
+    ready = operations.enqueue_and_evict(world)
+    (evicted,) = ready.slots
+    operations.run(world, ready)
+    assert state_of(world, evicted) == CLOSING
+    assert world.marks[world.table(ONE).slot_index(evicted)] == 0
+    assert invariants.queue(world.table(ONE)) == list(ready.cells)
+
+
+def test_nobody_queues_for_the_permit_of_a_connection_that_was_leased_meanwhile() -> None:
+    world = World()
+    ready = operations.enqueue_and_evict(world)
+    (at,) = ready.slots
+    world.take(THREE, at)
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+
+
+def test_who_stirs_returns_to_his_place_by_his_ticket() -> None:
+    world = World()
+    ready = operations.rejoin_in_the_middle(world)
+    (cell,) = ready.cells
+    operations.run(world, ready)
+    table = world.table(ONE)
+    queue = invariants.queue(table)
+    assert queue[1] == cell
+    assert [world.words[place] >> TICKET_SHIFT for place in queue] == [1, 2, 3]
+
+
+def test_who_stirs_does_not_return_between_others_than_he_saw() -> None:
+    world = World()
+    ready = operations.rejoin_at_the_head(world)
+    head = world.words[HEAD]
+    must(world.table(TWO).leave(head, world.words[head], operations.owned_by(TWO)))
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+
+
+def test_who_stirs_does_not_return_behind_someone_who_came_later() -> None:
+    world = World(maximum=2)
+    at, cell = world.leased(ONE), world.stalled(THREE)  # ticket 1
+    other = world.waiting(TWO)
+    # ... as a plan made before would have it: the other one was served, and waits again in the same cell
+    assert world.words[other] >> TICKET_SHIFT > world.words[cell] >> TICKET_SHIFT
+    before = world.save()
+    gate, ver = world.gate, world.words[VER]
+    assert world.table(THREE).rejoin(cell, world.words[cell], other, 0, ver, gate) == STALE
+    assert world.save() == before
+    assert state_of(world, at) == LEASED
+
+
+def test_who_was_granted_something_cannot_leave() -> None:
+    world = World()
+    at, cell = world.granted(ONE)
+    before = world.save()
+    assert world.table(ONE).leave(cell, world.words[cell], operations.owned_by(ONE)) == STALE
+    assert world.save() == before
+    assert world.words[cell + GRANT] == at
+
+
+def test_whoever_leaves_makes_those_decide_again_who_would_have_queued_behind_him() -> None:
+    world = World()
+    cell = world.waiting(ONE)
+    ver = world.words[VER]
+    must(world.table(ONE).leave(cell, world.words[cell], operations.owned_by(ONE)))
+    assert (world.words[VER], world.gate & QUEUED) == (ver + 1, 0)
+
+
+def test_the_last_grant_makes_those_decide_again_who_would_have_queued_behind_its_waiter() -> None:
+    world = World(maximum=3)
+    world.idle(ONE, B)
+    at = world.leased(ONE, A)
+    waiter, cell = world.waiting(TWO, A), world.cell(THREE)
+    gate, ver = world.gate, world.words[VER]  # THREE wants B, and sees that somebody is before it
+    world.grant(at, waiter)
+    assert world.table(THREE).enqueue(cell, B, gate, ver, 0, 0, 0, 90, 1) == STALE, "it waits beside an idle B"
+
+
+# --- the arbiter's -----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_changes_hands_only_from_the_state_that_was_seen() -> None:
+    world = World()
+    arbiter = world.table(ARBITER_ROW)
+    assert arbiter.set_row(ONE, 0, 1 | 7 << 4, 1, 1) == STALE
+    must(arbiter.set_row(ONE, world.row_word(ONE), 0, 5, 6))
+    assert world.words[HEADER + ROW * ONE : HEADER + ROW * ONE + 3].tolist() == [0, 5, 6]
+
+
+@pytest.mark.parametrize("flags", [0, PAUSED, STOPPED, PAUSED | STOPPED])
+@pytest.mark.parametrize("queued", [True, False])
+@pytest.mark.parametrize("maximum", [1, 2, 3])
+def test_a_new_limit_begins_a_new_epoch_and_says_what_is_in_the_way(flags, queued, maximum):
+    world = World(maximum=2)
+    world.leased(ONE)
+    world.leased(ONE)
+    if queued:
+        world.waiting(TWO)
+    epoch, ver = world.gate & ~GATE_FLAGS, world.words[VER]
+    world.limit(maximum, flags)
+    expected = flags | (QUEUED if queued else 0) | (OVER if maximum < 2 else 0)
+    assert world.gate == epoch + EPOCH + expected
+    assert (world.words[MAX], world.words[VER]) == (maximum, ver + 1)
+    invariants.check(world.table(ONE))
+
+
+# --- repair ------------------------------------------------------------------------------------------------------------
+
+
+def scramble(world: World) -> None:
+    """Everything derived is wrong."""
+    table, w = world.table(ONE), world.words
+    for index in range(w[HIGH]):
+        world.marks[index] = 77
+    for place in (USED, HEAD, HEAD + 1, WAITING_COUNT, FREE_SLOT, HIGH, 11, 12):
+        w[place] = 0
+    w[GATE] = w[GATE] ^ (QUEUED | OVER)
+    for cell in map(table.cell_at, range(world.geometry.cells)):
+        w[cell + GRANT] = w[cell + NEXT] = w[cell + NEXT + 1] = table.slot_at(0)
+    for slot in map(table.slot_at, range(world.geometry.slots)):
+        w[slot + 5] = slot
+    w[DIRTY] = THREE
+
+
+def test_everything_derived_is_rebuilt_from_what_was_committed() -> None:
+    world = World(maximum=4)
+    idle = world.idle(ONE, B)
+    world.freed(world.leased(ONE))
+    granted, granted_to = world.leased(TWO), world.waiting(ONE)
+    world.grant(granted, granted_to)
+    waiting = [world.waiting(TWO), world.waiting(THREE)]
+    committed = [world.words[at] for at in (idle, granted, granted_to, *waiting)]
+    scramble(world)
+    assert world.table(TWO).repair() == DONE
+    invariants.check(world.table(ONE))
+    assert [world.words[at] for at in (idle, granted, granted_to, *waiting)] == committed
+    assert invariants.queue(world.table(ONE)) == waiting
+    assert world.words[granted_to + GRANT] == granted
+
+
+def test_a_repair_keeps_what_was_paused_and_voids_every_plan() -> None:
+    world = World()
+    world.limit(2, PAUSED)
+    gate, ver = world.gate, world.words[VER]
+    scramble(world)
+    world.table(ONE).repair()
+    assert world.gate == gate + EPOCH
+    assert world.words[VER] == ver + 1
+
+
+def test_a_repair_of_a_table_at_rest_changes_nothing() -> None:
+    world = World()
+    world.granted(ONE)
+    before = world.save()
+    assert world.table(TWO).repair() == DONE
+    assert world.save() == before
+
+
+def test_a_repair_that_finds_the_mutex_busy_leaves_it_to_the_holder() -> None:
+    world = World()
+    world.words[DIRTY] = TWO
+    world.mutex.held = True
+    assert world.table(ONE).repair() == BUSY
+    assert world.words[DIRTY] == TWO
+
+
+def test_a_repair_that_inherits_the_mutex_is_done_at_the_next_try() -> None:
+    world = World()
+    world.idle(TWO)
+    scramble(world)
+    world.mutex.die()
+    assert world.table(ONE).repair() == BUSY
+    assert world.words[DIRTY] == THREE  # still naming who was storing
+    assert world.table(ONE).repair() == DONE
+    invariants.check(world.table(ONE))
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EDEADLK])
+def test_held_by_another_or_by_this_thread_is_busy(code):
+    assert World().table(ONE).missed(code) == BUSY
