@@ -66,15 +66,15 @@ def interpreter(port: int) -> float:
 
 
 def rows(quick: bool) -> list[Row]:
-    whats = {
+    rows_of = {
         "from nothing to a first lease": imported,
         "the same with the interpreter's start": interpreter,
     }
     try:
         with servers.echo() as (port,):
-            runs = {what: (lambda measure=measure: measure(port)) for what, measure in whats.items()}
+            runs = {what: (lambda measure=measure: measure(port)) for what, measure in rows_of.items()}
             times: dict[str, list[float]] = interleave(3 if quick else 10, runs)
     except Missing as exc:
-        return [missing_row("start", what, str(exc)) for what in whats]
+        return [missing_row("start", what, str(exc)) for what in rows_of]
     say("  " + ", ".join(f"max {max(values):.3f} s" for values in times.values()))
     return [Row("start", what, values, "s", LIMIT) for what, values in times.items()]

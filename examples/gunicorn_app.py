@@ -48,7 +48,7 @@ def show_stats() -> bytes:
     numbers = {
         "pid": os.getpid(),
         "pool": dataclasses.asdict(pool.stats()),
-        "worker": dataclasses.asdict(pool.worker_stats()),
+        "worker": pool.worker_stats(),
     }
     return json.dumps(numbers, indent=2).encode() + b"\n"
 

@@ -214,15 +214,6 @@ class Attachment:
                 route.push(entry)
         return self._checkout_slowly(route, _limit(patience), connect_timeout)
 
-    def _unpark(self, entry: Entry, lease: Lease[Any]) -> bool:
-        """Poll the connection and give the user's object its descriptor; False if it cannot be used."""
-        gate = entry.gate
-        if not gate.quiet(0) and FILENO[entry.conn] == entry.number and +gate >= 0:
-            entry.thread = get_ident()
-            lease.conn = entry.conn
-            return True
-        return False
-
     def _checkout_slowly(self, route: Route, limit: int, connect_timeout: float) -> Lease[Any]:
         refused: set[int] = set()
         while True:
@@ -232,17 +223,23 @@ class Attachment:
             except OutOfTime:
                 self.count("timeouts")
                 raise self._timeout(route) from None
-            if lease.word & STATE == OPENING:
+            word, at = lease.word, lease.place
+            if word & STATE == OPENING:
                 return self._open(route, lease, limit, connect_timeout)
             if not route.driver.connects:
-                self.permits[lease.place] = get_ident()
+                self.permits[at] = get_ident()
                 lease.conn = None
                 return lease
-            entry = self._hold(route, lease, limit, refused)
-            if entry is None:
-                continue
+            entry = self.entries.get(at)
+            if entry is None or entry.generation != generation_of(word) or entry.version != self.words[at + VERSION]:
+                entry = self._fetch(route, lease, limit, refused)
+                if entry is None:
+                    continue
             lease._entry = entry
-            if self._unpark(entry, lease):
+            gate = entry.gate
+            if not gate.quiet(0) and FILENO[entry.conn] == entry.number and +gate >= 0:
+                entry.thread = get_ident()
+                lease.conn = entry.conn
                 return lease
             return self._renew(route, lease, entry, limit, connect_timeout)
 
@@ -320,13 +317,10 @@ class Attachment:
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def _hold(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> Entry | None:
-        """This process's object for a connection just leased: kept from before, or fetched. None: look for another."""
+    def _fetch(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> Entry | None:
+        """An object for a connection just leased that this process does not hold. None: look for another."""
         at, word = lease.place, lease.word
         index = self.table.slot_index(at)
-        entry = self.entries.get(index)
-        if entry is not None and entry.generation == generation_of(word) and entry.version == self.words[at + VERSION]:
-            return entry
         try:
             descriptor = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
         except FileLimit:
@@ -361,9 +355,8 @@ class Attachment:
         except OSError as error:
             raise file_limit(error, f"hold a connection to {route.where}") from error
         entry = Entry(at, generation_of(word), self.words[at + VERSION], route, conn, real, self._dead.fileno())
-        index = self.table.slot_index(at)
-        old = self.entries.get(index)
-        self.entries[index] = entry
+        old = self.entries.get(at)
+        self.entries[at] = entry
         if old is not None:
             old.let_go()
         return entry
@@ -445,9 +438,8 @@ class Attachment:
     ) -> Lease[Any]:
         """The connection just leased has ended, or says what nobody asked: end it, and open anew on the same permit."""
         w, at = self.words, lease.place
-        index = self.table.slot_index(at)
-        if self.entries.get(index) is entry:
-            del self.entries[index]
+        if self.entries.get(at) is entry:
+            del self.entries[at]
         sock = socket.socket(fileno=entry.real)
         entry.real = -1
         try:
@@ -502,6 +494,8 @@ class Attachment:
                         entry.stacked = True
                         route.stack.append(entry)
                     return
+            elif self.returns.straight_on(entry.at, word, route):
+                return
             self._return(entry, word)
         except BaseException as error:
             if not isinstance(error, LeaseError):
@@ -552,9 +546,8 @@ class Attachment:
         self._drop_entry(entry)
 
     def _drop_entry(self, entry: Entry) -> None:
-        index = self.table.slot_index(entry.at)
-        if self.entries.get(index) is entry:
-            del self.entries[index]
+        if self.entries.get(entry.at) is entry:
+            del self.entries[entry.at]
         entry.let_go()
 
     def drop(self, lease: Lease[Any]) -> None:
@@ -603,19 +596,21 @@ class Attachment:
         return PoolTimeout(text, stats=stats, pool=self.name)
 
     def _leases_of(self, thread: int, indices: set[int]) -> int:
-        held = sum(self.entries[index].thread == thread for index in indices if index in self.entries)
-        return held + sum(
-            self.permits.get(self.table.slot_at(index)) == thread for index in indices if index not in self.entries
-        )
+        held = 0
+        for at in map(self.table.slot_at, indices):
+            entry = self.entries.get(at)
+            held += (entry.thread if entry is not None else self.permits.get(at)) == thread
+        return held
 
     # --- events -------------------------------------------------------------------------------------------------------
 
     def on_event(self, message: Message) -> None:
         """What the arbiter sent unasked."""
         if message.kind is Kind.CLOSED:
-            entry = self.entries.get(message.slot)
+            at = self.table.slot_at(message.slot)
+            entry = self.entries.get(at)
             if entry is not None and entry.generation == message.generation:
-                del self.entries[message.slot]
+                del self.entries[at]
                 entry.let_go()
 
     def detach(self) -> None:

@@ -11,9 +11,9 @@ import threading
 from typing import Any
 
 from . import options, scope
-from .errors import NotSupported, PoolNotFound
+from .errors import PoolNotFound
 from .options import NOT_GIVEN, NotGiven, PoolInfo
-from .pool import Permit, Pool, each_pool, mode
+from .pool import Permit, Pool, mode
 from .stats import PoolStats
 
 log = logging.getLogger("sharedpool")
@@ -79,16 +79,15 @@ def start(dir: str | None = None, app: str | None = None) -> None:  # noqa: A002
         StartFailed, AttachRefused, NotSupported, OptionError.
     """
     global _hold
-    _need_shared()
     with _lock:
         if dir is not None:
             os.environ["SHAREDPOOL_DIR"] = os.path.abspath(os.fspath(dir))
         elif app is not None:
             os.environ["SHAREDPOOL_APP"] = options.check_app_name(app)
             os.environ.pop("SHAREDPOOL_DIR", None)
-        elif not os.environ.get("SHAREDPOOL_DIR") and not os.environ.get("SHAREDPOOL_APP"):
+        elif mode() == "shared" and not os.environ.get("SHAREDPOOL_DIR") and not os.environ.get("SHAREDPOOL_APP"):
             os.environ["SHAREDPOOL_DIR"] = scope.private_directory(os.environ)
-        if _hold is not None and _hold[0] == os.getpid() and _alive(_hold[1]):
+        if mode() == "local" or (_hold is not None and _hold[0] == os.getpid() and _alive(_hold[1])):
             return
         from . import launch
         from .wire import Kind, Message
@@ -111,8 +110,7 @@ def stop() -> None:
     """Stop all pools of the scope and end its arbiter; nothing happens if none runs. Waiters get PoolStopped."""
     global _hold
     if mode() == "local":
-        for pool in each_pool():
-            pool.close()
+        _registry("stop", start=False)
         return
     directory = _directory()
     _registry("stop", start=False)
@@ -138,7 +136,6 @@ def start_pool(name: str = "default", *, update: bool = True, **given: Any) -> P
     Raises:
         OptionError, PoolOptionsDiffer, StartFailed, AttachRefused, NotSupported.
     """
-    _need_shared()
     name = options.check_pool_name(name)
     values = options.given(name, given, os.environ)
     facts, warnings = _registry("start_pool", name, values, os.getpid(), update, start=True)
@@ -149,7 +146,6 @@ def start_pool(name: str = "default", *, update: bool = True, **given: Any) -> P
 
 def find_pool(name: str = "default") -> PoolInfo | None:
     """The pool of that name, or None; never a stale one, and no arbiter is started to find out."""
-    _need_shared()
     facts = _registry("find_pool", options.check_pool_name(name), start=False)
     return None if facts is None else _info(facts)
 
@@ -160,7 +156,6 @@ def pool_stats(name: str = "default") -> PoolStats:
     Raises:
         PoolNotFound: There is none.
     """
-    _need_shared()
     found = _registry("stats", options.check_pool_name(name), start=False)
     if found is None:
         raise PoolNotFound(f"there is no pool {name!r}: no arbiter runs in this scope")
@@ -169,7 +164,7 @@ def pool_stats(name: str = "default") -> PoolStats:
 
 
 def get_stats(name: str = "default") -> dict[str, int | str]:
-    """hackney's five numbers: name, max, in_use_count, free_count, queue_count.
+    """Hackney's five numbers: name, max, in_use_count, free_count, queue_count.
 
     Raises:
         PoolNotFound: There is no such pool.
@@ -182,15 +177,57 @@ def stop_pool(name: str = "default") -> None:
 
     Nothing happens if there is none.
     """
-    _need_shared()
     _registry("stop_pool", options.check_pool_name(name), start=False)
 
 
 def _registry(method: str, *arguments: Any, start: bool) -> Any:
     """Call the registry. Imported here: a worker that only leases connections never needs it (80 ms)."""
+    if mode() == "local":
+        return getattr(_LocalRegistry, method)(*arguments)
     from . import manager
 
     return manager.call(_directory(), method, *arguments, start=start)
+
+
+class _LocalRegistry:
+    """The registry's methods in local mode, where this process's own pools are all there are."""
+
+    @staticmethod
+    def start_pool(name: str, given: dict[str, Any], _pid: int, update: bool) -> tuple[dict[str, Any], list[str]]:
+        from . import local
+
+        local.declare(name, given, update=update)
+        return _LocalRegistry.find_pool(name) or {}, []
+
+    @staticmethod
+    def find_pool(name: str) -> dict[str, Any] | None:
+        from . import local
+
+        pool = local.pools().get(name)
+        return None if pool is None else {"name": name, "options": pool.options.as_dict(), "arbiter_pid": os.getpid()}
+
+    @staticmethod
+    def stats(name: str) -> PoolStats:
+        from . import local
+
+        known = local.pools()
+        if name not in known:
+            raise PoolNotFound(f"there is no pool {name!r}; pools here: {', '.join(sorted(known)) or 'none'}")
+        return known[name].stats()
+
+    @staticmethod
+    def stop_pool(name: str) -> None:
+        from . import local
+
+        if name in local.pools():
+            local.pools()[name].stop()
+
+    @staticmethod
+    def stop() -> None:
+        from . import local
+
+        for pool in local.pools().values():
+            pool.stop(ended=True)
 
 
 def _info(facts: dict[str, Any]) -> PoolInfo:
@@ -199,11 +236,6 @@ def _info(facts: dict[str, Any]) -> PoolInfo:
 
 def _directory() -> str:
     return scope.directory_for(os.environ)
-
-
-def _need_shared() -> None:
-    if mode() == "local":
-        raise NotSupported("there are no pools by name in local mode: attach() gives one, for this process only")
 
 
 def _at_exit() -> None:

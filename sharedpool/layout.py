@@ -103,6 +103,7 @@ IDENTITY: Final = SERIAL | GEN | HOLDER
 
 # --- cells: word | key | next | previous | granted slot | deadline | since --------------------------------------------
 CELL: Final = 8
+CELL_SHIFT: Final = 3
 CELL_KEY: Final = 1
 NEXT: Final = 2
 PREV: Final = 3

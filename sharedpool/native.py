@@ -117,17 +117,10 @@ class Sleeper:
         self._call()
 
 
-def any_set(address: int, most: int) -> Callable[[int], int]:
-    """any_set(n) is 0 if the first n 32-bit words at `address` are all 0; n is at most `most`."""
-    zeros = ctypes.create_string_buffer(4 * most)
-    function = _held.memcmp
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    base = ctypes.addressof(zeros)
-
-    def compare(words: int, _keep: Any = zeros) -> int:
-        return int(function(address, base, 4 * words))
-
-    return compare
+def any_set(address: int, words: int) -> Call:
+    """`-any_set(...)` is 0 while all of the 32-bit words at `address` are 0. 4 kB cost 0.06 us."""
+    zeros = ctypes.create_string_buffer(4 * words)
+    return Call(bound("memcmp", at(address), zeros, 4 * words))
 
 
 def finder(address: int) -> Callable[[int, int, int], int]:

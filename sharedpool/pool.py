@@ -153,9 +153,9 @@ class Pool(Generic[T]):
 
     def _attach(self, seconds: float) -> Attached:
         if mode() == "local":
-            from .local import LocalAttachment
+            from . import local
 
-            return LocalAttachment(self.name, self._options)
+            return local.attach(self.name, self._given, app=self._app, update=self._update)
         from . import scope
         from .attachment import Attachment
 
@@ -397,6 +397,9 @@ def _after_fork_in_child() -> None:
     attachment = sys.modules.get(__package__ + ".attachment")
     if attachment is not None:
         attachment.forked()
+    local = sys.modules.get(__package__ + ".local")
+    if local is not None:
+        local.forked()
     for pool in list(_pools):
         pool.forget()
 

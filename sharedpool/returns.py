@@ -14,13 +14,14 @@ from .errors import LeaseError
 from .held import Patience, Route
 from .layout import (
     BARE,
-    CELL,
     CELL_KEY,
     CELL_ROW,
     CELL_ROW_SHIFT,
+    CELL_SHIFT,
     CELL_SINCE,
     DOOMED,
     GATE,
+    GATE_FLAGS,
     GRANTED,
     HEAD,
     HOLDER,
@@ -79,6 +80,23 @@ class Returns:
     def _waker(self, cell: int) -> Any:
         waker = self._wakers[cell] = self._segment.waker(cell)
         return waker
+
+    def straight_on(self, at: int, word: int, route: Route) -> bool:
+        """Hand a connection to the longest waiter, where nothing else has to be considered; False: see `connection`.
+
+        The path of every checkin at the cap, in one piece.
+        """
+        w = self._words
+        gate = w[GATE]
+        cell = w[HEAD]
+        if gate & GATE_FLAGS != QUEUED or not cell or w[cell + CELL_KEY] != route.key or route.sticky or route.stays:
+            return False
+        waker = self._wakers.get(cell) or self._waker(cell)
+        new = word & _KEPT | cell - self._cells >> CELL_SHIFT << HOLDER_SHIFT | GRANTED
+        if self._table.hand(at, word, new, gate, cell, w[cell], 0, monotonic_ns()) != DONE:
+            return False
+        -waker
+        return True
 
     def connection(self, at: int, word: int, route: Route, limit: int) -> int:
         """End the lease of a clean, parked connection.
@@ -140,7 +158,7 @@ class Returns:
 
     def _hand(self, at: int, word: int, seen: int, cell: int, gate: int, now: int, bare: int = 0) -> int:
         """To a waiter, and wake it in the same stretch: nothing can come between the commit and the call."""
-        number = (cell - self._cells) // CELL
+        number = cell - self._cells >> CELL_SHIFT
         waker = self._wakers.get(cell) or self._waker(cell)
         new = word & _KEPT | bare | number << HOLDER_SHIFT | GRANTED
         result = self._table.hand(at, seen, new, gate, cell, self._words[cell], 0, now)

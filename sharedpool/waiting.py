@@ -15,6 +15,7 @@ from .layout import (
     CELL_HIGH,
     CELL_OWNED,
     CELL_ROW_SHIFT,
+    CELL_SHIFT,
     CELL_SINCE,
     CELL_STALLED,
     CELL_WAITING,
@@ -24,7 +25,6 @@ from .layout import (
     GRANT,
     GRANTED,
     HEAD,
-    HIGH,
     HOLDER,
     HOLDER_SHIFT,
     KEY,
@@ -54,6 +54,7 @@ _NEVER: Final = 1 << 62
 #: Who sleeps looks up so often, ns, whatever happens.
 _LOOK_UP: Final = 1_000_000_000
 _GIVE_UP: Final = 50_000_000
+_KEPT: Final = MASK64 & ~(STATE | HOLDER | DOOMED)
 
 
 class OutOfTime(Exception):
@@ -108,6 +109,7 @@ class WaitingRoom:
         self._waits = counters["waits"]
         self._handoffs = counters["handoffs"]
         self._any_idle = any_set(segment.marks_address, segment.geometry.slots)
+        self._leased = table.row << HOLDER_SHIFT | LEASED
         self.returns: Returns | None = None
 
     def longest_for(self, key: int) -> int:
@@ -138,7 +140,7 @@ class WaitingRoom:
         cell = waiter.cell
         sticky = route.sticky
         evict = seen = 0
-        if not sticky and self._any_idle(w[HIGH]) and not gate & OVER:
+        if not sticky and -self._any_idle and not gate & OVER:
             evict = view.victim(w, self._marks, self._segment.geometry, route.key)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
@@ -160,7 +162,7 @@ class WaitingRoom:
                 self._tell_close(self._table.slot_index(evict), generation_of(seen))
             if w[WATCH]:
                 self._tell_watch()
-            self._sleep_until_granted(waiter, route, lease, limit, sticky)
+            self._sleep_until_granted(waiter, route, lease, limit, now)
             queued = False
             return DONE
         finally:
@@ -190,7 +192,7 @@ class WaitingRoom:
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
-    def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int, sticky: bool) -> None:
+    def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int, now: int) -> None:
         w = self._words
         marks = self._marks
         cell = waiter.cell
@@ -200,7 +202,7 @@ class WaitingRoom:
         while True:
             kick = marks[waiter.kick]  # before looking: a grant after this changes it, and nobody sleeps
             if at := w[grant]:
-                result = self._take(at, cell, route, lease)
+                result = self._take(at, cell, route, lease, now)
                 if result == DONE:
                     return
                 if result == BUSY:
@@ -211,7 +213,6 @@ class WaitingRoom:
             if w[GATE] & STOPPED:
                 raise PoolStopped(f"pool {self._name!r} was stopped while this checkout waited")
             word = w[cell]
-            now = monotonic_ns()
             if now >= limit:
                 result = self._table.leave(cell, word, self._owned)
                 patience = patience or Patience(limit + _GIVE_UP)
@@ -220,29 +221,31 @@ class WaitingRoom:
                 continue
             if word & 15 == CELL_STALLED:
                 self._rejoin(cell, word)
+                now = monotonic_ns()
                 continue
             nap = limit - now
             if nap > _LOOK_UP:
                 nap = _LOOK_UP
-            if sticky:
+            if route.sticky:
                 nap = min(nap, self._steal(cell, now))
             sleep(kick, nap)
+            now = monotonic_ns()
 
-    def _take(self, at: int, cell: int, route: Route, lease: Lease[Any]) -> int:
+    def _take(self, at: int, cell: int, route: Route, lease: Lease[Any], now: int) -> int:
         """Take what was granted: a connection becomes LEASED, a bare permit OPENING (or LEASED, where that is all)."""
         table = self._table
         seen = self._words[at]
-        if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell):
+        if seen & (STATE | HOLDER) != GRANTED | cell - table.cell_base >> CELL_SHIFT << HOLDER_SHIFT:
             return 0
         if seen & BARE:
             connects = route.driver.connects
             new = opening_word(seen, table.row, OPENING if connects else LEASED)
             counter = self._counters["attempts" if connects else "opens"]
         else:
-            new = (seen & ~(STATE | HOLDER | DOOMED)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
+            new = (seen & _KEPT) + SERIAL_ONE & MASK64 | self._leased
             counter = self._handoffs
         lease.place = at
-        return table.take_grant(at, seen, new, cell, lease, route.key, counter, monotonic_ns())
+        return table.take_grant(at, seen, new, cell, lease, route.key, counter, now)
 
     def _rejoin(self, cell: int, word: int) -> None:
         """It slept through a grant, which went on to the next: back to its place by its ticket."""

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,20 +21,18 @@ from typing import Any
 
 import psutil
 
-from . import report
+from . import interrupt, report
 from .backend import Backend, running_backend
 from .load import Load, drive
-from .processes import DemoError, running, wait_until
+from .processes import DemoError, running, tail, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
     """The whole demonstration."""
     options = parse()
-    for number in ENDING:
-        signal.signal(number, interrupt)
+    interrupt.catch()
     os.chdir(ROOT)
     directory = make_directory()
     try:
@@ -47,6 +44,7 @@ def main() -> int:
         print(f"\ndemo: {exc}", file=sys.stderr)
         return 1
     finally:
+        interrupt.ignore()
         shutil.rmtree(directory)
 
 
@@ -71,13 +69,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - a signal handler's signature
-    """Ctrl-C and its like end everything in order; a second one must not disturb the first."""
-    for each in ENDING:
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def make_directory() -> Path:
     """Everything that is written lies in here. Its path is short: a Unix socket's has 107 bytes at most."""
     short = len(tempfile.gettempdir()) < 50
@@ -96,13 +87,15 @@ def demonstrate(options: argparse.Namespace, directory: Path) -> int:
             run = dataclasses.replace(run, totals=totals())
     compared = compare(options, directory) if options.compare else None
     left = left_behind(directory)
+    wrong = report.not_adding_up(setting, run)
     print()
     print(report.summary(setting, run, compared))
     print()
-    print(report.workers_table(run))
+    print(report.workers_table(setting, run))
     print()
-    print("left behind:", ", ".join(left) or "no process, no file")
-    good = run.seen.peak <= options.cap and not run.load.errors(options.threads) and not left
+    print("counters:   ", "; ".join(wrong) or "one lease for each request, in every worker")
+    print("left behind:", ", ".join(left) or "no process, no file, no shared memory")
+    good = run.seen.peak <= options.cap and not (run.load.errors(options.threads) or left or wrong)
     return 0 if good else 1
 
 
@@ -120,17 +113,31 @@ def make_setting(options: argparse.Namespace, backend: Backend) -> report.Settin
 
 @contextlib.contextmanager
 def one_pool(cap: int) -> Iterator[Any]:
-    """The pool that all workers share, declared here; gives a function that reads its numbers. Stopped at the end."""
+    """The pool that all workers share, declared here; gives a function that reads its numbers. Stopped at the end.
+
+    Nothing has to be started for a pool to be used. Here it is: what is measured is a pool that runs, not its start.
+    """
     import sharedpool
 
-    pool = sharedpool.attach("default", max_connections=cap)
+    pid = 0
     try:
-        yield lambda: dataclasses.asdict(pool.stats())
+        with interrupt.held():
+            sharedpool.start()
+            pid = sharedpool.start_pool("default", max_connections=cap).arbiter_pid
+        yield lambda: dataclasses.asdict(sharedpool.pool_stats("default"))
     finally:
-        found = sharedpool.find_pool("default")
-        sharedpool.stop()
-        if found is not None:
-            wait_until(lambda: not psutil.pid_exists(found.arbiter_pid), 10, "the arbiter has not ended")
+        with interrupt.held():
+            sharedpool.stop()
+            if pid:
+                wait_until(lambda: has_ended(pid), 10, "the arbiter has not ended")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or dead and only not yet collected by its parent."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def compare(options: argparse.Namespace, directory: Path) -> report.Run:
@@ -158,16 +165,18 @@ def measure(
     load = Load()
     command = gunicorn(options, address, directory)
 
+    wanted: int = options.workers
+
     def ready() -> bool:
-        return len(list(reports.glob("*.ready"))) >= options.workers
+        return len(list(reports.glob("*.ready"))) >= wanted
 
     with running(command, directory / "gunicorn.log", ready, {**os.environ, **settings}) as server:
-        asyncio.run(drive_and_kill(options, backend, address, seconds, kills, server.pid, load))
+        interrupt.run(drive_and_kill(options, backend, address, seconds, kills, server.pid, load))
     workers = sorted(
         (json.loads(path.read_text()) for path in reports.glob("*.json")), key=lambda worker: worker["pid"]
     )
     if not load.good:
-        raise DemoError(f"no request was answered: {load.errors(options.threads)}")
+        raise DemoError(f"no request was answered: {load.errors(options.threads)}\n{tail(directory / 'gunicorn.log')}")
     return report.Run(load=load, seen=backend.seen(), workers=workers, totals=None)
 
 
@@ -222,9 +231,12 @@ async def progress(backend: Backend, load: Load, kills: int) -> None:
 
 
 def left_behind(directory: Path) -> list[str]:
-    """Processes that still belong to the demonstration, and files in the pool's scope: there must be none."""
+    """Processes that still belong to the demonstration, and files in the pool's scope: there must be none.
+
+    The pool's shared memory has no name in any file system: it goes with the last process that holds it.
+    """
     found = [f"process {process.pid}" for process in psutil.process_iter() if belongs(process, str(directory))]
-    return found + [f"file {path}" for path in (directory / "scope").rglob("*") if not path.is_dir()]
+    return found + [f"file {path}" for path in (directory / "scope").rglob("*")]
 
 
 def belongs(process: psutil.Process, directory: str) -> bool:

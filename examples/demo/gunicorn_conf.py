@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -23,7 +22,7 @@ def worker_exit(server: Any, worker: Any) -> None:  # noqa: ARG001 - gunicorn's 
     """Write the worker's numbers. A killed one gets no chance to: only the pool knows what it did."""
     from examples.gunicorn_app import pool
 
-    numbers = {"pid": os.getpid(), "requests": worker.nr, **dataclasses.asdict(pool.worker_stats())}
+    numbers = {"pid": os.getpid(), "number": worker.age, "requests": worker.nr, **pool.worker_stats()}
     report("json").write_text(json.dumps(numbers))
 
 

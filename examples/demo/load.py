@@ -45,6 +45,11 @@ class Load:
     seconds: float = 0.0
 
     @property
+    def rate(self) -> float:
+        """Good answers per second."""
+        return len(self.good) / self.seconds
+
+    @property
     def good(self) -> list[Request]:
         return [request for request in self.requests if request.status == "200"]
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from . import interrupt
+
 
 class DemoError(Exception):
     """The demonstration cannot go on; the message is for the person in front of it."""
@@ -37,23 +39,26 @@ def running(
 
     The block is entered as soon as the program is ready. A program that does not come up shows the end of its log.
     """
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environ or os.environ),
-            start_new_session=True,
-        )
+    process = None
     try:
+        with log.open("wb") as output, interrupt.held():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environ or os.environ),
+                start_new_session=True,
+            )
         name = " ".join(command[:3])
         wait_until(lambda: ready() or process.poll() is not None, 30, f"{name} does not answer\n{tail(log)}")
         if process.poll() is not None:
             raise DemoError(f"{name} has ended at once with code {process.returncode}\n{tail(log)}")
         yield process
     finally:
-        end(process)
+        if process is not None:
+            with interrupt.held():
+                end(process)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -378,24 +378,17 @@ def rejoin_at_the_head(world: World) -> Ready:
 
 
 def rejoin_at_the_end(world: World) -> Ready:
-    world.leased(TWO)
+    at = world.leased(TWO)
     first, cell = world.waiting(THREE), world.waiting(ONE)
-    _stall(world, cell)
+    world.close(world.grant(at, cell), cell)
     return _rejoin(world, cell, first, 0)
 
 
 def rejoin_in_the_middle(world: World) -> Ready:
-    world.leased(TWO)
+    at = world.leased(TWO)
     first, cell, third = world.waiting(THREE), world.waiting(ONE), world.waiting(THREE)
-    _stall(world, cell)
+    world.close(world.grant(at, cell), cell)
     return _rejoin(world, cell, first, third)
-
-
-def _stall(world: World, cell: int) -> None:
-    """Somewhere in the queue, it sleeps through a grant."""
-    at = world.leased(TWO) if world.words[3] < world.words[4] and not world.gate & 1 else world.table(ONE).slot_at(0)
-    world.grant(at, cell)
-    world.close(at, cell)
 
 
 def _rejoin(world: World, cell: int, after: int, before: int) -> Ready:

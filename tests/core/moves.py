@@ -1,0 +1,266 @@
+"""What workers and the arbiter do with a table, in single steps: read, read, commit.
+
+The decisions are those of `attachment`, `waiting`, `returns` and `served`, written once more as plans: a plan is made
+by reading and carried out by one transition, so that tests can put the steps of several actors in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+from sharedpool import view
+from sharedpool.layout import (
+    ARBITER_ROW,
+    BARE,
+    CELL_FREE,
+    CELL_KEY,
+    CELL_OWNED,
+    CELL_ROW,
+    CELL_ROW_SHIFT,
+    CLOSING,
+    DOOMED,
+    FREE_SLOT,
+    GATE,
+    GATE_FLAGS,
+    GEN,
+    GEN_ONE,
+    GRANT,
+    GRANTED,
+    HEAD,
+    HIGH,
+    HOLDER,
+    HOLDER_SHIFT,
+    IDLE,
+    KEY,
+    LEASED,
+    MAX,
+    NEXT,
+    OPENING,
+    OVER,
+    PAUSED,
+    QUEUED,
+    SERIAL,
+    SINCE,
+    STATE,
+    STAYS,
+    STOPPED,
+    TICKET_SHIFT,
+    USED,
+    holder_of,
+    leased_word,
+    opening_word,
+    tag_of,
+    with_state,
+)
+from sharedpool.table import Table
+
+from .invariants import cells, slots
+from .tables import Lease
+
+CLOSED: Final = OVER | PAUSED | STOPPED
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One transition, not yet carried out; `method` is "" for "look again"."""
+
+    method: str
+    arguments: tuple[int, ...] = ()
+    expected: int = 0
+
+    @property
+    def at(self) -> int:
+        return self.arguments[0]
+
+
+AGAIN: Final = Plan("")
+STOP: Final = Plan("stop")
+
+#: The arguments before and after the lease, by method.
+_LEASE_AT = {"take_idle": 4, "take_free": 4, "take_grant": 4, "swap": 3}
+
+
+def carry_out(table: Table, plan: Plan) -> tuple[int, int]:
+    """Commit a plan, or find that it no longer holds: the answer, and the lease's word."""
+    lease = Lease()
+    lease.word = plan.expected
+    arguments: list[Any] = list(plan.arguments)
+    if plan.method in _LEASE_AT:
+        arguments.insert(_LEASE_AT[plan.method], lease)
+    return getattr(table, plan.method)(*arguments), lease.word
+
+
+# --- workers -----------------------------------------------------------------------------------------------------------
+
+
+def checkout(table: Table, key: int, connects: bool, gate: int, ver: int, cell: int, now: int) -> Plan:
+    """What a checkout decides that has read GATE and VER before: take, open, or queue in its cell."""
+    w = table.words
+    if gate & STOPPED:
+        return STOP
+    counter = table.counter(0)
+    if not gate & GATE_FLAGS:
+        at = find_idle(table, key)
+        if at:
+            seen = w[at]
+            return Plan("take_idle", (at, seen, leased_word(seen, table.row), gate, counter, now))
+        if w[USED] < w[MAX]:
+            at = w[FREE_SLOT] or table.slot_at(w[HIGH])
+            seen = w[at]
+            if seen & STATE:
+                return AGAIN
+            new = opening_word(seen, table.row, OPENING if connects else LEASED)
+            return Plan("take_free", (at, seen, new, gate, key, counter, now))
+    evict = seen = 0
+    if not gate & OVER:
+        evict = view.victim(w, table.marks, table.geometry, key)
+        seen = w[evict] if evict else 0
+        if evict and seen & STATE != IDLE:
+            return AGAIN
+    return Plan("enqueue", (cell, key, gate, ver, evict, seen, 0, counter, now))
+
+
+def find_idle(table: Table, key: int) -> int:
+    """The place of an idle connection of the key, or 0; the marks tell which may be one."""
+    w, start = table.words, 0
+    while (index := table.find(tag_of(key), start, w[HIGH])) >= 0:
+        at, start = table.slot_at(index), index + 1
+        if w[at] & STATE == IDLE and w[at + KEY] == key:
+            return at
+    return 0
+
+
+def take(table: Table, cell: int, key: int, connects: bool, now: int) -> Plan:
+    """What a waiter does with what its cell was granted."""
+    w = table.words
+    at = w[cell + GRANT]
+    seen = w[at]
+    if not at or seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell):
+        return AGAIN
+    if seen & BARE:
+        new = opening_word(seen, table.row, OPENING if connects else LEASED)
+    else:
+        new = leased_word(seen & ~DOOMED, table.row)
+    return Plan("take_grant", (at, seen, new, cell, key, table.counter(0), now))
+
+
+def leave(table: Table, cell: int, word: int) -> Plan:
+    return Plan("leave", (cell, word, CELL_OWNED | table.row << CELL_ROW_SHIFT))
+
+
+def rejoin(table: Table, cell: int, word: int, gate: int, ver: int) -> Plan:
+    """Back to its place by its ticket."""
+    w = table.words
+    after, before = 0, w[HEAD]
+    while before and w[before] >> TICKET_SHIFT < word >> TICKET_SHIFT:
+        after, before = before, w[before + NEXT]
+    return Plan("rejoin", (cell, word, after, before, ver, gate))
+
+
+def connected(table: Table, at: int, word: int, now: int) -> Plan:
+    seen = table.words[at]
+    return Plan("swap", (at, seen, with_state(seen, LEASED), word, 0, now), expected=word)
+
+
+def checkin(table: Table, at: int, seen: int, gate: int, key: int, now: int) -> Plan:
+    """What the end of a lease decides that has read the slot's word and GATE before."""
+    w = table.words
+    if seen & DOOMED or gate & (OVER | STOPPED):
+        return close(table, at, seen, 0, now)
+    if not gate & QUEUED or gate & PAUSED:
+        return Plan("put_idle", (at, seen, with_state(seen, IDLE), gate, tag_of(key), now))
+    head = w[HEAD]
+    if not head:
+        return AGAIN
+    if w[head + CELL_KEY] != key:
+        return close(table, at, seen, 0, now)
+    return hand(table, at, seen, gate, head, 0, now, bare=False)
+
+
+def close(table: Table, at: int, seen: int, old_cell: int, now: int) -> Plan:
+    return Plan("close", (at, seen, table.words[at + SINCE], old_cell, table.counter(1), now))
+
+
+def hand(table: Table, at: int, seen: int, gate: int, cell: int, old_cell: int, now: int, *, bare: bool) -> Plan:
+    new = seen & ~(STATE | HOLDER | 0xF0) | seen & STAYS | (BARE if bare else 0)
+    new |= table.cell_index(cell) << HOLDER_SHIFT | GRANTED
+    return Plan("hand", (at, seen, new, gate, cell, table.words[cell], old_cell, now))
+
+
+def pass_on(table: Table, at: int, seen: int, gate: int, old_cell: int, now: int) -> Plan:
+    """A permit without a connection goes to the longest waiter, or becomes free."""
+    head = table.words[HEAD]
+    if head and not gate & CLOSED:
+        return hand(table, at, seen, gate, head, old_cell, now, bare=True)
+    if not head and gate & QUEUED:
+        return AGAIN
+    return Plan("free", (at, seen, gate, old_cell))
+
+
+# --- the arbiter -------------------------------------------------------------------------------------------------------
+
+
+def serve(table: Table, gate: int, now: int) -> Plan:
+    """What the head of the queue could have and has not got: after a raised limit, or when the order held it up."""
+    w = table.words
+    cell = w[HEAD]
+    if not cell or gate & CLOSED:
+        return AGAIN
+    if w[USED] < w[MAX]:
+        at = w[FREE_SLOT] or table.slot_at(w[HIGH])
+        word = w[at]
+        new = (word + GEN_ONE & GEN) | word & SERIAL | BARE | table.cell_index(cell) << HOLDER_SHIFT | GRANTED
+        return Plan("hand_free", (at, word, new, gate, cell, w[cell], now))
+    idle = [(at, word) for _, at, word in slots(table) if word & STATE == IDLE and not word & STAYS]
+    closing = sum(word & STATE == CLOSING for _, _, word in slots(table))
+    for at, word in idle:
+        if w[at + KEY] == w[cell + CELL_KEY]:
+            return hand(table, at, word, gate, cell, 0, now, bare=False)
+    if idle and not closing:
+        return close(table, *idle[0], 0, now)
+    return AGAIN
+
+
+def revoke(table: Table, at: int, gate: int, now: int) -> Plan:
+    """A grant that was not taken in time goes to the next waiter, or its connection is closed for it."""
+    w = table.words
+    word, head = w[at], w[HEAD]
+    if word & STATE != GRANTED or not head:
+        return AGAIN
+    cell = table.cell_at(holder_of(word))
+    if w[cell + GRANT] != at:
+        return AGAIN
+    bare = bool(word & BARE)
+    if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & CLOSED):
+        return close(table, at, word, cell, now)
+    if gate & CLOSED:
+        return AGAIN
+    return hand(table, at, word, gate, head, cell, now, bare=bare)
+
+
+def reap_cell(table: Table, cell: int, gate: int, now: int) -> Plan:
+    """One step towards the end of a dead process's cell; AGAIN once it is free."""
+    w = table.words
+    at = w[cell + GRANT]
+    if at and w[at] & STATE == GRANTED and holder_of(w[at]) == table.cell_index(cell):
+        return pass_on(table, at, w[at], gate, cell, now) if w[at] & BARE else close(table, at, w[at], cell, now)
+    return Plan("leave", (cell, w[cell], 0)) if w[cell] else AGAIN
+
+
+def cells_of(table: Table, row: int) -> list[int]:
+    return [cell for cell, word in cells(table) if word & 15 != CELL_FREE and (word & CELL_ROW) >> CELL_ROW_SHIFT == row]
+
+
+def slots_of(table: Table, row: int) -> list[int]:
+    return [
+        at for _, at, word in slots(table) if word & STATE in (IDLE, LEASED, OPENING) and holder_of(word) == row
+    ]
+
+
+def reap_slot(table: Table, at: int, now: int) -> Plan:
+    """A dead process's idle connection is adopted, everything else closed."""
+    word = table.words[at]
+    if word & STATE == IDLE and not word & STAYS:
+        return Plan("swap", (at, word, word & ~HOLDER | ARBITER_ROW << HOLDER_SHIFT, 0, 1, table.words[at + SINCE]))
+    return close(table, at, word, 0, now)

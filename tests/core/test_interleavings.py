@@ -1,0 +1,106 @@
+"""All orders of the steps of two and three checkouts, checkins, time-outs, limits and deaths; see explorer.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sharedpool.layout import PAUSED
+
+from .explorer import Explorer, Violation, Worker
+from .tables import A, B, C
+
+Case = tuple[list[Worker], tuple[str, ...], dict[str, Any]]
+
+patient, hasty = Worker(), Worker(gives_up=True)
+failing, permit = Worker(fails=True), Worker(connects=False)
+keeping, other, third = Worker(keeps=True), Worker(B), Worker(C)
+watched = {"watch": True}
+
+WITHOUT_A_WATCHER: dict[str, Case] = {
+    "two of one key": ([patient, patient], (), {}),
+    "two of two keys": ([patient, other], (), {}),
+    "three of one key": ([patient] * 3, (), {}),
+    "three of two keys": ([patient, other, patient], (), {}),
+    "connects fail": ([failing, failing], (), {}),
+    "time-outs": ([hasty, hasty, patient], (), {}),
+    "bare permits": ([permit] * 3, (), {}),
+    "discards": ([Worker(discards=True), patient, patient], (), {}),
+    "two leases that never end, one more place": ([keeping, patient, patient], (), {"maximum": 2}),
+    "a lease that never ends, connects fail": ([keeping, failing], (), {"maximum": 2}),
+    "idle ones of both keys": ([patient, other], (), {"maximum": 2, "idle": (A, B)}),
+    "an idle one to be closed for its permit": ([third, other], (), {"maximum": 2, "idle": (B, B)}),
+    "an idle one expires": ([patient, patient], ("expire",), {}),
+    "the limit is raised": ([patient, patient], ("raise",), {}),
+    "a lease is doomed": ([patient, patient], ("doom",), {}),
+}
+
+WITH_A_WATCHER: dict[str, Case] = {
+    "the limit is raised twice": ([patient, patient], ("raise", "raise"), watched),
+    "the limit is lowered": ([patient, patient], ("lower", "trim"), {**watched, "maximum": 2}),
+    "paused and resumed": ([patient, patient], ("pause", "resume"), watched),
+    "resumed": ([patient, hasty], ("resume",), {**watched, "maximum": 2, "flags": PAUSED}),
+    "stopped": ([patient, patient], ("stop",), watched),
+    "a worker is killed": ([patient, patient], ("kill0", "reap0"), watched),
+    "a grant is revoked": ([patient] * 2, ("revoke",), watched),
+    "behind a waiter of another key": (
+        [Worker(B, keeps=True), keeping, third], (), {**watched, "idle": (A, A), "maximum": 3}
+    ),
+}  # fmt: skip
+
+SLOW: dict[str, Case] = {
+    "three of three keys, idle ones": ([patient, other, third], (), {**watched, "maximum": 2, "idle": (A, B)}),
+    "three, the limit is raised": ([patient] * 3, ("raise",), watched),
+    "three, the limit is lowered": ([patient] * 3, ("lower", "trim"), {**watched, "maximum": 2}),
+    "three, the limit is lowered and raised": ([patient] * 3, ("lower", "trim", "raise"), {**watched, "maximum": 2}),
+    "three, one is killed": ([patient] * 3, ("kill1", "reap1"), watched),
+    "three, one grant is revoked, one killed": ([patient] * 3, ("revoke", "kill1", "reap1"), watched),
+    "three, two grants are revoked": ([patient] * 3, ("revoke", "revoke"), watched),
+    "three permits, one grant is revoked": ([permit] * 3, ("revoke",), watched),
+    "three, stopped": ([patient] * 3, ("stop", "doom"), {**watched, "maximum": 2}),
+    "three of two keys, time-outs, failures": ([hasty, Worker(B, fails=True), hasty], ("expire",), {"maximum": 2}),
+    "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
+}
+
+
+def explored(case: Case) -> int:
+    workers, script, more = case
+    return Explorer(workers, script, **more).explore()
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_WATCHER)
+def test_nobody_waits_in_vain_nor_is_overtaken_although_nobody_watches(name: str) -> None:
+    assert explored(WITHOUT_A_WATCHER[name]) > 50
+
+
+@pytest.mark.parametrize("name", WITH_A_WATCHER)
+def test_nobody_waits_in_vain_nor_is_overtaken_while_the_arbiter_watches(name: str) -> None:
+    assert explored(WITH_A_WATCHER[name]) > 50
+
+
+@pytest.mark.slow  # up to 200,000 states each
+@pytest.mark.parametrize("name", SLOW)
+def test_nobody_waits_in_vain_nor_is_overtaken_among_three(name: str) -> None:
+    assert explored(SLOW[name]) > 1000
+
+
+@pytest.mark.parametrize(
+    ("transition", "case"),
+    [
+        ("put_idle", ([patient, patient], (), {})),
+        ("free", ([failing, failing], (), {})),
+        ("free", ([patient, other], ("expire",), {})),
+        ("set_limit", ([patient, patient], ("pause", "resume"), {})),
+    ],
+    ids=["a checkin", "a failed connect", "a closed connection", "a resumed pool"],
+)
+def test_without_the_version_rule_somebody_waits_in_vain(transition: str, case: Case) -> None:
+    workers, script, more = case
+    with pytest.raises(Violation, match="waits beside"):
+        Explorer(workers, script, unsaid=frozenset([transition]), **more).explore()
+
+
+def test_without_a_watcher_a_raised_limit_helps_nobody_who_waits_already() -> None:
+    with pytest.raises(Violation, match="waits beside a free permit"):
+        Explorer([keeping, patient], ("raise",)).explore()
