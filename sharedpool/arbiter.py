@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import secrets
@@ -31,7 +32,8 @@ T = TypeVar("T")
 
 #: Messages read from one channel before the next one's turn: a flood does not starve the others.
 _BATCH: Final = 32
-#: A process that lost its channel may come back for its row within this, ns (exec keeps the pid, but comes back to nothing).
+#: A process that lost its channel may come back for its row within this, ns (after an exec, which keeps the pid,
+#: nobody comes back).
 _RETURN_TIME: Final = 1_000_000_000
 #: Without pidfds, processes are looked at so often, ns.
 _POLL_PROCESSES: Final = 100_000_000
@@ -151,7 +153,7 @@ class Arbiter:
     def _answer(self, function: Callable[[], Any], future: Future[Any]) -> None:
         try:
             result = function()
-        except BaseException as error:  # it belongs to the caller
+        except BaseException as error:  # noqa: BLE001 - it belongs to the caller
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -188,7 +190,10 @@ class Arbiter:
             channel.setblocking(False)
             client = Client(channel, pid)
             self._clients.add(client)
-            self._watch(channel.fileno(), select.EPOLLIN, lambda events, client=client: self._read(client))
+            self._watch(channel.fileno(), select.EPOLLIN, functools.partial(self._readable, client))
+
+    def _readable(self, client: Client, events: int) -> None:
+        self._read(client)
 
     def _read(self, client: Client, most: int = _BATCH) -> None:
         """Read and carry out what a client sent."""
@@ -214,39 +219,40 @@ class Arbiter:
                 return
 
     def _carry_out(self, client: Client, message: Message, descriptor: int | None) -> None:
-        """One message; whatever happens, its descriptor is kept or closed."""
-        taken = False
-        try:
-            kind = message.kind
-            if kind is Kind.HELLO and descriptor is not None and client.pool is None:
-                events = _socket_of(descriptor)
-                taken = True
-                self._hello(client, message, events)
-            elif kind is Kind.CALLER:
-                self._reply(client, Message(Kind.KEY, message.request, body={"key": self._authkey.hex()}))
-            elif kind is Kind.HOLD:
-                self._reply(client, Message(Kind.OK, message.request))
-            elif client.pool is None:
-                raise WireError(f"a {kind.name} before its hello")
-            elif kind is Kind.REGISTER and descriptor is not None:
-                sock = _socket_of(descriptor)
-                taken = True
-                client.pool.register(client.row, message.slot, message.generation, sock)
-            elif kind is Kind.FETCH:
-                self._fetch(client, client.pool, message)
-            elif kind is Kind.DECLARE:
-                self._declare(client, client.pool, message)
-            elif kind is Kind.CLOSE:
-                client.pool.begin_closing(message.slot, time.monotonic_ns())
-            elif kind is Kind.FORGET:
-                client.pool.forget(message.slot, message.generation)
-            elif kind is Kind.DETACH:
-                self._gone(client)
-            elif kind is not Kind.WATCH:  # which only has to wake the loop
-                raise WireError(f"a {kind.name} that does not belong here")
-        finally:
-            if descriptor is not None and not taken:
-                os.close(descriptor)
+        """One message; its descriptor, if any, is wrapped and closed again unless somebody keeps it."""
+        kind = message.kind
+        sock = None if descriptor is None else _socket_of(descriptor)
+        if sock is not None and kind is Kind.HELLO and client.pool is None:
+            self._hello(client, message, sock)
+        elif sock is not None and kind is Kind.REGISTER and client.pool is not None:
+            client.pool.register(client.row, message.slot, message.generation, sock)
+        elif sock is not None:
+            sock.close()
+            raise WireError(f"a descriptor with a {kind.name}")
+        elif kind is Kind.CALLER:
+            self._reply(client, Message(Kind.KEY, message.request, body={"key": self._authkey.hex()}))
+        elif kind is Kind.HOLD:
+            self._reply(client, Message(Kind.OK, message.request))
+        elif client.pool is None:
+            raise WireError(f"a {kind.name} before its hello")
+        else:
+            self._for_pool(client, client.pool, message)
+
+    def _for_pool(self, client: Client, pool: ServedPool, message: Message) -> None:
+        """What an attached worker says of its pool."""
+        kind = message.kind
+        if kind is Kind.FETCH:
+            self._fetch(client, pool, message)
+        elif kind is Kind.DECLARE:
+            self._declare(client, pool, message)
+        elif kind is Kind.CLOSE:
+            pool.begin_closing(message.slot, time.monotonic_ns())
+        elif kind is Kind.FORGET:
+            pool.forget(message.slot, message.generation)
+        elif kind is Kind.DETACH:
+            self._gone(client)
+        elif kind is not Kind.WATCH:  # which only has to wake the loop
+            raise WireError(f"a {kind.name} that does not belong here")
 
     def _reply(self, client: Client, message: Message, descriptor: int | None = None) -> None:
         """Answer; a client that does not read its answers loses its channel."""
@@ -368,7 +374,9 @@ class Arbiter:
             pool.declared_by = pid
             return pool
         if pool is not None:
-            raise PoolOptionsDiffer(f"pool {name!r} was stopped and still has connections; 'move' and 'order' stay until then")
+            raise PoolOptionsDiffer(
+                f"pool {name!r} was stopped and still has connections; 'move' and 'order' stay until then"
+            )
         pool = ServedPool(
             name, wanted, pid, watch=self._watch_remote, unwatch=self._unwatch_remote,
             tell_closed=self._tell_closed, drain=self._drain_pool,
@@ -386,7 +394,10 @@ class Arbiter:
         }  # fmt: skip
         if not differing:
             return []
-        texts = [f"{name}: {old.get(name)!r} (by process {pool.declared_by}) -> {value!r}" for name, value in differing.items()]
+        texts = [
+            f"{name}: {old.get(name)!r} (by process {pool.declared_by}) -> {value!r}"
+            for name, value in differing.items()
+        ]
         refused = sorted(set(differing) & options.FIXED) if update else sorted(differing)
         if refused:
             why = "cannot change while it runs" if update else "differ, and update=False"
@@ -420,10 +431,8 @@ class Arbiter:
 
     def _died(self, client: Client) -> None:
         """A worker is dead. What it sent before is read first: a registration may be among it."""
-        while client.channel is not None:
+        while client.channel is not None and _readable(client.channel):
             self._read(client)
-            if client.channel is not None and not _readable(client.channel):
-                break
         self._gone(client)
 
     def _lost(self, client: Client) -> None:
@@ -520,5 +529,3 @@ def _socket_of(descriptor: int) -> socket.socket:
         sock.close()
         raise WireError(f"a socket of type {sock.type}")
     return sock
-
-

@@ -21,7 +21,16 @@ from typing import Any, Final
 from . import drivers, fdpass, segment, view, wire
 from .channel import Channel
 from .drivers.sockets import end
-from .errors import ArbiterLost, ConnectFailed, FileLimit, LeaseError, PoolStopped, PoolTimeout, SharedPoolError, file_limit
+from .errors import (
+    ArbiterLost,
+    ConnectFailed,
+    FileLimit,
+    LeaseError,
+    PoolStopped,
+    PoolTimeout,
+    SharedPoolError,
+    file_limit,
+)
 from .held import Entry, Patience, Route
 from .layout import (
     CAN_MOVE,
@@ -32,12 +41,8 @@ from .layout import (
     FREE_SLOT,
     GATE,
     GATE_FLAGS,
-    GEN,
-    GEN_MASK,
-    GEN_ONE,
     HEAD,
     HIGH,
-    HOLDER,
     IDLE,
     KEY,
     LEASED,
@@ -115,9 +120,7 @@ class Attachment:
         other.close()
         self._counters = {counter: self.table.counter(index) for index, counter in enumerate(COUNTERS)}
         self._reuses = self._counters["reuses"]
-        self.room = WaitingRoom(
-            self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch
-        )
+        self.room = WaitingRoom(self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch)
         self.returns = Returns(
             self.table, self.segment, self._tell_close, self._counters["discards"], self.room.longest_for
         )
@@ -433,9 +436,7 @@ class Attachment:
         known = w[CONNECT_TIME]
         w[CONNECT_TIME] = known + (took - known) // 8 if known else took
 
-    def _renew(
-        self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float
-    ) -> Lease[Any]:
+    def _renew(self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float) -> Lease[Any]:
         """The connection just leased has ended, or says what nobody asked: end it, and open anew on the same permit."""
         w, at = self.words, lease.place
         if self.entries.get(at) is entry:
@@ -680,5 +681,3 @@ def detach_all() -> None:
     """At the end of the process: the rows end now, not when the kernel gets to it."""
     for attachment in list(_attachments):
         attachment.detach()
-
-

@@ -87,7 +87,9 @@ def connect(directory: str) -> socket.socket | None:
         os.close(fd)
 
 
-def ask(channel: socket.socket, message: Message, seconds: float, descriptor: int | None = None) -> tuple[Message, int | None]:
+def ask(
+    channel: socket.socket, message: Message, seconds: float, descriptor: int | None = None
+) -> tuple[Message, int | None]:
     """Send one request on a channel nobody else uses yet, and wait for its answer.
 
     Raises:
@@ -105,7 +107,9 @@ def ask(channel: socket.socket, message: Message, seconds: float, descriptor: in
     return wire.unpack(data), received
 
 
-def greet(directory: str, message: Message, seconds: float, descriptor: int | None = None) -> tuple[socket.socket, Message, int | None]:
+def greet(
+    directory: str, message: Message, seconds: float, descriptor: int | None = None
+) -> tuple[socket.socket, Message, int | None]:
     """Reach the arbiter and get its first answer; again, if it was just leaving.
 
     Raises:

@@ -156,10 +156,12 @@ def tag_of(key: int) -> int:
 
 
 def generation_of(word: int) -> int:
+    """The generation in a slot word."""
     return (word & GEN) >> GEN_SHIFT
 
 
 def holder_of(word: int) -> int:
+    """The holder in a slot word: a cell's number if it is GRANTED, else a row."""
     return (word & HOLDER) >> HOLDER_SHIFT
 
 
@@ -175,6 +177,7 @@ def opening_word(word: int, row: int, state: int = OPENING) -> int:
 
 
 def with_state(word: int, state: int) -> int:
+    """The same word in another state; of a slot or a cell."""
     return word & ~STATE | state
 
 

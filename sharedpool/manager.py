@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import multiprocess.managers
 import multiprocess.process
@@ -28,6 +28,8 @@ from .errors import PoolNotFound, SharedPoolError, StartFailed
 from .options import check_pool_name
 from .served import ServedPool
 from .stats import PoolStats
+
+T = TypeVar("T")
 
 _DEFAULT_LINGER = 10.0
 #: The loop must not wait 5 ms for a registry thread that pickles.
@@ -40,7 +42,9 @@ class Registry:
     def __init__(self, served_by: Arbiter) -> None:
         self._arbiter = served_by
 
-    def start_pool(self, name: str, options: dict[str, Any], pid: int, update: bool) -> tuple[dict[str, Any], list[str]]:
+    def start_pool(
+        self, name: str, options: dict[str, Any], pid: int, update: bool
+    ) -> tuple[dict[str, Any], list[str]]:
         """Find, make or change a pool; gives its facts and the warnings for the caller."""
 
         def declare() -> tuple[dict[str, Any], list[str]]:
@@ -93,11 +97,13 @@ class Registry:
         self._arbiter.call(stop)
         self._arbiter.end(at_once=True)
 
-    def _with(self, name: str, use: Callable[[ServedPool], Any]) -> Any:
-        def run() -> Any:
+    def _with(self, name: str, use: Callable[[ServedPool], T]) -> T:
+        def run() -> T:
             pool = self._arbiter.pools.get(name)
             if pool is None or pool.stopped:
-                raise PoolNotFound(f"there is no pool {name!r}; pools here: {', '.join(sorted(self._arbiter.names())) or 'none'}")
+                raise PoolNotFound(
+                    f"there is no pool {name!r}; pools here: {', '.join(sorted(self._arbiter.names())) or 'none'}"
+                )
             return use(pool)
 
         return self._arbiter.call(run)
@@ -178,7 +184,7 @@ def main(directory: str, ready: int) -> None:
     except SharedPoolError as error:
         os.write(2, f"{type(error).__name__}: {error}".encode())
         code = 1
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the launcher reads it here
         os.write(2, f"{error!r}".encode())
         code = 1
     os._exit(code)
@@ -312,5 +318,3 @@ def _unlink(dirfd: int, *names: str) -> None:
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=dirfd)
-
-

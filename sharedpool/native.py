@@ -16,7 +16,7 @@ import select
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import NotSupported
 
@@ -40,14 +40,16 @@ class Call:
 
     __slots__ = ("__invert__", "__neg__", "__pos__")
 
-    __neg__: Nullary
-    __pos__: Nullary
-    __invert__: Nullary
+    if TYPE_CHECKING:
+
+        def __neg__(self) -> int: ...
+        def __pos__(self) -> int: ...
+        def __invert__(self) -> int: ...
 
     def __init__(self, minus: Nullary, plus: Nullary | None = None, tilde: Nullary | None = None) -> None:
-        self.__neg__ = minus
-        self.__pos__ = plus or minus
-        self.__invert__ = tilde or minus
+        self.__neg__ = minus  # type: ignore[method-assign]
+        self.__pos__ = plus or minus  # type: ignore[method-assign]
+        self.__invert__ = tilde or minus  # type: ignore[method-assign]
 
 
 class Subscript:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Final, Generic, ParamSpec, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from . import options
@@ -21,6 +21,9 @@ from .errors import NotSupported, OptionError, PoolStopped
 from .lease import Lease
 from .options import NOT_GIVEN, NotGiven
 from .stats import PoolStats
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -34,7 +37,9 @@ class Attached(Protocol):
     """What a Pool needs once it is attached; shared over processes, or local to this one."""
 
     lost: bool
-    welcome: Mapping[str, Any]
+
+    @property
+    def welcome(self) -> Mapping[str, Any]: ...
 
     def route(self, transport: str, host: str, port: int) -> Any: ...
     def checkout(self, route: Any, patience: float | None, connect_timeout: float) -> Lease[Any]: ...
@@ -44,7 +49,7 @@ class Attached(Protocol):
 
 
 def mode() -> str:
-    """"shared" or "local": SHAREDPOOL_MODE, else shared on Linux and local elsewhere.
+    """Either "shared" or "local": SHAREDPOOL_MODE, else shared on Linux and local elsewhere.
 
     Raises:
         OptionError: SHAREDPOOL_MODE has another value.
@@ -81,7 +86,7 @@ def _warn_local() -> None:
 class _Shared:
     """This process's attachment to one pool, for all handles on it."""
 
-    attached: Any
+    attached: Attachment
     handles: int
     declared: dict[str, Any]
 
@@ -254,7 +259,7 @@ class Pool(Generic[T]):
 
     def _route(self, attached: Attached, transport: str | None, host: str, port: int) -> Any:
         kind, where, number = transport or self.transport, host, port
-        if isinstance(host, str) and "://" in host:
+        if "://" in str(host):
             kind, where, number = parse_url(host, port, transport)
         route = attached.route(kind, where, number)
         if attached is self._attached:

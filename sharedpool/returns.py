@@ -1,6 +1,7 @@
 """Giving back: where a connection or a permit goes when its lease ends. The one place where that is decided.
 
-To the longest waiter, if it may have it; idle, if nobody waits; else it is closed, and the arbiter passes the permit on.
+To the longest waiter, if it may have it; idle, if nobody waits; else it is closed, and the arbiter passes the permit
+on.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Returns:
         new = word & _KEPT | cell - self._cells >> CELL_SHIFT << HOLDER_SHIFT | GRANTED
         if self._table.hand(at, word, new, gate, cell, w[cell], 0, monotonic_ns()) != DONE:
             return False
-        -waker
+        -waker  # noqa: B018 - an operator that calls
         return True
 
     def connection(self, at: int, word: int, route: Route, limit: int) -> int:
@@ -163,7 +164,7 @@ class Returns:
         new = word & _KEPT | bare | number << HOLDER_SHIFT | GRANTED
         result = self._table.hand(at, seen, new, gate, cell, self._words[cell], 0, now)
         if result == DONE:
-            -waker
+            -waker  # noqa: B018 - an operator that calls
         return result
 
     def permit(self, at: int, word: int, limit: int) -> int:
@@ -231,5 +232,3 @@ class Returns:
         if (seen ^ word) & ~DOOMED:
             raise LeaseError("the lease is no longer in force: its slot was taken away")
         return seen
-
-

@@ -114,7 +114,9 @@ def open_directory(path: str) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StartFailed(f"the runtime directory {path} cannot be used (a symbolic link is refused): {error}") from error
+        raise StartFailed(
+            f"the runtime directory {path} cannot be used (a symbolic link is refused): {error}"
+        ) from error
     status = os.fstat(fd)
     mode = stat.S_IMODE(status.st_mode)
     problem = None

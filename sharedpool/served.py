@@ -35,6 +35,8 @@ from .layout import (
     FREE,
     FREE_SLOT,
     GATE,
+    GEN,
+    GEN_ONE,
     GRANT,
     GRANTED,
     HEAD,
@@ -56,6 +58,7 @@ from .layout import (
     ROW_FREE,
     ROW_LIVE,
     RULES,
+    SERIAL,
     SINCE,
     SLOT,
     STATE,
@@ -68,9 +71,6 @@ from .layout import (
     USED,
     WAITING_COUNT,
     WATCH,
-    GEN_ONE,
-    GEN,
-    SERIAL,
     Geometry,
     generation_of,
     holder_of,
@@ -78,7 +78,7 @@ from .layout import (
 )
 from .options import NOT_GIVEN, PoolOptions
 from .stats import ARBITER_COUNTERS, COUNTERS
-from .table import BUSY, DONE, STALE, NoLease
+from .table import DONE, STALE, NoLease
 from .view import steal_after
 
 ROWS: Final = 1024
@@ -122,6 +122,7 @@ class Closing:
 
 
 def nanoseconds(seconds: float | None) -> int:
+    """Seconds as the table keeps them; None, no limit, is 0."""
     return 0 if seconds is None else max(1, int(seconds * 1e9))
 
 

@@ -145,6 +145,4 @@ def from_counts(
     name: str, maximum: int, states: Mapping[str, int], counters: Mapping[str, int], waiting: int, processes: int
 ) -> PoolStats:
     """Put together what the table counted."""
-    return PoolStats(
-        name=name, max_connections=maximum, waiting=waiting, processes=processes, **{**states, **counters}
-    )
+    return PoolStats(name=name, max_connections=maximum, waiting=waiting, processes=processes, **{**states, **counters})

@@ -21,27 +21,21 @@ from typing import Final, Protocol
 
 from .errors import PoolBroken
 from .layout import (
-    ARBITER_ROW,
-    BARE,
     CELL,
-    CELL_FREE,
+    CELL_DEADLINE,
     CELL_HIGH,
     CELL_KEY,
     CELL_OWNED,
-    CELL_ROW,
     CELL_ROW_SHIFT,
     CELL_SINCE,
     CELL_STALLED,
     CELL_WAITING,
-    CELL_DEADLINE,
     DIRTY,
     EPOCH,
-    FREE,
     FREE_CELL,
     FREE_SLOT,
     GATE,
     GRANT,
-    GRANTED,
     HEAD,
     HEADER,
     HIGH,
@@ -53,19 +47,16 @@ from .layout import (
     NEXT_FREE,
     OPENED,
     OVER,
-    PAUSED,
     PREV,
     QUEUED,
     ROW,
     ROW_COUNTERS,
-    ROW_FREE,
     ROW_NONCE,
     ROW_SINCE,
     SINCE,
     SLOT,
     SLOT_SHIFT,
     STATE,
-    STOPPED,
     TAIL,
     TICKET,
     TICKET_SHIFT,
@@ -212,9 +203,7 @@ class Table:
 
     # --- taking -------------------------------------------------------------------------------------------------------
 
-    def take_idle(
-        self, at: int, seen: int, new: int, gate: int, lease: HasWord, counter: int, now: int
-    ) -> int:
+    def take_idle(self, at: int, seen: int, new: int, gate: int, lease: HasWord, counter: int, now: int) -> int:
         """IDLE -> LEASED: one's own or, by takeover, another process's."""
         w = self.words
         marks = self.marks
@@ -276,7 +265,9 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def take_grant(self, at: int, seen: int, new: int, cell: int, lease: HasWord, key: int, counter: int, now: int) -> int:
+    def take_grant(
+        self, at: int, seen: int, new: int, cell: int, lease: HasWord, key: int, counter: int, now: int
+    ) -> int:
         """GRANTED -> LEASED (a connection) or OPENING (a bare permit), by the cell it was granted to."""
         w = self.words
         mutex = self.mutex
@@ -338,7 +329,7 @@ class Table:
     # --- giving back --------------------------------------------------------------------------------------------------
 
     def put_idle(self, at: int, seen: int, new: int, gate: int, tag: int, now: int) -> int:
-        """LEASED -> IDLE: clean, not doomed, within the limits; nobody waits, or (sticky) what waits may not have it."""
+        """LEASED -> IDLE: clean, not doomed, within the limits; nobody waits who may have it."""
         w = self.words
         marks = self.marks
         mutex = self.mutex
@@ -567,9 +558,18 @@ class Table:
         return done or self.missed(rc)
 
     def enqueue(
-        self, cell: int, key: int, gate: int, ver: int, evict: int, evict_seen: int, deadline: int, counter: int, now: int
+        self,
+        cell: int,
+        key: int,
+        gate: int,
+        ver: int,
+        evict: int,
+        evict_seen: int,
+        deadline: int,
+        counter: int,
+        now: int,
     ) -> int:
-        """An owned cell joins the end of the queue, closing another key's idle connection for its permit in the same go.
+        """An owned cell joins the end of the queue; in the same go another key's idle connection is closed for it.
 
         Verified by VER: nothing has become usable since the search that found nothing.
 

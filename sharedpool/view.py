@@ -119,7 +119,8 @@ def count_idle(w: memoryview[int], geometry: Geometry, key: int) -> int:
 def victim(w: memoryview[int], marks: memoryview[int], geometry: Geometry, spared: int) -> int:
     """The place of an idle slot to close for its permit, about the least recently used; 0 if none is idle.
 
-    Connections of the key `spared` are none: whoever wants that key does not close them. Looks at the next 16 slots from a hand that goes round; only where none of them is idle, at all of them.
+    Connections of the key `spared` are none: whoever wants that key does not close them. Looks at the next 16 slots
+    from a hand that goes round; only where none of them is idle, at all of them.
     """
     high = w[HIGH]
     if not high:

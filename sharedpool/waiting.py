@@ -27,10 +27,10 @@ from .layout import (
     HEAD,
     HOLDER,
     HOLDER_SHIFT,
+    IDLE,
     KEY,
     LEASED,
     MASK64,
-    IDLE,
     NEXT,
     OPENING,
     OVER,
@@ -295,7 +295,9 @@ class WaitingRoom:
         unwanted = _Unwanted()
         bare = seen & BARE
         new = (seen & ~(STATE | HOLDER | BARE)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
-        result = table.take_grant(at, seen, new, cell, unwanted, w[at + KEY], self._counters["unwanted"], monotonic_ns())
+        result = table.take_grant(
+            at, seen, new, cell, unwanted, w[at + KEY], self._counters["unwanted"], monotonic_ns()
+        )
         if result == DONE:
             with contextlib.suppress(Exception):
                 (self.returns.permit if bare else self.returns.closed)(at, new, patience.limit)
@@ -307,5 +309,3 @@ class _Unwanted:
 
     def __init__(self) -> None:
         self.word = 0
-
-

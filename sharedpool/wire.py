@@ -49,6 +49,8 @@ class Kind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Message:
+    """One message: what it says, the request it belongs to, the connection it is about, and facts."""
+
     kind: Kind
     request: int = 0
     slot: int = 0

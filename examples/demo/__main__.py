@@ -181,11 +181,16 @@ def measure(
 
 
 def gunicorn(options: argparse.Namespace, address: str, directory: Path) -> list[str]:
-    """The command that serves examples/gunicorn_app.py. On a Unix socket: no port is used up by 1,000 clients/s."""
-    kind = ["--worker-class", "gthread", "--threads", str(options.threads)] if options.threads > 1 else []
+    """The command that serves examples/gunicorn_app.py. On a Unix socket: no port is used up by 1,000 clients/s.
+
+    A worker with threads takes no more clients than it has threads: those in its own queue would die with it, too.
+    """
+    threads = str(options.threads)
+    kind = ["--worker-class", "gthread", "--threads", threads, "--worker-connections", threads]
     return [
         *(sys.executable, "-m", "gunicorn", "--config", "python:examples.demo.gunicorn_conf"),
-        *("--bind", f"unix:{address}", "--workers", str(options.workers), *kind),
+        *("--bind", f"unix:{address}", "--workers", str(options.workers)),
+        *(kind if options.threads > 1 else []),
         *("--worker-tmp-dir", str(directory), "examples.gunicorn_app:app"),
     ]
 
