@@ -108,6 +108,8 @@ class Arbiter:
         for pool in list(self.pools.values()):
             due = min(due, pool.turn(now))
         due = min(due, self._look_after_processes(now))
+        if not self._clients:
+            due = min(due, int((self._quiet_since + self._linger) * 1e9))
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
             del self.pools[name]
         return max(0.0, (due - time.monotonic_ns()) / 1e9)

@@ -114,7 +114,7 @@ class Attachment:
         self.routes: dict[tuple[str, str, int], Route] = {}
         self.entries: dict[int, Entry] = {}
         self.permits: dict[int, int] = {}
-        self.chores: deque[tuple[int, int, Entry | None]] = deque()
+        self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
         self._tidying = threading.Lock()
         self._dead, other = socket.socketpair()
         other.close()
@@ -286,7 +286,7 @@ class Attachment:
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
         seen = w[at]
         if seen & STATE:
-            return 0
+            return self.table.missed(0)
         connects = route.driver.connects
         new = opening_word(seen, self.row, OPENING if connects else LEASED)
         counter = self._counters["attempts" if connects else "opens"]
@@ -428,7 +428,7 @@ class Attachment:
             else:
                 result = self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK)
             if result == LATER:
-                self.chores.append((at, word, None))
+                self.chores.append((at, word, None, False))
 
     def _smooth(self, took: int) -> None:
         """The mean connect time, over about the last eight."""
@@ -500,13 +500,13 @@ class Attachment:
             self._return(entry, word)
         except BaseException as error:
             if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry))
+                self.chores.append((lease.place, word, entry, False))
             raise
 
     def _return(self, entry: Entry, word: int) -> None:
         result = self.returns.connection(entry.at, word, entry.route, monotonic_ns() + _GIVE_BACK)
         if result == LATER:
-            self.chores.append((entry.at, word, entry))
+            self.chores.append((entry.at, word, entry, False))
         elif result == CLOSED:
             self._drop_entry(entry)
         elif result != GIVEN:
@@ -516,7 +516,7 @@ class Attachment:
     def _return_permit(self, at: int, word: int) -> None:
         self.permits.pop(at, None)
         if self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK) == LATER:
-            self.chores.append((at, word, None))
+            self.chores.append((at, word, None, False))
 
     def discard(self, lease: Lease[Any]) -> None:
         """End a lease by closing its connection.
@@ -536,14 +536,14 @@ class Attachment:
                 self._close(entry, word)
         except BaseException as error:
             if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry))
+                self.chores.append((lease.place, word, entry, False))
             raise
 
     def _close(self, entry: Entry, word: int) -> None:
         """Close a leased connection; its permit goes on once the remote has closed, too."""
         result = self.returns.closed(entry.at, word, monotonic_ns() + _GIVE_BACK)
         if result == LATER:
-            self.chores.append((entry.at, word, entry))
+            self.chores.append((entry.at, word, entry, False))
         self._drop_entry(entry)
 
     def _drop_entry(self, entry: Entry) -> None:
@@ -554,7 +554,7 @@ class Attachment:
     def drop(self, lease: Lease[Any]) -> None:
         """A lease was forgotten and collected; called by a finalizer, so it only takes note."""
         if not self.inert:
-            self.chores.append((lease.place, lease.word, lease._entry))
+            self.chores.append((lease.place, lease.word, lease._entry, True))
 
     def tidy(self) -> None:
         """End what finalizers, and givers-back that found the mutex busy, have left over."""
@@ -562,14 +562,15 @@ class Attachment:
             return
         try:
             for _ in range(len(self.chores)):
-                at, word, entry = self.chores.popleft()
+                at, word, entry, forgotten = self.chores.popleft()
                 if (self.words[at] ^ word) & ~DOOMED:
                     continue  # ended otherwise
-                self.count("dropped")
+                if forgotten:
+                    self.count("dropped")
                 if word & STATE == LEASED and at in self.permits:
                     self._return_permit(at, word)
                 elif self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK) == LATER:
-                    self.chores.append((at, word, entry))
+                    self.chores.append((at, word, entry, False))
                 elif entry is not None:
                     self._drop_entry(entry)
         except (IndexError, LeaseError):

@@ -43,7 +43,9 @@ class TooManyWaiting(SharedPoolError):
 
 
 class PoolStopped(SharedPoolError):
-    """The pool was stopped, while waiting or before."""
+    """The pool was stopped. Field: waited, True if that was while this checkout waited."""
+
+    waited = False
 
 
 class PoolNotFound(SharedPoolError, LookupError):

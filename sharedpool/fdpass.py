@@ -31,7 +31,10 @@ def send(channel: socket.socket, data: bytes, descriptor: int | None = None, *, 
     control = []
     if descriptor is not None:
         control.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor])))
-    channel.sendmsg([data], control, flags)
+    try:
+        channel.sendmsg([data], control, flags)
+    except TimeoutError as error:
+        raise _in_time(error, wait) from None
 
 
 def receive(channel: socket.socket, longest: int, *, wait: bool = True) -> tuple[bytes, int | None]:
@@ -44,7 +47,10 @@ def receive(channel: socket.socket, longest: int, *, wait: bool = True) -> tuple
         PassError: The message or its descriptors were cut off (the limit of open files), or came in number.
     """
     flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
-    data, control, answer, _ = channel.recvmsg(longest, _ROOM, flags)
+    try:
+        data, control, answer, _ = channel.recvmsg(longest, _ROOM, flags)
+    except TimeoutError as error:
+        raise _in_time(error, wait) from None
     descriptors = array.array("i")
     for level, kind, content in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -56,6 +62,11 @@ def receive(channel: socket.socket, longest: int, *, wait: bool = True) -> tuple
             raise PassError("a descriptor could not be received: is the limit of open files (RLIMIT_NOFILE) reached?")
         raise PassError(f"a message came cut off, or with {len(descriptors)} descriptors instead of one at most")
     return data, descriptors[0] if descriptors else None
+
+
+def _in_time(error: TimeoutError, wait: bool) -> OSError:
+    """A socket with a time-out waits for it even where a message must not wait; the error is the same all the same."""
+    return error if wait else BlockingIOError(str(error))
 
 
 def credentials(channel: socket.socket) -> tuple[int, int, int]:

@@ -5,8 +5,8 @@ The memory is one array of 64-bit words, followed by two arrays of 32-bit marks:
     header | rows | slots | cells        (64-bit words)
     marks of the slots | kicks of the cells (32-bit)
 
-*Committed* words are the slot words, the cell words, the row words, MAX and the epoch in GATE. Everything else is
-*derived*: it can be rebuilt from them, and `table.repair` does that.
+*Committed* words are the slot words, the cell words, the row words, MAX, and in GATE the epoch, PAUSED and STOPPED.
+Everything else is *derived*: it can be rebuilt from them, and `table.repair` does that.
 
 A slot word, from the top: lease serial 12 | generation 28 | holder 16 | flags 4 | state 4. The holder of a GRANTED slot
 is a cell, else a row. (slot, generation) names a connection for ever; (slot, generation, serial) names a lease.
@@ -70,7 +70,7 @@ ROW_FREE: Final = 0
 ROW_LIVE: Final = 1
 ROW_DEAD: Final = 2
 
-# --- slots: word | key | since | opened | state version | next free | thread ------------------------------------------
+# --- slots: word | key | since | opened | state version | next free ---------------------------------------------------
 SLOT: Final = 8
 SLOT_SHIFT: Final = 3
 KEY: Final = 1

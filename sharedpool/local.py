@@ -32,6 +32,8 @@ OPENING, LEASED, GRANTED, IDLE, CLOSING, FREE = "opening", "in_use", "granted", 
 
 #: Elsewhere the system does not say whether the peer has closed, too: a permit is free when our side has.
 _WATCHES_ENDS: Final = sys.platform == "linux"
+#: Who waits looks up so often, s: a forgotten lease is only noted by its finalizer, which can wake nobody.
+_LOOK_UP: Final = 0.2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -248,10 +250,10 @@ class LocalPool:
 
     def _nap(self, waiter: _Waiter, limit: float | None) -> None:
         """Sleep until woken, or until there is something to look after."""
-        until = [] if limit is None else [limit]
-        if self._queue[0] is waiter:
-            until += [slot.look for slot in self._closing]
-        waiter.bell.wait(max(0.0, min(until) - monotonic()) if until else None)
+        until = monotonic() + _LOOK_UP
+        if self._closing and self._queue[0] is waiter:
+            until = min(until, *(slot.look for slot in self._closing))
+        waiter.bell.wait(max(0.0, (until if limit is None else min(until, limit)) - monotonic()))
         if self._queue and self._queue[0] is waiter:
             self._tidy()
 

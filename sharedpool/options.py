@@ -209,7 +209,7 @@ def check(option: str, value: Any, source: str = "the call") -> Any:
         )  # fmt: skip
     try:
         return rule.check(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise _refusal(option, value, source, rule.allowed) from None
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, Self, TypeVar
@@ -87,7 +87,7 @@ class _Shared:
     """This process's attachment to one pool, for all handles on it."""
 
     attached: Attachment
-    handles: int
+    handles: weakref.WeakSet[Pool[Any]]
     declared: dict[str, Any]
 
 
@@ -95,13 +95,13 @@ _sharing = threading.Lock()
 _shared: dict[tuple[str, str], _Shared] = {}
 
 
-def _last_handle(attached: Attached) -> bool:
+def _last_handle(pool: Pool[Any], attached: Attached) -> bool:
     """One handle less; whether none is left."""
     with _sharing:
         for key, shared in list(_shared.items()):
             if shared.attached is attached:
-                shared.handles -= 1
-                if shared.handles > 0 and not attached.lost:
+                shared.handles.discard(pool)
+                if shared.handles and not attached.lost:
                     return False
                 del _shared[key]
     return True
@@ -172,12 +172,12 @@ class Pool(Generic[T]):
                 if ours and ours != shared.declared:
                     _warn(shared.attached.channel.declare(ours, update=self._update))
                     shared.declared.update(ours)
-                shared.handles += 1
+                shared.handles.add(self)
                 return shared.attached
             attached = Attachment(
                 directory, self.name, ours, declares=bool(self._given), update=self._update, seconds=seconds
             )
-            _shared[directory, self.name] = _Shared(attached, 1, ours)
+            _shared[directory, self.name] = _Shared(attached, weakref.WeakSet([self]), ours)
         _warn(attached.welcome["warnings"])
         log.info(
             "attached to pool %r (max %s) in %s, arbiter %s, %s processes", self.name,
@@ -188,10 +188,18 @@ class Pool(Generic[T]):
 
     def close(self) -> None:
         """Detach. With the last handle of this process on the pool its leases end; its idle connections stay there."""
+        attached = self._attached
+        if attached is not None:
+            self._leave(attached)
+
+    def _leave(self, attached: Attached) -> None:
+        """Detach from this attachment, unless another thread did already."""
         with self._lock:
-            attached, self._attached = self._attached, None
+            if self._attached is not attached:
+                return
+            self._attached = None
             self._routes = {}
-        if attached is not None and _last_handle(attached):
+        if _last_handle(self, attached):
             attached.detach()
 
     def __enter__(self) -> Self:
@@ -251,10 +259,10 @@ class Pool(Generic[T]):
             patience = options.check("checkout_timeout", checkout_timeout)
         try:
             return attached.checkout(route, patience, connect)
-        except PoolStopped:
-            if not attached.lost:
+        except PoolStopped as error:
+            if error.waited or not attached.lost:
                 raise
-        self.close()  # its arbiter was stopped; there may be a new one
+        self._leave(attached)  # its arbiter was stopped; there may be a new one
         return self.checkout(host, port, transport, checkout_timeout=checkout_timeout, connect_timeout=connect_timeout)
 
     def _route(self, attached: Attached, transport: str | None, host: str, port: int) -> Any:
@@ -411,8 +419,3 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def each_pool() -> Iterator[Pool[Any]]:
-    """The handles of this process."""
-    yield from list(_pools)

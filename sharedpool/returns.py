@@ -141,8 +141,8 @@ class Returns:
         """Somebody waits: hand it over if it fits and may move; sticky ones stay for a while; else close it."""
         w = self._words
         head = w[HEAD]
-        if not head:
-            return 0, GIVEN
+        if not head:  # the queue is changing, or a section was left half done
+            return self._table.missed(0), GIVEN
         same = w[head + CELL_KEY] == route.key
         fits = same and (not route.stays or (w[head] & CELL_ROW) >> CELL_ROW_SHIFT == self._table.row)
         if route.sticky:
@@ -184,7 +184,7 @@ class Returns:
             if head and not gate & (OVER | PAUSED | STOPPED):
                 result = self._hand(at, seen, seen, head, gate, monotonic_ns(), BARE)
             elif not head and gate & QUEUED:
-                result = 0  # the queue is changing
+                result = self._table.missed(0)  # the queue is changing, or a section was left half done
             else:
                 result = self._table.free(at, seen, gate, 0)
             if result == DONE:

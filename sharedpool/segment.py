@@ -193,9 +193,10 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any]]:
         raise AttachRefused(f"the segment's header is damaged: {length} bytes of facts, {size} of {status.st_size}")
     try:
         facts = json.loads(os.pread(fd, length, _FACTS_AT))
-        geometry = Geometry(facts["rows"], facts["slots"], facts["cells"])
-        sound = _HEADER_BYTES + geometry.size == size and len(bytes.fromhex(facts["secret"])) == 16
-    except (ValueError, KeyError, TypeError) as error:
+        numbers = (facts["rows"], facts["slots"], facts["cells"])
+        whole = all(type(number) is int and number > 0 for number in numbers) and isinstance(facts["pool"], str)
+        sound = whole and _HEADER_BYTES + Geometry(*numbers).size == size and len(bytes.fromhex(facts["secret"])) == 16
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AttachRefused(f"the segment's header is damaged: {error!r}") from error
     if not sound:
         raise AttachRefused("the segment's header is damaged: its numbers do not fit its size")

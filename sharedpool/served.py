@@ -253,7 +253,7 @@ class ServedPool:
         now = time.monotonic_ns()
         for _, at, word in self.slots():
             if word & STATE == IDLE:
-                self._close(at, word, "closed", now)
+                self._close(at, word, "stopped", now)
             elif word & STATE in (LEASED, OPENING):
                 self._doom(at)
         for cell, _ in self._cells():
@@ -460,7 +460,7 @@ class ServedPool:
                     self._wake(cell)
                 return True
         _, at, word = min(idle)
-        self._close(at, word, "over_limit", now)
+        self._close(at, word, "reclaimed", now)
         return True
 
     def _watch_grants(self, now: int) -> None:

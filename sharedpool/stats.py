@@ -34,6 +34,8 @@ ARBITER_COUNTERS: tuple[str, ...] = (
     "rescued",
     "repairs",
     "over_limit",
+    "reclaimed",
+    "stopped",
 )
 
 
@@ -73,11 +75,13 @@ class PoolStats:
         reaped: Leases, openings and waiters of dead processes.
         adopted: Idle connections of dead processes that were kept.
         revoked: Grants taken back from a waiter that did not take them.
-        closed: Connections closed to the end.
+        closed: Connections closed to the end, closed_unconfirmed among them.
         closed_unconfirmed: Connections whose remote had not closed within close_timeout.
         rescued: Waiters served by the arbiter's watch instead of by a release.
         repairs: Repairs of the table after a death inside a critical section.
-        over_limit: Connections closed because the cap was lowered.
+        over_limit: Idle connections closed because the cap was lowered.
+        reclaimed: Idle connections closed by the arbiter for a waiter.
+        stopped: Idle connections closed because the pool was stopped.
     """
 
     name: str
@@ -112,6 +116,8 @@ class PoolStats:
     rescued: int = 0
     repairs: int = 0
     over_limit: int = 0
+    reclaimed: int = 0
+    stopped: int = 0
 
     @property
     def used(self) -> int:

@@ -1,8 +1,9 @@
 """The slot table: who holds which permit, who waits, in which order. The heart of sharedpool.
 
 A pure data structure over shared memory: no I/O, no clock (time is an argument), no logging. Callers search outside
-the mutex (`plan.py`), then ask for one transition here, which is verified and committed inside. Each method
-returns DONE, STALE (what was seen no longer holds: search again) or BUSY (the mutex is taken: wait a moment).
+the mutex (attachment, waiting, returns, served), then ask for one transition here, which is verified and committed
+inside. Each method returns DONE, STALE (what was seen no longer holds: search again) or BUSY (the mutex is taken: wait
+a moment).
 
 The shape of a critical section is a law here, and `tests/core/test_section_shape.py` checks it in the byte code:
 
@@ -10,7 +11,9 @@ The shape of a critical section is a law here, and `tests/core/test_section_shap
   after calls, at backward jumps and at function starts, but not after operators, loads, stores and comparisons;
 * between them only item loads and stores, arithmetic on ints, comparisons and `if`;
 * the first store sets DIRTY to the storing row and the last one clears it; whoever finds it set repairs first;
-* one store commits, and what is written before it is without meaning unless it follows.
+* one store commits, and what is written before it is without meaning unless it follows;
+* a trylock that tells of the holder's death has the mutex, too: the table is marked DIRTY, the mutex made usable and
+  let go in the same stretch. To repair is a section of its own.
 """
 
 from __future__ import annotations
@@ -165,29 +168,17 @@ class Table:
         if rc in _HELD:
             return BUSY
         if rc == _EOWNERDEAD:
-            self._inherit()
             self.repair()
             return STALE
         raise PoolBroken(
             f"the pool's mutex cannot be recovered ({errno.errorcode.get(rc, rc)}); every process must attach anew"
         )
 
-    def _inherit(self) -> None:
-        """The holder died, and trylock left the mutex with us: mark the table, make the mutex usable, let go."""
-        w = self.words
-        mutex = self.mutex
-        me = self.row
-        try:
-            if not w[DIRTY]:
-                w[DIRTY] = me
-            ~mutex
-        finally:
-            +mutex
-
     def repair(self) -> int:
         """Rebuild everything derived if a section was left half done; DONE when nothing is left to repair."""
         w = self.words
         mutex = self.mutex
+        me = self.row
         rc = -mutex
         if rc == 0:
             try:
@@ -197,8 +188,12 @@ class Table:
             finally:
                 +mutex
             return DONE
-        if rc == _EOWNERDEAD:
-            self._inherit()
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return BUSY
 
     # --- taking -------------------------------------------------------------------------------------------------------
@@ -224,6 +219,12 @@ class Table:
                     w[counter] = w[counter] + 1
                     w[DIRTY] = 0
                     done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
             finally:
                 +mutex
         return done or self.missed(rc)
@@ -263,6 +264,12 @@ class Table:
                         done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     def take_grant(
@@ -288,6 +295,12 @@ class Table:
                     w[counter] = w[counter] + 1
                     w[DIRTY] = 0
                     done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
             finally:
                 +mutex
         return done or self.missed(rc)
@@ -324,6 +337,12 @@ class Table:
                     done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     # --- giving back --------------------------------------------------------------------------------------------------
@@ -350,6 +369,12 @@ class Table:
                     done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     def hand(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, old_cell: int, now: int) -> int:
@@ -371,8 +396,8 @@ class Table:
         me = self.row
         mark = (at - self.slot_base) // SLOT
         kick = self.geometry.slots + (cell - self.cell_base) // CELL
-        if cell_word & 15 != CELL_WAITING:
-            return STALE
+        if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
+            return self.missed(0)
         done = 0
         rc = -mutex
         if rc == 0:
@@ -404,6 +429,12 @@ class Table:
                     done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     def hand_free(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int) -> int:
@@ -415,8 +446,8 @@ class Table:
         index = (at - self.slot_base) // SLOT
         top = index + 1
         kick = self.geometry.slots + (cell - self.cell_base) // CELL
-        if cell_word & 15 != CELL_WAITING:
-            return STALE
+        if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
+            return self.missed(0)
         done = 0
         rc = -mutex
         if rc == 0:
@@ -452,6 +483,12 @@ class Table:
                         done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     def free(self, at: int, seen: int, gate: int, old_cell: int) -> int:
@@ -484,6 +521,12 @@ class Table:
                     w[VER] = w[VER] + 1
                     w[DIRTY] = 0
                     done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
             finally:
                 +mutex
         return done or self.missed(rc)
@@ -524,6 +567,12 @@ class Table:
                     done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     # --- waiting ------------------------------------------------------------------------------------------------------
@@ -553,6 +602,12 @@ class Table:
                         w[cell + PREV] = 0
                         w[DIRTY] = 0
                         done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
             finally:
                 +mutex
         return done or self.missed(rc)
@@ -593,12 +648,13 @@ class Table:
         place = evict or self.slot_base
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
-        gate = gate | QUEUED
+        queued = gate | QUEUED
         done = 0
         rc = -mutex
         if rc == 0:
             try:
-                if w[VER] == ver and w[GATE] | 1 == gate and w[cell] == owned and not w[DIRTY]:
+                # If somebody was before it when it decided to wait, somebody still is: else it has to look again.
+                if w[VER] == ver and (w[GATE] == gate or w[GATE] == queued) and w[cell] == owned and not w[DIRTY]:
                     if evict == 0 or w[place] == evict_seen:
                         w[DIRTY] = me
                         ticket = w[TICKET]
@@ -619,11 +675,17 @@ class Table:
                         else:
                             w[HEAD] = cell
                         w[TAIL] = cell
-                        w[GATE] = gate
+                        w[GATE] = queued
                         w[WAITING_COUNT] = w[WAITING_COUNT] + 1
                         w[counter] = w[counter] + 1
                         w[DIRTY] = 0
                         done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
             finally:
                 +mutex
         return done or self.missed(rc)
@@ -634,14 +696,25 @@ class Table:
         mutex = self.mutex
         me = self.row
         waiting = with_state(seen, CELL_WAITING)
+        ticket = seen >> TICKET_SHIFT
         gate = gate | QUEUED
         done = 0
         rc = -mutex
         if rc == 0:
             try:
                 if w[cell] == seen and w[VER] == ver and w[GATE] | 1 == gate and not w[DIRTY]:
-                    if (w[after + NEXT] == before and w[after] & 15 == 2 if after else w[HEAD] == before) and (
-                        w[before + PREV] == after and w[before] & 15 == 2 if before else w[TAIL] == after
+                    if (
+                        w[after + NEXT] == before
+                        and w[after] & 15 == CELL_WAITING
+                        and w[after] >> TICKET_SHIFT < ticket
+                        if after
+                        else w[HEAD] == before
+                    ) and (
+                        w[before + PREV] == after
+                        and w[before] & 15 == CELL_WAITING
+                        and w[before] >> TICKET_SHIFT > ticket
+                        if before
+                        else w[TAIL] == after
                     ):
                         w[DIRTY] = me
                         w[cell] = waiting
@@ -659,6 +732,12 @@ class Table:
                         w[WAITING_COUNT] = w[WAITING_COUNT] + 1
                         w[DIRTY] = 0
                         done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
             finally:
                 +mutex
         return done or self.missed(rc)
@@ -697,6 +776,12 @@ class Table:
                     done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     # --- the arbiter's ------------------------------------------------------------------------------------------------
@@ -720,6 +805,12 @@ class Table:
                     done = 1
             finally:
                 +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
         return done or self.missed(rc)
 
     def set_limit(self, maximum: int, flags: int) -> int:
@@ -738,6 +829,12 @@ class Table:
                     w[VER] = w[VER] + 1
                     w[DIRTY] = 0
                     done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
             finally:
                 +mutex
         return done or self.missed(rc)

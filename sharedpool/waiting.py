@@ -64,14 +64,13 @@ class OutOfTime(Exception):
 class Waiter:
     """A cell of this process: a place in the queue for one thread at a time."""
 
-    __slots__ = ("cell", "key", "kick", "sleeper", "ticket")
+    __slots__ = ("cell", "key", "kick", "sleeper")
 
     def __init__(self, cell: int, kick: int, sleeper: Sleeper) -> None:
         self.cell = cell
         self.kick = kick
         self.sleeper = sleeper
         self.key = 0
-        self.ticket = 0
 
 
 class WaitingRoom:
@@ -145,7 +144,7 @@ class WaitingRoom:
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
-                return 0
+                return self._table.missed(0)
         queued = False
         try:
             deadline = 0 if limit == _NEVER else limit
@@ -211,7 +210,7 @@ class WaitingRoom:
                         raise OutOfTime
                 continue
             if w[GATE] & STOPPED:
-                raise PoolStopped(f"pool {self._name!r} was stopped while this checkout waited")
+                raise PoolStopped(f"pool {self._name!r} was stopped while this checkout waited", waited=True)
             word = w[cell]
             if now >= limit:
                 result = self._table.leave(cell, word, self._owned)
@@ -236,7 +235,7 @@ class WaitingRoom:
         table = self._table
         seen = self._words[at]
         if seen & (STATE | HOLDER) != GRANTED | cell - table.cell_base >> CELL_SHIFT << HOLDER_SHIFT:
-            return 0
+            return table.missed(0)
         if seen & BARE:
             connects = route.driver.connects
             new = opening_word(seen, table.row, OPENING if connects else LEASED)
@@ -291,7 +290,7 @@ class WaitingRoom:
         table = self._table
         seen = w[at]
         if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell) or self.returns is None:
-            return 0
+            return table.missed(0)
         unwanted = _Unwanted()
         bare = seen & BARE
         new = (seen & ~(STATE | HOLDER | BARE)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED

@@ -16,7 +16,8 @@ from ..options import LONGEST
 
 #: TCP_INFO's first byte once both sides have closed (or the connection was reset).
 _TCP_CLOSE: Final = 7
-#: A peer that keeps sending after our end is drained this far per look.
+#: What a peer still sends after our end is read away, in so many reads of so many bytes per look.
+_READS: Final = 16
 _DRAIN: Final = 1 << 16
 
 
@@ -158,9 +159,7 @@ class Ending:
         try:
             if self._tcp:
                 return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
-            while True:
-                if not self._sock.recv(_DRAIN):
-                    return True
+            return any(not self._sock.recv(_DRAIN) for _ in range(_READS))
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:

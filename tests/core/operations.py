@@ -510,3 +510,18 @@ def run(world: World, ready: Ready, table: Table | None = None, lease: Any = Non
         lease = Lease()
         lease.word = ready.expected
     return ready.call(table or world.table(ready.row), lease), lease
+
+
+def each(test: Callable[[Operation], None]) -> Callable[[], None]:
+    """One test over all transitions, which names the one that fails: as many tests would take seconds by themselves."""
+
+    def over_all() -> None:
+        for operation in ALL:
+            try:
+                test(operation)
+            except BaseException as error:
+                error.add_note(f"the transition: {operation.__name__}")
+                raise
+
+    over_all.__name__ = test.__name__
+    return over_all

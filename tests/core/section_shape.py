@@ -7,6 +7,7 @@ operators there may be nothing of the kind, nothing that runs Python code, and n
 from __future__ import annotations
 
 import dis
+import errno
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,11 +75,18 @@ class _Walk:
         return next((self.place(target) for start, end, target in self.handlers if start <= one.offset < end), None)
 
     def section(self, start: int) -> Iterator[str]:
-        """Everything wrong with the section whose trylock is at this index."""
-        entered, wrong = self._entered(start)
+        """Everything wrong with the section whose trylock is at this index, and with what follows a holder's death."""
+        held, other, wrong = self._test(start, {0})
+        if not wrong:
+            yield from self._held(held)
+            held, _, wrong = self._test(other - 1, {errno.EOWNERDEAD})
         if wrong:
             yield wrong
-            return
+        else:
+            yield from self._held(held)
+
+    def _held(self, entered: int) -> Iterator[str]:
+        """Everything wrong from here, where the mutex is held, to its unlock."""
         seen: set[int] = set()
         todo = [entered]
         while todo:
@@ -94,21 +102,26 @@ class _Walk:
             yield from self._allowed(index)
             todo += self._next(index)
 
-    def _entered(self, start: int) -> tuple[int, str]:
-        """Where the section proper begins: `rc = -mutex`, `if rc == 0`, and nothing else between."""
-        names = []
-        index = start + 1
-        while not self.code[index].opname.startswith("POP_JUMP"):
-            names.append(self.code[index].opname)
+    def _test(self, start: int, codes: set[int]) -> tuple[int, int, str]:
+        """After this index comes `rc == code` and nothing else: where it goes on if so, and if not."""
+        names, compared, index = [], [], start + 1
+        while index < len(self.code) and not self.code[index].opname.startswith("POP_JUMP"):
+            one = self.code[index]
+            names.append(one.opname)
+            if one.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+                compared.append(one.argval)
+            elif one.opname == "LOAD_GLOBAL":
+                compared.append(self.names.get(one.argval))
+            elif one.opname == "COMPARE_OP":
+                compared.append(one.argrepr)
             index += 1
-        allowed = {"STORE_FAST", "LOAD_FAST", "STORE_FAST_LOAD_FAST", "LOAD_CONST", "LOAD_SMALL_INT", "COMPARE_OP"}
-        allowed |= {"LOAD_FAST_BORROW", "TO_BOOL"}
-        zero = [self.code[at] for at in range(start, index) if self.code[at].opname in ("LOAD_CONST", "LOAD_SMALL_INT")]
-        compared = [self.code[at].argrepr for at in range(start, index) if self.code[at].opname == "COMPARE_OP"]
-        sound = set(names) <= allowed and [one.argval for one in zero] == [0] and "==" in "".join(compared)
-        if not sound or not self.code[index].opname.endswith("IF_FALSE"):
-            return 0, f"between trylock and its test is more than `if rc == 0`: {names}"
-        return index + 1, ""
+        allowed = {"STORE_FAST", "STORE_FAST_LOAD_FAST", "LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_CONST"}
+        allowed |= {"LOAD_SMALL_INT", "LOAD_GLOBAL", "COMPARE_OP", "TO_BOOL"}
+        sound = len(compared) == 2 and compared[0] in codes and "==" in str(compared[1]) and set(names) <= allowed
+        if not sound or index >= len(self.code) or not self.code[index].opname.endswith("IF_FALSE"):
+            wanted = " or ".join(errno.errorcode.get(code, str(code)) for code in codes)
+            return 0, 0, f"after trylock comes more than, or other than, `rc == {wanted}`: {names} {compared}"
+        return index + 1, self.place(self.code[index].argval), ""
 
     def _allowed(self, index: int) -> Iterator[str]:
         one = self.code[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Callable
+from errno import EOWNERDEAD
 from typing import Any
 
 import pytest
@@ -50,7 +51,34 @@ def sound(w: Any, mutex: Any, lease: Any, new: int) -> int:
                 done = 1 if w[2] else 2
         finally:
             +mutex
+    elif rc == EOWNERDEAD:
+        try:
+            w[0] = w[0] or new
+            ~mutex
+        finally:
+            +mutex
     return done
+
+
+def forgets_the_dead(w: Any, mutex: Any) -> int:
+    rc = -mutex
+    if rc == 0:
+        try:
+            w[0] = 1
+        finally:
+            +mutex
+    return rc
+
+
+def leaves_the_dead_to_another(w: Any, mutex: Any, other: Any) -> None:
+    rc = -mutex
+    if rc == 0:
+        try:
+            w[0] = 1
+        finally:
+            +mutex
+    elif rc == EOWNERDEAD:
+        other()
 
 
 def calls_a_function(w: Any, mutex: Any) -> None:
@@ -206,9 +234,11 @@ def test_a_sound_section_is_not_refused() -> None:
         (uses_text, "no int"),
         (builds_a_tuple, "BUILD_TUPLE"),
         (looks_for_something, "CONTAINS_OP"),
-        (does_something_before_the_test, "between trylock"),
+        (does_something_before_the_test, "after trylock"),
         (unlocks_another, "locked"),
         (has_no_section, "no section"),
+        (forgets_the_dead, "after trylock"),
+        (leaves_the_dead_to_another, "CALL"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,9 +101,16 @@ def test_every_word_and_mark_lies_within_the_memory_and_none_twice() -> None:
     assert layout.ROW_COUNTERS + 25 <= layout.ROW
 
 
-def test_memory_that_is_not_to_be_had_is_told() -> None:
-    with pytest.raises(StartFailed, match="no shared memory for pool 'huge'"):
-        segment.create("huge", Geometry(4, 1 << 50, 8))
+def test_memory_that_is_not_to_be_had_is_told_and_nothing_is_left_open() -> None:
+    before = os.listdir("/proc/self/fd")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a size that the machine lacks would really be tried
+    try:
+        with pytest.raises(StartFailed, match="no shared memory for pool 'big'"):
+            segment.create("big", SIZES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_what_is_no_memfd_is_refused(tmp_path: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 import pytest
 
@@ -63,25 +62,10 @@ from .operations import Operation
 from .tables import ONE, THREE, TWO, A, B, Lease, World, is_free, must, state_of
 
 
-def every_operation(test: Callable[[Operation], None]) -> Callable[[], None]:
-    """One test over all transitions, which names the one that fails: as many tests would take seconds by themselves."""
-
-    def over_all() -> None:
-        for operation in operations.ALL:
-            try:
-                test(operation)
-            except BaseException as error:
-                error.add_note(f"the transition: {operation.__name__}")
-                raise
-
-    over_all.__name__ = test.__name__
-    return over_all
-
-
 # --- all of them -------------------------------------------------------------------------------------------------------
 
 
-@every_operation
+@operations.each
 def test_in_its_state_a_transition_is_done_and_the_invariants_hold(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -96,7 +80,7 @@ def test_in_its_state_a_transition_is_done_and_the_invariants_hold(operation: Op
         assert lease.word == ready.expected
 
 
-@every_operation
+@operations.each
 def test_done_once_it_is_stale_and_changes_nothing(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -108,7 +92,7 @@ def test_done_once_it_is_stale_and_changes_nothing(operation: Operation) -> None
     assert world.save() == before
 
 
-@every_operation
+@operations.each
 def test_in_every_other_state_of_its_slots_it_is_stale_and_changes_nothing(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -124,7 +108,7 @@ def test_in_every_other_state_of_its_slots_it_is_stale_and_changes_nothing(opera
     assert operations.run(world, ready)[0] == DONE
 
 
-@every_operation
+@operations.each
 def test_in_every_other_state_of_its_cells_it_is_stale_and_changes_nothing(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -139,7 +123,7 @@ def test_in_every_other_state_of_its_cells_it_is_stale_and_changes_nothing(opera
     assert operations.run(world, ready)[0] == DONE
 
 
-@every_operation
+@operations.each
 def test_what_it_verifies_may_not_differ_by_a_bit(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -156,7 +140,7 @@ def test_what_it_verifies_may_not_differ_by_a_bit(operation: Operation) -> None:
     assert operations.run(world, ready)[0] == DONE
 
 
-@every_operation
+@operations.each
 def test_while_another_holds_the_mutex_it_is_busy_and_changes_nothing(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -168,7 +152,7 @@ def test_while_another_holds_the_mutex_it_is_busy_and_changes_nothing(operation:
     assert operations.run(world, ready)[0] == DONE
 
 
-@every_operation
+@operations.each
 def test_whoever_finds_a_section_left_half_done_repairs_first(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -179,7 +163,7 @@ def test_whoever_finds_a_section_left_half_done_repairs_first(operation: Operati
     invariants.check(world.table(ONE))
 
 
-@every_operation
+@operations.each
 def test_whoever_inherits_the_mutex_of_the_dead_repairs_first(operation: Operation) -> None:
     world = World()
     ready = operation(world)
@@ -190,7 +174,7 @@ def test_whoever_inherits_the_mutex_of_the_dead_repairs_first(operation: Operati
     invariants.check(world.table(ONE))
 
 
-@every_operation
+@operations.each
 def test_a_mutex_that_cannot_be_recovered_is_told_and_never_unlocked(operation: Operation) -> None:
     world = World()
     ready = operation(world)

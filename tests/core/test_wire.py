@@ -17,7 +17,7 @@ json = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None, database=None, print_blob=True)
+@settings(max_examples=20, deadline=None, database=None, print_blob=True)
 @given(
     kind=st.sampled_from(Kind),
     request=st.integers(0, 2**32 - 1),
@@ -32,7 +32,7 @@ def test_a_message_comes_back_as_it_was(
     assert unpack(pack(message)) == message
 
 
-@settings(max_examples=100, deadline=None, database=None, print_blob=True)
+@settings(max_examples=50, deadline=None, database=None, print_blob=True)
 @given(st.binary(max_size=80))
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     try:

@@ -140,6 +140,16 @@ def test_a_discard_and_a_forgotten_lease_close(solo: Worker, backend: Backend, t
     assert solo.stats().dropped == 1
 
 
+def test_a_lease_that_is_forgotten_while_others_wait_serves_them(solo: Worker, backend: Backend, tcp: Target) -> None:
+    solo.attach(max_connections=1)
+    label = solo.checkout(tcp)
+    queue = line_up(solo, [(solo, tcp)] * 2)
+    solo.call(commands.forget, label)
+    solo.call(commands.forget, queue[0].result())
+    assert solo.exchange(queue[1].result()) == 3
+    assert (solo.stats().dropped, backend.peak) == (2, 1)
+
+
 def test_an_idle_connection_expires(solo: Worker, backend: Backend, tcp: Target) -> None:
     solo.attach(max_connections=1, idle_timeout=0.2)
     solo.use(tcp)

@@ -64,7 +64,7 @@ def use_until_refused(state: State, target: Target) -> set[int]:
 def test_after_steal_after_the_permit_goes_to_the_longest_waiter(
     two: list[Worker], backend: Backend, tcp: Target, busy: bool
 ) -> None:
-    attach(two, steal_after=0.3)
+    attach(two, steal_after=1.5)
     label = two[0].checkout(tcp)
     (waiting,) = line_up(two[0], [(two[1], tcp)])
     two[0].checkin(label)
