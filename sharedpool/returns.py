@@ -96,7 +96,7 @@ class Returns:
         new = word & _KEPT | cell - self._cells >> CELL_SHIFT << HOLDER_SHIFT | GRANTED
         if self._table.hand(at, word, new, gate, cell, w[cell], 0, monotonic_ns()) != DONE:
             return False
-        -waker  # noqa: B018 - an operator that calls
+        -waker
         return True
 
     def connection(self, at: int, word: int, route: Route, limit: int) -> int:
@@ -164,7 +164,7 @@ class Returns:
         new = word & _KEPT | bare | number << HOLDER_SHIFT | GRANTED
         result = self._table.hand(at, seen, new, gate, cell, self._words[cell], 0, now)
         if result == DONE:
-            -waker  # noqa: B018 - an operator that calls
+            -waker
         return result
 
     def permit(self, at: int, word: int, limit: int) -> int:

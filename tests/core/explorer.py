@@ -161,7 +161,7 @@ class Explorer:
             for number in range(self._choices(index, place)):
                 self.world.restore(state.memory)
                 label, after = self._step(index, place, number)
-                places = state.places[:index] + (after,) + state.places[index + 1 :]
+                places = (*state.places[:index], after, *state.places[index + 1 :])
                 yield f"worker {index} {label}", State(self._save(state.memory), places, state.script)
         yield from self._arbiter(state)
 
@@ -249,7 +249,7 @@ class Explorer:
         if w[cell + GRANT]:
             plan = moves.take(table, cell, worker.key, worker.connects, NOW)
             return "sees its grant", ("waits",) if plan is AGAIN else ("taking", plan)
-        if w[GATE] & STOPPED or worker.gives_up and w[cell] & 15 != CELL_STALLED:
+        if w[GATE] & STOPPED or (worker.gives_up and w[cell] & 15 != CELL_STALLED):
             return "wants to leave", ("leaving", moves.leave(table, cell, w[cell]))
         return "stirs", ("stirred", w[cell], w[GATE], w[VER])
 
@@ -317,16 +317,16 @@ class Explorer:
         if place[0] == "commits":
             _, plan, goal, script = place
             done, _ = self._commit(table, plan)
-            places = state.places[:-1] + (REST,)
+            places = (*state.places[:-1], REST)
             yield f"arbiter {goal}: {done}", State(self._save(state.memory), places, script if done else state.script)
             return
         for goal, plan, script in self._plans(table, state):
-            places = state.places[:-1] + (("commits", plan, goal, script),)
+            places = (*state.places[:-1], ("commits", plan, goal, script))
             yield f"arbiter plans {goal} {plan}", State(state.memory, places, state.script)
         if state.script < len(self.script) and self.script[state.script].startswith("kill"):
             victim = int(self.script[state.script][4:])
             dead = state.places[victim] != OVER
-            places = state.places[:victim] + (DEAD if dead else OVER,) + state.places[victim + 1 :]
+            places = (*state.places[:victim], DEAD if dead else OVER, *state.places[victim + 1 :])
             yield f"worker {victim} is killed", State(state.memory, places, state.script + 1)
 
     def _plans(self, table: Table, state: State) -> Iterator[tuple[str, Plan, int]]:
@@ -380,4 +380,3 @@ class Explorer:
         for at in moves.slots_of(table, row):
             return moves.reap_slot(table, at, NOW), True
         return (Plan("set_row", (row, word, 0, 0, NOW)), False) if word else (AGAIN, False)
-

@@ -142,7 +142,9 @@ def free_cells_are_listed_once(table: Table) -> Violations:
 
 def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
     w = table.words
-    waiting = [(word >> TICKET_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]]
+    waiting = [
+        (word >> TICKET_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]
+    ]
     linked = queue(table)
     if linked != [at for _, at in sorted(waiting)]:
         yield f"waiting by ticket: {sorted(waiting)}, linked: {linked}"

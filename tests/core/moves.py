@@ -21,7 +21,6 @@ from sharedpool.layout import (
     CLOSING,
     DOOMED,
     FREE_SLOT,
-    GATE,
     GATE_FLAGS,
     GEN,
     GEN_ONE,
@@ -91,7 +90,7 @@ def carry_out(table: Table, plan: Plan) -> tuple[int, int]:
     return getattr(table, plan.method)(*arguments), lease.word
 
 
-# --- workers -----------------------------------------------------------------------------------------------------------
+# --- workers ----------------------------------------------------------------------------------------------------------
 
 
 def checkout(table: Table, key: int, connects: bool, gate: int, ver: int, cell: int, now: int) -> Plan:
@@ -198,7 +197,7 @@ def pass_on(table: Table, at: int, seen: int, gate: int, old_cell: int, now: int
     return Plan("free", (at, seen, gate, old_cell))
 
 
-# --- the arbiter -------------------------------------------------------------------------------------------------------
+# --- the arbiter ------------------------------------------------------------------------------------------------------
 
 
 def serve(table: Table, gate: int, now: int) -> Plan:
@@ -249,13 +248,13 @@ def reap_cell(table: Table, cell: int, gate: int, now: int) -> Plan:
 
 
 def cells_of(table: Table, row: int) -> list[int]:
-    return [cell for cell, word in cells(table) if word & 15 != CELL_FREE and (word & CELL_ROW) >> CELL_ROW_SHIFT == row]
+    return [
+        cell for cell, word in cells(table) if word & 15 != CELL_FREE and (word & CELL_ROW) >> CELL_ROW_SHIFT == row
+    ]
 
 
 def slots_of(table: Table, row: int) -> list[int]:
-    return [
-        at for _, at, word in slots(table) if word & STATE in (IDLE, LEASED, OPENING) and holder_of(word) == row
-    ]
+    return [at for _, at, word in slots(table) if word & STATE in (IDLE, LEASED, OPENING) and holder_of(word) == row]
 
 
 def reap_slot(table: Table, at: int, now: int) -> Plan:

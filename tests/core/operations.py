@@ -11,7 +11,6 @@ from typing import Any
 
 from sharedpool.layout import (
     ARBITER_ROW,
-    BARE,
     CELL_HIGH,
     CELL_OWNED,
     CELL_ROW_SHIFT,
@@ -24,7 +23,6 @@ from sharedpool.layout import (
     HEADER,
     HOLDER,
     HOLDER_SHIFT,
-    KEY,
     LEASED,
     NEXT,
     PREV,
@@ -32,7 +30,6 @@ from sharedpool.layout import (
     ROW_DEAD,
     ROW_LIVE,
     SINCE,
-    STATE,
     STAYS,
     STOPPED,
     TAIL,
@@ -188,9 +185,7 @@ def put_idle(world: World) -> Ready:
     at = world.leased(ONE)
     seen, gate, now = world.words[at], world.gate, world.tick()
     new, tag = seen - 1, tag_of(A)
-    return Ready(
-        ONE, lambda table, _: table.put_idle(at, seen, new, gate, tag, now), (at, GATE), slots=(at,)
-    )
+    return Ready(ONE, lambda table, _: table.put_idle(at, seen, new, gate, tag, now), (at, GATE), slots=(at,))
 
 
 def hand_to_the_only_waiter(world: World) -> Ready:
@@ -293,9 +288,7 @@ def free_what_the_dead_were_granted(world: World) -> Ready:
 def _free(world: World, row: int, at: int, old_cell: int = 0) -> Ready:
     seen, gate = world.words[at], world.gate
     cells = (old_cell,) if old_cell else ()
-    return Ready(
-        row, lambda table, _: table.free(at, seen, gate, old_cell), (at, GATE), slots=(at,), cells=cells
-    )
+    return Ready(row, lambda table, _: table.free(at, seen, gate, old_cell), (at, GATE), slots=(at,), cells=cells)
 
 
 def close_a_leased_one(world: World) -> Ready:
@@ -458,9 +451,7 @@ def a_process_comes(world: World) -> Ready:
 def a_process_dies(world: World) -> Ready:
     word, now = world.row_word(ONE), world.tick()
     new = with_state(word, ROW_DEAD)
-    return Ready(
-        ARBITER_ROW, lambda table, _: table.set_row(ONE, word, new, 0, now), (HEADER + ROW * ONE,)
-    )
+    return Ready(ARBITER_ROW, lambda table, _: table.set_row(ONE, word, new, 0, now), (HEADER + ROW * ONE,))
 
 
 def raise_the_limit(world: World) -> Ready:

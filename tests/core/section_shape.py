@@ -32,7 +32,9 @@ Code = list[dis.Instruction]
 
 def trylocks(code: Code) -> list[int]:
     """Where the mutex is tried."""
-    return [index for index, one in enumerate(code) if one.opname == "UNARY_NEGATIVE" and _loads(code[index - 1], "mutex")]
+    return [
+        index for index, one in enumerate(code) if one.opname == "UNARY_NEGATIVE" and _loads(code[index - 1], "mutex")
+    ]
 
 
 def unlocks(code: Code, index: int) -> bool:
@@ -61,9 +63,9 @@ class _Walk:
     def __init__(self, function: Callable[..., Any], code: Code, calls: tuple[str, ...]) -> None:
         self.code = code
         self.calls = calls
-        self.names = function.__globals__  # type: ignore[attr-defined]
+        self.names = function.__globals__
         self.at = {one.offset: index for index, one in enumerate(code)}
-        self.handlers = _handlers(function.__code__)  # type: ignore[attr-defined]
+        self.handlers = _handlers(function.__code__)
 
     def place(self, offset: int) -> int:
         """The index of the instruction at an offset, or of the next one that counts."""

@@ -1,4 +1,4 @@
-"""A section broken off at every store, k = 1, 2, 3 ...: after the repair all is well, and nothing is lost or doubled."""
+"""A section broken off at every store, k = 1, 2, 3 ...: after the repair all is well, nothing lost, nothing doubled."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_repair_broken_off_anywhere_is_done_by_the_next() -> None:
     raise AssertionError("the repair does not end")
 
 
-# --- whoever meets a section left half done while giving back ----------------------------------------------------------
+# --- whoever meets a section left half done while giving back ---------------------------------------------------------
 
 
 class Spinning(AssertionError):

@@ -49,20 +49,6 @@ WITH_A_WATCHER: dict[str, Case] = {
     ),
 }  # fmt: skip
 
-SLOW: dict[str, Case] = {
-    "three of three keys, idle ones": ([patient, other, third], (), {**watched, "maximum": 2, "idle": (A, B)}),
-    "three, the limit is raised": ([patient] * 3, ("raise",), watched),
-    "three, the limit is lowered": ([patient] * 3, ("lower", "trim"), {**watched, "maximum": 2}),
-    "three, the limit is lowered and raised": ([patient] * 3, ("lower", "trim", "raise"), {**watched, "maximum": 2}),
-    "three, one is killed": ([patient] * 3, ("kill1", "reap1"), watched),
-    "three, one grant is revoked, one killed": ([patient] * 3, ("revoke", "kill1", "reap1"), watched),
-    "three, two grants are revoked": ([patient] * 3, ("revoke", "revoke"), watched),
-    "three permits, one grant is revoked": ([permit] * 3, ("revoke",), watched),
-    "three, stopped": ([patient] * 3, ("stop", "doom"), {**watched, "maximum": 2}),
-    "three of two keys, time-outs, failures": ([hasty, Worker(B, fails=True), hasty], ("expire",), {"maximum": 2}),
-    "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
-}
-
 
 def explored(case: Case) -> int:
     workers, script, more = case
@@ -77,12 +63,6 @@ def test_nobody_waits_in_vain_nor_is_overtaken_although_nobody_watches(name: str
 @pytest.mark.parametrize("name", WITH_A_WATCHER)
 def test_nobody_waits_in_vain_nor_is_overtaken_while_the_arbiter_watches(name: str) -> None:
     assert explored(WITH_A_WATCHER[name]) > 50
-
-
-@pytest.mark.slow  # up to 200,000 states each
-@pytest.mark.parametrize("name", SLOW)
-def test_nobody_waits_in_vain_nor_is_overtaken_among_three(name: str) -> None:
-    assert explored(SLOW[name]) > 1000
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,7 @@ def test_nothing_can_come_between_trylock_and_unlock(name: str) -> None:
 # --- what the walk must refuse ----------------------------------------------------------------------------------------
 
 
-def sound(w: Any, mutex: Any, lease: Any, new: int) -> int:
-    done = 0
+def sound(w: Any, mutex: Any, lease: Any, new: int) -> None:
     rc = -mutex
     if rc == 0:
         try:
@@ -48,7 +47,7 @@ def sound(w: Any, mutex: Any, lease: Any, new: int) -> int:
                 w[0] = 1
                 lease.word = new
                 w[ONE] = w[ONE] + 1 & ~new
-                done = 1 if w[2] else 2
+                w[2] = 1 if w[2] else 2
         finally:
             +mutex
     elif rc == EOWNERDEAD:
@@ -57,17 +56,15 @@ def sound(w: Any, mutex: Any, lease: Any, new: int) -> int:
             ~mutex
         finally:
             +mutex
-    return done
 
 
-def forgets_the_dead(w: Any, mutex: Any) -> int:
+def forgets_the_dead(w: Any, mutex: Any) -> None:
     rc = -mutex
     if rc == 0:
         try:
             w[0] = 1
         finally:
             +mutex
-    return rc
 
 
 def leaves_the_dead_to_another(w: Any, mutex: Any, other: Any) -> None:

@@ -61,11 +61,11 @@ def test_every_counter_has_its_place_and_its_number() -> None:
 
 def test_every_error_pickles_with_its_message_and_its_fields() -> None:
     for error in ERRORS:
-        raised = error("what happened", stats=some_stats(), pool="x")
+        raised: Any = error("what happened", stats=some_stats(), pool="x")
         again: Any = pickle.loads(pickle.dumps(raised))
-        assert type(again) is error
-        assert (str(again), again.args) == ("what happened", ("what happened",))
         assert (again.stats, again.pool) == (some_stats(), "x")
+        assert (str(again), again.args) == ("what happened", ("what happened",))
+        assert type(again) is error
 
 
 def test_every_error_can_be_made_without_a_message() -> None:

@@ -26,8 +26,8 @@ from sharedpool.layout import (
     GRANT,
     GRANTED,
     HEAD,
+    HEADER,
     HIGH,
-    HOLDER_SHIFT,
     IDLE,
     KEY,
     LEASED,
@@ -39,7 +39,6 @@ from sharedpool.layout import (
     PAUSED,
     QUEUED,
     ROW,
-    HEADER,
     SINCE,
     STATE,
     STAYS,
@@ -61,8 +60,7 @@ from . import invariants, operations
 from .operations import Operation
 from .tables import ONE, THREE, TWO, A, B, Lease, World, is_free, must, state_of
 
-
-# --- all of them -------------------------------------------------------------------------------------------------------
+# --- all of them ------------------------------------------------------------------------------------------------------
 
 
 @operations.each
@@ -183,7 +181,7 @@ def test_a_mutex_that_cannot_be_recovered_is_told_and_never_unlocked(operation: 
         operations.run(world, ready)
 
 
-# --- taking ------------------------------------------------------------------------------------------------------------
+# --- taking -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_takeover_leases_anothers_idle_connection_under_a_new_serial() -> None:
@@ -209,7 +207,7 @@ def test_two_leases_of_one_connection_by_one_row_have_different_words() -> None:
 
 
 @pytest.mark.parametrize("flag", [QUEUED, OVER, PAUSED, STOPPED])
-def test_nobody_takes_what_he_found_before_something_came_in_the_way(flag):
+def test_nobody_takes_what_he_found_before_something_came_in_the_way(flag: int) -> None:
     world = World()
     at = world.idle(ONE)
     gate, seen = world.gate, world.words[at]
@@ -277,7 +275,7 @@ def test_the_place_of_a_cell_is_never_taken_for_a_slot() -> None:
 
 
 @pytest.mark.parametrize("bare", [True, False])
-def test_a_grant_is_taken_by_its_cell_which_is_then_owned_and_empty(bare):
+def test_a_grant_is_taken_by_its_cell_which_is_then_owned_and_empty(bare: bool) -> None:
     world = World()
     at, cell = world.granted(ONE, bare=bare)
     seen = world.words[at]
@@ -300,7 +298,7 @@ def test_a_grant_that_was_revoked_is_not_taken() -> None:
     assert world.save() == before
 
 
-# --- holding -----------------------------------------------------------------------------------------------------------
+# --- holding ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_opening_that_got_connected_is_leased_under_the_same_word_but_its_state() -> None:
@@ -341,7 +339,7 @@ def test_an_adoption_changes_the_holder_and_makes_everybody_decide_again() -> No
     assert (world.words[VER], world.marks[0]) == (ver + 1, mark)
 
 
-# --- giving back -------------------------------------------------------------------------------------------------------
+# --- giving back ------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkin_leaves_the_connection_idle_to_be_found_and_makes_everybody_decide_again() -> None:
@@ -407,7 +405,7 @@ def test_a_grant_not_taken_goes_on_and_its_cell_stalls_with_its_ticket() -> None
 
 
 @pytest.mark.parametrize("state", [0, CELL_OWNED, CELL_STALLED])
-def test_nothing_is_handed_to_a_cell_in_which_nobody_waits(state):
+def test_nothing_is_handed_to_a_cell_in_which_nobody_waits(state: int) -> None:
     world = World()
     at, cell = world.leased(ONE), world.waiting(TWO)
     word = world.words[cell] = world.words[cell] & ~15 | state
@@ -488,7 +486,7 @@ def test_a_granted_connection_that_is_closed_is_held_by_whoever_closes_it() -> N
     assert (world.words[cell] & 15, world.words[cell + GRANT]) == (CELL_STALLED, 0)
 
 
-# --- waiting -----------------------------------------------------------------------------------------------------------
+# --- waiting ----------------------------------------------------------------------------------------------------------
 
 
 def test_cells_are_claimed_one_after_another_and_those_left_first() -> None:
@@ -616,7 +614,7 @@ def test_the_last_grant_makes_those_decide_again_who_would_have_queued_behind_it
     assert world.table(THREE).enqueue(cell, B, gate, ver, 0, 0, 0, 90, 1) == STALE, "it waits beside an idle B"
 
 
-# --- the arbiter's -----------------------------------------------------------------------------------------------------
+# --- the arbiter's ----------------------------------------------------------------------------------------------------
 
 
 def test_a_row_changes_hands_only_from_the_state_that_was_seen() -> None:
@@ -630,7 +628,7 @@ def test_a_row_changes_hands_only_from_the_state_that_was_seen() -> None:
 @pytest.mark.parametrize("flags", [0, PAUSED, STOPPED, PAUSED | STOPPED])
 @pytest.mark.parametrize("queued", [True, False])
 @pytest.mark.parametrize("maximum", [1, 2, 3])
-def test_a_new_limit_begins_a_new_epoch_and_says_what_is_in_the_way(flags, queued, maximum):
+def test_a_new_limit_begins_a_new_epoch_and_says_what_is_in_the_way(flags: int, queued: bool, maximum: int) -> None:
     world = World(maximum=2)
     world.leased(ONE)
     world.leased(ONE)
@@ -644,7 +642,7 @@ def test_a_new_limit_begins_a_new_epoch_and_says_what_is_in_the_way(flags, queue
     invariants.check(world.table(ONE))
 
 
-# --- repair ------------------------------------------------------------------------------------------------------------
+# --- repair -----------------------------------------------------------------------------------------------------------
 
 
 def scramble(world: World) -> None:
@@ -716,5 +714,5 @@ def test_a_repair_that_inherits_the_mutex_is_done_at_the_next_try() -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.EDEADLK])
-def test_held_by_another_or_by_this_thread_is_busy(code):
+def test_held_by_another_or_by_this_thread_is_busy(code: int) -> None:
     assert World().table(ONE).missed(code) == BUSY

@@ -151,10 +151,8 @@ class TableMachine(RuleBasedStateMachine):
         table, w = self.world.table(holder_of(word)), self.world.words
         first = w[HEAD]
         if clean:
-            plan, _ = self.settle(
-                table.row, lambda: moves.checkin(table, at, w[at], w[GATE], key, self.world.tick())
-            )
-            assert plan.method != "hand" or w[at] & STATE == GRANTED and w[first + GRANT] == at
+            plan, _ = self.settle(table.row, lambda: moves.checkin(table, at, w[at], w[GATE], key, self.world.tick()))
+            assert plan.method != "hand" or (w[at] & STATE == GRANTED and w[first + GRANT] == at)
         else:
             self.settle(table.row, lambda: moves.close(table, at, w[at], 0, self.world.tick()))
 
@@ -196,9 +194,7 @@ class TableMachine(RuleBasedStateMachine):
         at = self.pick(self.in_state(CLOSING), number)
         if at is not None:
             w = self.world.words
-            self.settle(
-                ARBITER_ROW, lambda: moves.pass_on(self.table, at, w[at], w[GATE], 0, self.world.tick())
-            )
+            self.settle(ARBITER_ROW, lambda: moves.pass_on(self.table, at, w[at], w[GATE], 0, self.world.tick()))
 
     @rule()
     def serve(self) -> None:
@@ -239,7 +235,8 @@ class TableMachine(RuleBasedStateMachine):
         for cell in moves.cells_of(table, row):
             while self.world.words[cell]:
                 self.settle(
-                    ARBITER_ROW, lambda: moves.reap_cell(table, cell, self.world.gate, self.world.tick())  # noqa: B023
+                    ARBITER_ROW,
+                    lambda: moves.reap_cell(table, cell, self.world.gate, self.world.tick()),  # noqa: B023
                 )
         for at in moves.slots_of(table, row):
             self.settle(ARBITER_ROW, lambda: moves.reap_slot(table, at, self.world.tick()))  # noqa: B023
@@ -293,7 +290,7 @@ class TableMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Everything ends: then everything is free."""
         self.world.limit(3)
-        for at in [at for at, held in self.leases.items() if held]:
+        for at in self.leases:
             self.world.close(at)
         self.leases = {}
         for row in (ONE, TWO, THREE):
@@ -309,7 +306,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 def test_any_sequence_of_transitions_keeps_every_invariant() -> None:
-    hypothesis.stateful.run_state_machine_as_test(  # type: ignore[attr-defined]
+    hypothesis.stateful.run_state_machine_as_test(
         TableMachine,
         settings=hypothesis.settings(
             max_examples=EXAMPLES,

@@ -37,10 +37,9 @@ def test_a_message_comes_back_as_it_was(
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     try:
         message = unpack(data)
-    except WireError as error:
-        assert str(error)
-    else:
-        assert unpack(pack(message)).kind is message.kind
+    except WireError:
+        return
+    assert unpack(pack(message)).kind is message.kind
 
 
 HEAD = pack(Message(Kind.OK))
@@ -67,7 +66,7 @@ def test_what_is_no_message_is_refused_with_the_reason(data: bytes, reason: str)
 
 
 def test_a_message_that_is_too_long_is_not_sent() -> None:
-    with pytest.raises(WireError, match="HELLO .* longer than"):
+    with pytest.raises(WireError, match=r"HELLO .* longer than"):
         pack(Message(Kind.HELLO, body={"a": "x" * LONGEST}))
 
 

@@ -18,7 +18,7 @@ from sharedpool.errors import AttachRefused, StartFailed
 from sharedpool.layout import GATE, TICKET, VER, Geometry
 from sharedpool.segment import Segment
 
-from . import invariants
+from ..core import invariants
 
 HEAD = struct.Struct("<8sIIQ")
 FACTS_AT = 256
@@ -213,9 +213,7 @@ def short_secret(made: Segment) -> str:
     ],
     ids=lambda damage: damage.__name__,
 )  # fmt: skip
-def test_a_damaged_header_is_refused_and_the_descriptor_closed(
-    made: Segment, damage: Callable[[Segment], str]
-) -> None:
+def test_a_damaged_header_is_refused_and_the_descriptor_closed(made: Segment, damage: Callable[[Segment], str]) -> None:
     reason = damage(made)
     refused(os.dup(made.fd), reason)
 

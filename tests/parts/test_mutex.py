@@ -40,9 +40,9 @@ from sharedpool.layout import (
 from sharedpool.segment import Segment
 from sharedpool.table import BUSY, DONE, STALE, Table
 
+from ..core import invariants
+from ..core.tables import A, BreakingLease, BreakingWords, Lease, must
 from ..support.waiting import wait_until
-from . import invariants
-from .tables import A, BreakingLease, BreakingWords, Lease, must
 
 # pytest-xdist has a thread of its own, so every fork warns.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -67,7 +67,9 @@ def lock_word(made: Segment) -> Any:
     words = (ctypes.c_uint * 3).from_address(start)
     must_differ = bytes(words)
     assert -made.mutex == 0
-    held = [index for index in range(3) if words[index] != int.from_bytes(must_differ[4 * index : 4 * index + 4], "little")]
+    held = [
+        index for index in range(3) if words[index] != int.from_bytes(must_differ[4 * index : 4 * index + 4], "little")
+    ]
     +made.mutex
     return ctypes.c_uint.from_address(start + 4 * held[0])
 
@@ -91,7 +93,7 @@ def warm_pairs(table: Table, at: int, times: int) -> None:
         must(table.take_idle(at, seen - 1, leased_word(seen - 1, table.row), w[GATE], lease, counter, 1))
 
 
-def forked(act: Callable[[], None]) -> int:
+def forked(act: Callable[[], object]) -> int:
     """A child that does this and nothing else; its pid. Whatever it raises is its exit code 1."""
     pid = os.fork()
     if pid:
@@ -204,8 +206,10 @@ class RaisingTrylock:
 
     def __init__(self, made: Segment) -> None:
         libc = ctypes.PyDLL(None)
-        both = [functools.partial(libc["raise"], signal.SIGALRM), made.mutex.__neg__]
-        self.call = native.Call(functools.partial(sum, map(operator.call, both)), made.mutex.__pos__, made.mutex.__invert__)
+        both: list[Any] = [functools.partial(libc["raise"], signal.SIGALRM), made.mutex.__neg__]
+        self.call = native.Call(
+            functools.partial(sum, map(operator.call, both)), made.mutex.__pos__, made.mutex.__invert__
+        )
 
 
 class Interrupted(Exception):
@@ -308,7 +312,7 @@ def killed_at_store(made: Segment, k: int, act: Callable[[Table, Any], object]) 
     marks: Any = BreakingWords(made.marks, store)
     under = made.table(OTHER)
     table = Table(words, marks, made.mutex, made.geometry, OTHER, under.find)
-    return ended(forked(lambda: act(table, BreakingLease(store)) and None))
+    return ended(forked(lambda: act(table, BreakingLease(store))))
 
 
 def test_whoever_comes_after_a_holder_that_was_killed_repairs_and_goes_on(made: Segment) -> None:
@@ -325,7 +329,7 @@ def test_whoever_comes_after_a_holder_that_was_killed_repairs_and_goes_on(made: 
     assert table.put_idle(mine, seen, seen - 1, made.words[GATE], tag_of(A), 2) == DONE
 
 
-@pytest.mark.slow  # a fork per store
+# Slow: a fork per store.
 def test_a_holder_may_be_killed_at_every_store_of_a_checkout(made: Segment) -> None:
     table, w = made.table(ME), made.words
 
@@ -366,7 +370,9 @@ def test_a_holder_that_is_stopped_keeps_others_busy_until_their_deadline_and_no_
         assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
         patience = Patience(time.monotonic_ns() + 20_000_000)
         tries = 1
-        while (answer := table.put_idle(at, seen, seen - 1, made.words[GATE], tag_of(A), 1)) == BUSY and patience.wait():
+        while (
+            answer := table.put_idle(at, seen, seen - 1, made.words[GATE], tag_of(A), 1)
+        ) == BUSY and patience.wait():
             tries += 1
         assert (answer, made.words[at]) == (BUSY, seen)
         assert tries > 4

@@ -1,0 +1,28 @@
+"""All interleavings of three and four actors over the real table: what takes longer than the rest together."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..core.explorer import Worker
+from ..core.tables import A, B
+from ..core.test_interleavings import Case, explored, hasty, keeping, other, patient, permit, third, watched
+
+SLOW: dict[str, Case] = {
+    "three of three keys, idle ones": ([patient, other, third], (), {**watched, "maximum": 2, "idle": (A, B)}),
+    "three, the limit is raised": ([patient] * 3, ("raise",), watched),
+    "three, the limit is lowered": ([patient] * 3, ("lower", "trim"), {**watched, "maximum": 2}),
+    "three, the limit is lowered and raised": ([patient] * 3, ("lower", "trim", "raise"), {**watched, "maximum": 2}),
+    "three, one is killed": ([patient] * 3, ("kill1", "reap1"), watched),
+    "three, one grant is revoked, one killed": ([patient] * 3, ("revoke", "kill1", "reap1"), watched),
+    "three, two grants are revoked": ([patient] * 3, ("revoke", "revoke"), watched),
+    "three permits, one grant is revoked": ([permit] * 3, ("revoke",), watched),
+    "three, stopped": ([patient] * 3, ("stop", "doom"), {**watched, "maximum": 2}),
+    "three of two keys, time-outs, failures": ([hasty, Worker(B, fails=True), hasty], ("expire",), {"maximum": 2}),
+    "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_nobody_waits_in_vain_nor_is_overtaken_among_three(name: str) -> None:
+    assert explored(SLOW[name]) > 1000
