@@ -66,10 +66,18 @@ class Arbiter:
         listener: A listening SOCK_SEQPACKET socket, or None in tests.
         authkey: What the registry's callers are told.
         linger: Seconds without any client after which it wants to end.
+        clock: Gives the time in monotonic ns.
     """
 
-    def __init__(self, listener: socket.socket | None, authkey: bytes, linger: float) -> None:
+    def __init__(
+        self,
+        listener: socket.socket | None,
+        authkey: bytes,
+        linger: float,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self.listener = listener
+        self._clock = clock
         self.pools: dict[str, ServedPool] = {}
         self.incarnation = 1
         self._authkey = authkey
@@ -79,13 +87,16 @@ class Arbiter:
         self._by_fd: dict[int, Callable[[int], None]] = {}
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._quiet_since = time.monotonic()
+        self._quiet_since = self._seconds()
         self._ending_at: float | None = None
         self._now_ending = False
         self._watch(self._bell, select.EPOLLIN, self._ring)
         if listener is not None:
             listener.setblocking(False)
             self._watch(listener.fileno(), select.EPOLLIN, self._accept)
+
+    def _seconds(self) -> float:
+        return self._clock() / 1e9
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -103,7 +114,7 @@ class Arbiter:
                 self._guarded(handler, events)
         while self._calls:
             self._answer(*self._calls.popleft())
-        now = time.monotonic_ns()
+        now = self._clock()
         due = now + _BEAT_EVERY
         for pool in list(self.pools.values()):
             due = min(due, pool.turn(now))
@@ -111,8 +122,8 @@ class Arbiter:
         if not self._clients:
             due = min(due, int((self._quiet_since + self._linger) * 1e9))
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
-            del self.pools[name]
-        return max(0.0, (due - time.monotonic_ns()) / 1e9)
+            self.pools.pop(name).segment.let_go()
+        return max(0.0, (due - self._clock()) / 1e9)
 
     def _guarded(self, handler: Callable[[int], None], events: int) -> None:
         """One client's misbehaviour, or one busy mutex, must not end the loop."""
@@ -129,21 +140,30 @@ class Arbiter:
         if self._now_ending:
             return True
         if self._clients:
-            self._quiet_since = time.monotonic()
-            return self._ending_at is not None and time.monotonic() > self._ending_at
-        return self._ending_at is not None or time.monotonic() - self._quiet_since >= self._linger
+            self._quiet_since = self._seconds()
+            return self._ending_at is not None and self._seconds() > self._ending_at
+        return self._ending_at is not None or self._seconds() - self._quiet_since >= self._linger
 
     def end(self, *, at_once: bool = False) -> None:
         """End once no client is left, after 90 s at the latest; or at once."""
         if at_once or self._ending_at is not None:
             self._now_ending = True
-        self._ending_at = time.monotonic() + _DRAIN_SECONDS
+        self._ending_at = self._seconds() + _DRAIN_SECONDS
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._bell, 1)
 
+    def close(self) -> None:
+        """Let go of everything; for tests, an arbiter's process just ends."""
+        for pool in self.pools.values():
+            for index in list(pool.held):
+                pool.forget(index)
+            pool.segment.let_go()
+        self._epoll.close()
+        os.close(self._bell)
+
     def stay(self) -> None:
         """The end was called off: somebody came."""
-        self._quiet_since = time.monotonic()
+        self._quiet_since = self._seconds()
 
     def call(self, function: Callable[[], T], seconds: float = 10.0) -> T:
         """Run a function in the loop, from another thread, and give its result or raise its error."""
@@ -248,7 +268,7 @@ class Arbiter:
         elif kind is Kind.DECLARE:
             self._declare(client, pool, message)
         elif kind is Kind.CLOSE:
-            pool.begin_closing(message.slot, time.monotonic_ns())
+            pool.begin_closing(message.slot, self._clock())
         elif kind is Kind.FORGET:
             pool.forget(message.slot, message.generation)
         elif kind is Kind.DETACH:
@@ -302,7 +322,7 @@ class Arbiter:
             update=bool(body.get("update", True)), implicit=not body.get("declares"),
         )  # fmt: skip
         nonce = secrets.randbits(63) | 1
-        row = pool.claim_row(client.pid, nonce, time.monotonic_ns())
+        row = pool.claim_row(client.pid, nonce, self._clock())
         if row is None:
             raise AttachRefused(f"pool {pool.name!r} has no row left: too many processes are attached")
         client.pool, client.row, client.nonce = pool, row, nonce
@@ -381,7 +401,7 @@ class Arbiter:
             )
         pool = ServedPool(
             name, wanted, pid, watch=self._watch_remote, unwatch=self._unwatch_remote,
-            tell_closed=self._tell_closed, drain=self._drain_pool,
+            tell_closed=self._tell_closed, drain=self._drain_pool, clock=self._clock,
         )  # fmt: skip
         pool.words[INCARNATION] = self.incarnation
         self.pools[name] = pool
@@ -443,7 +463,7 @@ class Arbiter:
         if client.pool is None:
             self._clients.discard(client)
         else:
-            client.orphaned = time.monotonic_ns()
+            client.orphaned = self._clock()
 
     def _drop_channel(self, client: Client) -> None:
         if client.channel is not None:
@@ -464,7 +484,7 @@ class Arbiter:
             client.pidfd = -1
         if client.pool is not None and client.row:
             row, client.row = client.row, 0
-            client.pool.reap(row, time.monotonic_ns())
+            client.pool.reap(row, self._clock())
 
     def _look_after_processes(self, now: int) -> int:
         due = now + _BEAT_EVERY
@@ -484,7 +504,7 @@ class Arbiter:
     def _watch_remote(self, pool: ServedPool, index: int, sock: socket.socket) -> None:
         def ended(events: int) -> None:
             if events & select.EPOLLRDHUP:
-                pool.remote_ended(index, time.monotonic_ns())
+                pool.remote_ended(index, self._clock())
 
         self._watch(sock.fileno(), _LONG, ended)
 

@@ -623,11 +623,13 @@ class Attachment:
         _attachments.discard(self)
         self._tell(Kind.DETACH)
         self.channel.close()
+        self.segment.let_go()
 
     def forked(self) -> None:
         """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""
         self.inert = True
         self.channel.close()
+        self.segment.let_go()
         for entry in self.entries.values():
             if entry.real >= 0:
                 with contextlib.suppress(OSError):
@@ -643,10 +645,10 @@ def _limit(patience: float | None) -> int:
 
 def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
     """The event thread: waits for the arbiter's events, and ends what was left over."""
-    events.settimeout(1.0)
     while True:
         data: bytes | None = None
         try:
+            events.settimeout(1.0)
             data, descriptor = fdpass.receive(events, wire.LONGEST)
             if descriptor is not None:
                 os.close(descriptor)

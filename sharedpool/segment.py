@@ -103,6 +103,12 @@ class Segment:
     words_address: int
     marks_address: int
 
+    def let_go(self) -> None:
+        """Close the descriptor. The memory stays mapped as long as anything here refers to it."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def table(self, row: int) -> Table:
         """The table, storing as `row`."""
         return Table(self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address))

@@ -145,6 +145,7 @@ class ServedPool:
         unwatch: Undoes `watch`.
         tell_closed: Called with rows, a slot and a generation: drop what you hold of it.
         drain: Reads whatever the workers have sent: a registration may be under way.
+        clock: Gives the time in monotonic ns.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class ServedPool:
         unwatch: Callable[[socket.socket], None],
         tell_closed: Callable[[ServedPool, set[int], int, int], None],
         drain: Callable[[ServedPool], None],
+        clock: Callable[[], int],
     ) -> None:
         self.name = name
         self.options = options
@@ -171,6 +173,7 @@ class ServedPool:
         self._unwatch = unwatch
         self._tell_closed = tell_closed
         self._drain = drain
+        self._clock = clock
         self._expire_at = 0
         self._sweep_at = 0
         self._wakers: dict[int, Any] = {}
@@ -250,7 +253,7 @@ class ServedPool:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
         w = self.words
         self._insist(lambda: self.table.set_limit(w[MAX], STOPPED))
-        now = time.monotonic_ns()
+        now = self._clock()
         for _, at, word in self.slots():
             if word & STATE == IDLE:
                 self._close(at, word, "stopped", now)
@@ -273,7 +276,7 @@ class ServedPool:
             return
         idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
         for _, at, word in idle[:surplus]:
-            self._close(at, word, "over_limit", time.monotonic_ns())
+            self._close(at, word, "over_limit", self._clock())
 
     # --- descriptors --------------------------------------------------------------------------------------------------
 

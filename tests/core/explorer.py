@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from sharedpool import invariants
 from sharedpool.layout import (
     ARBITER_ROW,
     CELL_STALLED,
@@ -36,7 +37,7 @@ from sharedpool.layout import (
 )
 from sharedpool.table import DONE, Table
 
-from . import invariants, moves
+from . import moves
 from .moves import AGAIN, STOP, Plan
 from .tables import A, World
 

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, Final
 
 from sharedpool import view
+from sharedpool.invariants import cells, slots
 from sharedpool.layout import (
     ARBITER_ROW,
     BARE,
@@ -54,7 +55,6 @@ from sharedpool.layout import (
 )
 from sharedpool.table import Table
 
-from .invariants import cells, slots
 from .tables import Lease
 
 CLOSED: Final = OVER | PAUSED | STOPPED

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sharedpool import invariants
 from sharedpool.errors import LeaseError
 from sharedpool.layout import (
     ARBITER_ROW,
@@ -26,7 +27,7 @@ from sharedpool.layout import (
 from sharedpool.returns import Returns
 from sharedpool.table import BUSY, DONE, Table
 
-from . import invariants, operations
+from . import operations
 from .operations import Operation, Ready
 from .tables import ONE, THREE, TWO, A, Breaker, BreakingLease, Broken, World, breaking
 

@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from sharedpool import invariants
 from sharedpool.errors import PoolBroken
 from sharedpool.layout import (
     ARBITER_ROW,
@@ -56,7 +57,7 @@ from sharedpool.layout import (
 )
 from sharedpool.table import BUSY, DONE, STALE
 
-from . import invariants, operations
+from . import operations
 from .operations import Operation
 from .tables import ONE, THREE, TWO, A, B, Lease, World, is_free, must, state_of
 

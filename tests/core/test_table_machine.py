@@ -14,6 +14,7 @@ import hypothesis
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sharedpool import invariants
 from sharedpool.layout import (
     ARBITER_ROW,
     CELL_STALLED,
@@ -43,7 +44,7 @@ from sharedpool.layout import (
 )
 from sharedpool.table import BUSY, DONE
 
-from . import invariants, moves
+from . import moves
 from .moves import AGAIN, STOP, Plan
 from .tables import ONE, THREE, TWO, A, B, Breaker, BreakingLease, Broken, World, breaking
 

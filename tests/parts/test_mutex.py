@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from sharedpool import invariants, native, segment
 from sharedpool import mutex as mutexes
-from sharedpool import native, segment
 from sharedpool.held import Patience
 from sharedpool.layout import (
     ARBITER_ROW,
@@ -40,7 +40,6 @@ from sharedpool.layout import (
 from sharedpool.segment import Segment
 from sharedpool.table import BUSY, DONE, STALE, Table
 
-from ..core import invariants
 from ..core.tables import A, BreakingLease, BreakingWords, Lease, must
 from ..support.waiting import wait_until
 

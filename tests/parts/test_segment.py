@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 
-from sharedpool import layout, segment
+from sharedpool import invariants, layout, segment
 from sharedpool.errors import AttachRefused, StartFailed
 from sharedpool.layout import GATE, TICKET, VER, Geometry
 from sharedpool.segment import Segment
-
-from ..core import invariants
 
 HEAD = struct.Struct("<8sIIQ")
 FACTS_AT = 256

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from sharedpool.layout import (
+from .layout import (
     ARBITER_ROW,
     BARE,
     CELL_FREE,
@@ -53,7 +53,7 @@ from sharedpool.layout import (
     holder_of,
     tag_of,
 )
-from sharedpool.table import Table
+from .table import Table
 
 Violations = Iterator[str]
 
@@ -80,11 +80,13 @@ def queue(table: Table) -> list[int]:
 
 
 def nobody_is_storing(table: Table) -> Violations:
+    """DIRTY is 0."""
     if table.words[DIRTY]:
         yield f"DIRTY is {table.words[DIRTY]}"
 
 
 def used_counts_what_is_not_free(table: Table) -> Violations:
+    """USED counts the slots that are not FREE; every state is one."""
     count = sum(word & STATE != FREE for _, _, word in slots(table))
     if table.words[USED] != count:
         yield f"USED is {table.words[USED]}, {count} slots are not FREE"
@@ -94,12 +96,14 @@ def used_counts_what_is_not_free(table: Table) -> Violations:
 
 
 def the_cap_holds_or_over_says_not(table: Table) -> Violations:
+    """No more slots in use than MAX, or the OVER flag says so."""
     over = table.words[USED] > table.words[MAX]
     if over != bool(table.words[GATE] & OVER):
         yield f"USED {table.words[USED]}, MAX {table.words[MAX]}, OVER {table.words[GATE] & OVER}"
 
 
 def marks_are_the_tags_of_idle_slots(table: Table) -> Violations:
+    """A slot has its key's tag as its mark while it is IDLE, else 0."""
     for index, at, word in slots(table):
         tag = tag_of(table.words[at + KEY]) if word & STATE == IDLE else 0
         if table.marks[index] != tag:
@@ -109,6 +113,7 @@ def marks_are_the_tags_of_idle_slots(table: Table) -> Violations:
 
 
 def free_slots_are_listed_once(table: Table) -> Violations:
+    """The list of free slots has each of them once."""
     listed: list[int] = []
     at = table.words[FREE_SLOT]
     while at and at not in listed:
@@ -125,6 +130,7 @@ def free_slots_are_listed_once(table: Table) -> Violations:
 
 
 def free_cells_are_listed_once(table: Table) -> Violations:
+    """The list of free cells has each of them once."""
     listed: list[int] = []
     at = table.words[FREE_CELL]
     while at and at not in listed:
@@ -141,6 +147,7 @@ def free_cells_are_listed_once(table: Table) -> Violations:
 
 
 def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
+    """The queue is the waiting cells without a grant in the order of their tickets, linked both ways."""
     w = table.words
     waiting = [
         (word >> TICKET_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]
@@ -161,6 +168,7 @@ def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
 
 
 def tickets_are_given_once(table: Table) -> Violations:
+    """No ticket twice, and the next one is above all."""
     tickets = [word >> TICKET_SHIFT for _, word in cells(table) if word & 15 in (CELL_WAITING, CELL_STALLED)]
     if len(set(tickets)) != len(tickets):
         yield f"a ticket twice: {tickets}"
@@ -169,6 +177,7 @@ def tickets_are_given_once(table: Table) -> Violations:
 
 
 def grants_are_known_to_both(table: Table) -> Violations:
+    """A granted slot and its cell name each other."""
     w = table.words
     for index, at, word in slots(table):
         if word & STATE == GRANTED:
@@ -182,6 +191,7 @@ def grants_are_known_to_both(table: Table) -> Violations:
 
 
 def holders_are_rows_in_use(table: Table) -> Violations:
+    """Slots and cells are held by rows that somebody has."""
     w = table.words
 
     def in_use(row: int) -> bool:
@@ -219,7 +229,8 @@ def violations(table: Table) -> list[str]:
 def check(table: Table) -> None:
     """Fail with everything that is wrong with a table at rest."""
     wrong = violations(table)
-    assert not wrong, "\n".join(wrong)
+    if wrong:
+        raise AssertionError("\n".join(wrong))
 
 
 def leases_are_single(table: Table, leases: Iterable[tuple[int, int]]) -> Violations:

@@ -1,0 +1,136 @@
+"""What the arbiter does with time, without any: its clock moves when the test says so."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+import sharedpool
+from sharedpool import view
+from sharedpool.layout import CELL_HIGH, GATE, GRANT, IDLE, LEASED, VER
+from sharedpool.served import ServedPool
+from sharedpool.stats import PoolStats
+from sharedpool.table import DONE
+from sharedpool.testing import SteppedArbiter, SteppedWorker, check, scope
+
+
+@pytest.fixture
+def arbiter() -> Iterator[SteppedArbiter]:
+    made = SteppedArbiter()
+    yield made
+    for pool in made.pools.values():
+        check(pool.table)
+    made.close()
+
+
+def numbers(pool: ServedPool) -> PoolStats:
+    return view.stats(pool.words, pool.segment.geometry, pool.name)
+
+
+def wait_in_line(arbiter: SteppedArbiter, pool: ServedPool, worker: SteppedWorker, key: int = 1) -> int:
+    """A cell of the worker that waits in the queue."""
+    w = pool.words
+    cell = worker.table.cell_at(w[CELL_HIGH])
+    assert worker.table.claim_cell(cell) == DONE
+    now = arbiter.clock()
+    assert worker.table.enqueue(cell, key, w[GATE], w[VER], 0, 0, 0, worker.table.counter(5), now) == DONE
+    return cell
+
+
+def closed_by_us(peer: socket.socket) -> bool:
+    peer.settimeout(5)
+    return peer.recv(1) == b""
+
+
+def test_an_idle_connection_lives_as_long_as_idle_timeout_and_no_longer(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(idle_timeout=10)
+    worker = arbiter.worker(pool)
+    at = worker.open()
+    worker.leave_idle(at)
+    arbiter.pass_time(9.9)
+    assert (numbers(pool).idle, numbers(pool).expired) == (1, 0)
+    arbiter.pass_time(0.2)
+    assert (numbers(pool).idle, numbers(pool).closing, numbers(pool).expired) == (0, 1, 1)
+    assert closed_by_us(worker.peer(at))
+    worker.peer(at).close()
+    arbiter.pass_time(0.1)
+    assert (numbers(pool).used, numbers(pool).closed, numbers(pool).closed_unconfirmed) == (0, 1, 0)
+
+
+def test_a_remote_that_does_not_close_holds_the_permit_for_close_timeout(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(idle_timeout=1, close_timeout=3)
+    worker = arbiter.worker(pool)
+    worker.leave_idle(worker.open())
+    arbiter.pass_time(1.1)
+    arbiter.pass_time(2.8)
+    assert numbers(pool).closing == 1
+    arbiter.pass_time(0.3)
+    assert (numbers(pool).used, numbers(pool).closed_unconfirmed) == (0, 1)
+
+
+def test_a_lease_is_never_closed_by_time(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(idle_timeout=1)
+    at = arbiter.worker(pool).open()
+    arbiter.pass_time(3600)
+    assert pool.words[at] & 15 == LEASED
+
+
+def test_a_dead_workers_leases_are_closed_and_its_idle_connections_kept(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool()
+    worker = arbiter.worker(pool)
+    leased, idle = worker.open(), worker.open()
+    worker.leave_idle(idle)
+    worker.die()
+    assert closed_by_us(worker.peer(leased))
+    worker.peer(leased).close()
+    arbiter.pass_time(0.1)
+    assert (numbers(pool).in_use, numbers(pool).idle, numbers(pool).processes) == (0, 1, 0)
+    assert (numbers(pool).reaped, numbers(pool).adopted) == (1, 1)
+
+
+def test_a_grant_is_left_to_its_waiter_for_a_tenth_of_a_second_and_then_goes_to_the_next(
+    arbiter: SteppedArbiter,
+) -> None:
+    pool = arbiter.pool(max_connections=1)
+    one, two, three = (arbiter.worker(pool, pid) for pid in (1, 2, 3))
+    at = one.open()
+    first, second = wait_in_line(arbiter, pool, two), wait_in_line(arbiter, pool, three)
+    one.die()
+    one.peer(at).close()
+    arbiter.pass_time(0.01)
+    assert (pool.words[first + GRANT], pool.words[second + GRANT]) == (at, 0)
+    arbiter.pass_time(0.09)
+    assert pool.words[second + GRANT] == 0
+    arbiter.pass_time(0.02)
+    assert (pool.words[first + GRANT], pool.words[second + GRANT]) == (0, at)
+    assert numbers(pool).revoked == 1
+
+
+def test_a_raised_limit_serves_who_waits_and_a_lowered_one_closes_the_longest_idle(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(max_connections=1)
+    worker = arbiter.worker(pool)
+    old = worker.open()
+    cell = wait_in_line(arbiter, pool, arbiter.worker(pool, 2), key=2)
+    arbiter.pool(max_connections=3)
+    arbiter.pass_time(0)
+    assert pool.words[cell + GRANT] != 0
+    arbiter.pass_time(0.05)
+    young = worker.open()
+    worker.leave_idle(old)
+    arbiter.pass_time(1)
+    worker.leave_idle(young)
+    arbiter.pool(max_connections=2)
+    assert (pool.words[old] & 15 == IDLE, pool.words[young] & 15 == IDLE) == (False, True)
+    assert numbers(pool).over_limit == 1
+
+
+@pytest.mark.parametrize("mode", ["shared", "local"])
+def test_a_scope_for_a_test_leaves_nothing_behind(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHAREDPOOL_APP", "outer")
+    with scope(mode) as directory, sharedpool.permit("x", max_connections=1) as permit:
+        assert permit.pool.stats().in_use == 1
+    assert not os.path.exists(directory)
+    assert os.environ["SHAREDPOOL_APP"] == "outer"
