@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
@@ -66,6 +67,7 @@ class Channel:
             ours.close()
             channel.close()
             raise _refusal(answer)
+        channel.setblocking(False)  # who only tells the arbiter something never waits for it
         self._socket, self.events = channel, ours
         return dict(answer.body), descriptor
 
@@ -96,6 +98,7 @@ class Channel:
             message = Message(Kind.DECLARE, self._request, body={"options": given, "update": update})
             try:
                 answer, _ = launch.ask(channel, message, seconds)
+                channel.setblocking(False)
             except BaseException:
                 self._broken()
                 raise
@@ -139,8 +142,8 @@ class Channel:
             channel = self._reopen(max(0.1, (limit - time.monotonic_ns()) / 1e9))
         fdpass.send(channel, wire.pack(message))
         while True:
-            channel.settimeout(min(3600.0, max(1e-4, (limit - time.monotonic_ns()) / 1e9)))
-            data, descriptor = fdpass.receive(channel, wire.LONGEST)
+            _await(channel, limit)
+            data, descriptor = fdpass.receive(channel, wire.LONGEST, wait=False)
             if not data:
                 raise ConnectionResetError("the arbiter closed the channel")
             answer = wire.unpack(data)
@@ -167,6 +170,19 @@ class Channel:
         events, self.events = self.events, None
         if events is not None:
             events.close()
+
+
+def _await(channel: socket.socket, limit: int) -> None:
+    """Wait until something can be read, or until `limit`, monotonic ns.
+
+    Raises:
+        TimeoutError: Nothing came.
+    """
+    poller = select.poll()
+    poller.register(channel, select.POLLIN)
+    left = max(0, limit - time.monotonic_ns())
+    if not poller.poll(min(3_600_000, left // 1_000_000 + 1)):
+        raise TimeoutError("nothing came in time")
 
 
 def _refusal(answer: Message) -> SharedPoolError:

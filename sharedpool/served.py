@@ -592,6 +592,8 @@ class ServedPool:
             due = min(due, now + WATCH_EVERY)
         else:
             w[WATCH] = 1
+            if w[HEAD]:  # somebody queued between the two, and was told nothing of it
+                due = min(due, now + WATCH_EVERY)
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_EVERY
             self._sweep(now)
