@@ -428,6 +428,9 @@ class ServedPool:
         words = self.words[base : base + CELL * self.words[CELL_HIGH] : CELL].tolist()
         return ((base + CELL * index, word) for index, word in enumerate(words) if word)
 
+    def _anybody_waits(self) -> bool:
+        return self.words[HEAD] != 0
+
     def _serve(self, now: int) -> None:
         """Give the head of the queue what it could have: after a raised limit, a repair, or a release gone astray."""
         w = self.words
@@ -592,7 +595,7 @@ class ServedPool:
             due = min(due, now + WATCH_EVERY)
         else:
             w[WATCH] = 1
-            if w[HEAD]:  # somebody queued between the two, and was told nothing of it
+            if self._anybody_waits():  # queued between the two, and was told nothing of it
                 due = min(due, now + WATCH_EVERY)
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_EVERY
