@@ -107,13 +107,19 @@ def _alive(channel: socket.socket) -> bool:
 
 
 def stop() -> None:
-    """Stop all pools of the scope and end its arbiter; nothing happens if none runs. Waiters get PoolStopped."""
+    """Stop all pools of the scope and end its arbiter, which has gone when this returns. Waiters get PoolStopped.
+
+    Nothing happens if none runs.
+    """
     global _hold
     if mode() == "local":
         _registry("stop", start=False)
         return
-    directory = _directory()
+    from . import launch
+
+    directory = _directory(make=False)
     _registry("stop", start=False)
+    launch.wait_until_gone(directory)
     with _lock:
         if _hold is not None:
             _hold[1].close()
@@ -186,7 +192,7 @@ def _registry(method: str, *arguments: Any, start: bool) -> Any:
         return getattr(_LocalRegistry, method)(*arguments)
     from . import manager
 
-    return manager.call(_directory(), method, *arguments, start=start)
+    return manager.call(_directory(make=start), method, *arguments, start=start)
 
 
 class _LocalRegistry:
@@ -234,8 +240,8 @@ def _info(facts: dict[str, Any]) -> PoolInfo:
     return PoolInfo(name=facts["name"], options=options.make(facts["options"]), arbiter_pid=facts["arbiter_pid"])
 
 
-def _directory() -> str:
-    return scope.directory_for(os.environ)
+def _directory(*, make: bool = True) -> str:
+    return scope.directory_for(os.environ, make=make)
 
 
 def _at_exit() -> None:

@@ -131,6 +131,16 @@ def greet(
             raise
 
 
+def wait_until_gone(directory: str, seconds: float = 5.0) -> None:
+    """Wait until the arbiter that was told to end has taken its files away, and the directory if it was all its own."""
+    limit = time.monotonic() + seconds
+    while os.path.lexists(os.path.join(directory, scope.START_LOCK)) and time.monotonic() < limit:
+        time.sleep(0.002)
+    limit = time.monotonic() + 0.05
+    while os.path.isdir(directory) and time.monotonic() < limit:
+        time.sleep(0.001)
+
+
 def caller(directory: str, *, start: bool, seconds: float = START_SECONDS) -> bytes | None:
     """The registry's authkey, or None if no arbiter runs and none is to be started."""
     if start:

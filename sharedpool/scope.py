@@ -29,23 +29,27 @@ _TRIES = 20
 T = TypeVar("T")
 
 
-def directory_for(environ: Mapping[str, str], given: str | None = None, app: str | None = None) -> str:
-    """The runtime directory's path; it is made if it is not there.
+def directory_for(environ: Mapping[str, str], app: str | None = None, *, make: bool = True) -> str:
+    """The runtime directory's path.
 
-    Order: the directory given, the app given, SHAREDPOOL_DIR, SHAREDPOOL_APP, the app "default".
+    Order: the app given, SHAREDPOOL_DIR, SHAREDPOOL_APP, the app "default".
+
+    Args:
+        environ: The environment.
+        app: The app's name, if the caller named it.
+        make: Make the directory, and check it. Otherwise it may not be there, and then nobody serves it.
 
     Raises:
         StartFailed: No directory can be used; the message lists what was tried and why each failed.
         OptionError: The app's name is none.
     """
-    if given is not None:
-        return prepare(os.path.join(os.path.abspath(os.fspath(given)), _SUBDIRECTORY))
     if app is not None:
-        return _for_app(environ, check_app_name(app))
+        return _for_app(environ, check_app_name(app), make=make)
     if environ.get("SHAREDPOOL_DIR"):
-        return prepare(os.path.join(os.path.abspath(environ["SHAREDPOOL_DIR"]), _SUBDIRECTORY))
+        path = os.path.join(os.path.abspath(environ["SHAREDPOOL_DIR"]), _SUBDIRECTORY)
+        return prepare(path) if make else path
     name = environ.get("SHAREDPOOL_APP") or DEFAULT_APP
-    return _for_app(environ, check_app_name(name, "the environment's SHAREDPOOL_APP"))
+    return _for_app(environ, check_app_name(name, "the environment's SHAREDPOOL_APP"), make=make)
 
 
 def private_directory(environ: Mapping[str, str]) -> str:
@@ -62,19 +66,24 @@ def is_private(directory: str) -> bool:
     return os.path.basename(os.path.dirname(directory)).startswith(_PRIVATE)
 
 
-def _for_app(environ: Mapping[str, str], app: str) -> str:
-    return _first_usable(environ, lambda root: prepare(os.path.join(prepare(root), app)))
+def _for_app(environ: Mapping[str, str], app: str, *, make: bool) -> str:
+    if make:
+        return _first_usable(environ, lambda root: prepare(os.path.join(prepare(root), app)))
+    paths = [os.path.join(root, app) for root in _roots(environ)]
+    return next(filter(os.path.isdir, paths), paths[0])
+
+
+def _roots(environ: Mapping[str, str]) -> list[str]:
+    """Where directories of apps and private ones may be, the preferred place first."""
+    user = f"sharedpool-{os.geteuid()}"
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    others = [os.path.join("/dev/shm", user), os.path.join(environ.get("TMPDIR") or "/tmp", user)]
+    return [os.path.join(runtime, "sharedpool"), *others] if runtime else others
 
 
 def _first_usable(environ: Mapping[str, str], use: Callable[[str], T]) -> T:
-    user = f"sharedpool-{os.geteuid()}"
-    roots = []
-    if environ.get("XDG_RUNTIME_DIR"):
-        roots.append(os.path.join(environ["XDG_RUNTIME_DIR"], "sharedpool"))
-    roots.append(os.path.join("/dev/shm", user))
-    roots.append(os.path.join(environ.get("TMPDIR") or "/tmp", user))
     failures = []
-    for root in roots:
+    for root in _roots(environ):
         try:
             return use(root)
         except (OSError, StartFailed) as error:
