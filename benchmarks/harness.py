@@ -34,15 +34,29 @@ class ActorFailed(Exception):
     """A command raised in its actor; the text is the traceback from there."""
 
 
+def _forking() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sharedpool", "sharedpool.attachment", "benchmarks.throughput"])
+    return context
+
+
 class Actor:
     """One object in a process of its own; its methods are called over a pipe, one command at a time.
 
     The process ends with `close()`, or by itself when the benchmark's process goes away.
+
+    Args:
+        factory: Makes the object, in the process.
+        *args: Its arguments.
+        forked: The process is forked from one that has imported the library, as a pre-fork server's workers are; it
+            then shares the code's memory, and so the processor's caches, with its siblings. Otherwise a new
+            interpreter.
     """
 
-    def __init__(self, factory: Callable[..., object], *args: object) -> None:
-        self._pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_obey, args=(theirs, factory, args), daemon=True)
+    def __init__(self, factory: Callable[..., object], *args: object, forked: bool = False) -> None:
+        context = _forking() if forked else _SPAWN
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_obey, args=(theirs, factory, args), daemon=True)
         self._process.start()
         theirs.close()
         try:

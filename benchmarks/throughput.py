@@ -172,7 +172,7 @@ def _prepare_all(clients: list[Actor], method: str, *args: object) -> None:
 def _measure(seconds: float, rounds: int, lost: dict[str, str]) -> tuple[dict[str, list[Run]], dict[str, int]]:
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
-        clients = [stack.enter_context(Actor(Client)) for _ in range(WORKERS)]
+        clients = [stack.enter_context(Actor(Client, forked=True)) for _ in range(WORKERS)]
         backends = _prepare(stack, clients, lost)
         for way in backends:
             together(clients, way, seconds / 4)  # warm-up
