@@ -117,13 +117,21 @@ class Arbiter:
         now = self._clock()
         due = now + _BEAT_EVERY
         for pool in list(self.pools.values()):
-            due = min(due, pool.turn(now))
+            due = min(due, self._turn_of(pool, now))
         due = min(due, self._look_after_processes(now))
         if not self._clients:
             due = min(due, int((self._quiet_since + self._linger) * 1e9))
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
             self.pools.pop(name).segment.let_go()
         return max(0.0, (due - self._clock()) / 1e9)
+
+    def _turn_of(self, pool: ServedPool, now: int) -> int:
+        """One pool's turn; whatever is wrong with one pool, the others go on."""
+        try:
+            return pool.turn(now)
+        except Exception:
+            log.exception("pool %r: the arbiter goes on after an error", pool.name)
+            return now + _BEAT_EVERY
 
     def _guarded(self, handler: Callable[[int], None], events: int) -> None:
         """One client's misbehaviour, or one busy mutex, must not end the loop."""
@@ -491,13 +499,19 @@ class Arbiter:
         for client in list(self._clients):
             if client.orphaned:
                 if now - client.orphaned >= _RETURN_TIME:
-                    self._gone(client)
+                    self._guarded(functools.partial(self._ended, client), 0)
                 due = min(due, client.orphaned + _RETURN_TIME)
             elif client.born:
                 due = min(due, now + _POLL_PROCESSES)
                 if not _same_process(client):
-                    self._died(client)
+                    self._guarded(functools.partial(self._died_at, client), 0)
         return due
+
+    def _ended(self, client: Client, events: int) -> None:
+        self._gone(client)
+
+    def _died_at(self, client: Client, events: int) -> None:
+        self._died(client)
 
     # --- what the pools ask for ---------------------------------------------------------------------------------------
 

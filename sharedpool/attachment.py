@@ -23,6 +23,7 @@ from .channel import Channel
 from .drivers.sockets import end
 from .errors import (
     ArbiterLost,
+    AttachRefused,
     ConnectFailed,
     FileLimit,
     LeaseError,
@@ -68,10 +69,10 @@ from .layout import (
     opening_word,
 )
 from .lease import Lease
-from .native import FILENO
+from .native import FILENO, Call
 from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import COUNTERS, PoolStats
-from .table import BUSY, DONE
+from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
 from .wire import Kind, Message
 
@@ -573,7 +574,7 @@ class Attachment:
                     self.chores.append((at, word, entry, False))
                 elif entry is not None:
                     self._drop_entry(entry)
-        except (IndexError, LeaseError):
+        except (IndexError, LeaseError, PoolStopped):
             pass
         finally:
             self._tidying.release()
@@ -582,7 +583,9 @@ class Attachment:
 
     def _not_in_force(self, lease: Lease[Any]) -> LeaseError:
         if self.inert:
-            return LeaseError("this lease belongs to the process that this one was forked from; check it in there")
+            return LeaseError(
+                "this lease ended when this process left the pool, or belongs to the process that it was forked from"
+            )
         return LeaseError("this lease is not in force: it was checked in or discarded before")
 
     def _timeout(self, route: Route) -> PoolTimeout:
@@ -615,15 +618,37 @@ class Attachment:
                 del self.entries[at]
                 entry.let_go()
 
+    def come_back(self, events: socket.socket) -> socket.socket | None:
+        """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
+        try:
+            return self.channel.come_back(events)
+        except AttachRefused:
+            self.cut_off()
+        except (SharedPoolError, OSError):
+            self.lost = True
+        return None
+
     def detach(self) -> None:
         """Leave the pool: idle connections stay with the arbiter, leases are ended."""
         if self.inert:
             return
         self.inert = True
         _attachments.discard(self)
+        self._leave_table()
         self._tell(Kind.DETACH)
         self.channel.close()
         self.segment.let_go()
+
+    def _leave_table(self) -> None:
+        """From now on no thread of this process commits anything: its row may be somebody else's in a moment."""
+        self.table.mutex = Call(lambda: LEFT)
+
+    def cut_off(self) -> None:
+        """The arbiter has given this process's row up: it goes on with a new attachment."""
+        self._leave_table()
+        self.inert = self.lost = True
+        _attachments.discard(self)
+        self.channel.close()
 
     def forked(self) -> None:
         """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""
@@ -660,8 +685,12 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
         if attachment is None or attachment.inert:
             return
         if data == b"":
-            attachment.lost = True
-            return
+            found = attachment.come_back(events)
+            if found is None:
+                return
+            events.close()
+            events = found
+            continue
         with contextlib.suppress(SharedPoolError):
             if data:
                 attachment.on_event(wire.unpack(data))

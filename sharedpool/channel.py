@@ -79,9 +79,16 @@ class Channel:
         """
         channel = self._socket
         if channel is None:
-            channel = self._reopen(seconds)
+            if not self._lock.acquire(timeout=seconds):
+                raise ArbiterLost("the channel to the arbiter stayed busy")
+            try:
+                channel = self._socket or self._reopen(seconds)
+            finally:
+                self._lock.release()
         try:
             fdpass.send(channel, wire.pack(message), descriptor)
+        except BlockingIOError as error:  # it does not read just now; the channel is whole
+            raise ArbiterLost(f"the arbiter does not listen to {message.kind.name}") from error
         except OSError as error:
             self._broken()
             raise ArbiterLost(f"the arbiter cannot be told {message.kind.name}: {error}") from error
@@ -158,6 +165,21 @@ class Channel:
         os.close(descriptor)  # mapped already
         assert self._socket is not None
         return self._socket
+
+    def come_back(self, events: socket.socket, seconds: float = 1.0) -> socket.socket:
+        """The event channel `events` ended: gives the one that took its place.
+
+        Raises:
+            AttachRefused: The row is no longer this process's.
+            ArbiterLost: No arbiter answers.
+        """
+        with self._lock:
+            if self.events is events:
+                self._broken()
+                self._reopen(seconds)
+            if self.events is None:
+                raise ArbiterLost("this process has left the pool")
+            return self.events
 
     def _broken(self) -> None:
         channel, self._socket = self._socket, None

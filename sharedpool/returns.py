@@ -58,7 +58,7 @@ class Returns:
         segment: For the places where waiters sleep.
         tell_close: Called with a slot's number and generation after it went CLOSING.
         discards: The place of the counter of leases given back closed.
-        own_waiter: Gives the cell of this process that has waited longest for a key, or 0.
+        own_waiter: Gives the cell of this process that has waited longest for a key, and its word; or (0, 0).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Returns:
         segment: Segment,
         tell_close: Callable[[int, int], None],
         discards: int,
-        own_waiter: Callable[[int], int],
+        own_waiter: Callable[[int], tuple[int, int]],
     ) -> None:
         self._table = table
         self._words = table.words
@@ -90,11 +90,14 @@ class Returns:
         w = self._words
         gate = w[GATE]
         cell = w[HEAD]
-        if gate & GATE_FLAGS != QUEUED or not cell or w[cell + CELL_KEY] != route.key or route.sticky or route.stays:
+        if gate & GATE_FLAGS != QUEUED or not cell or route.sticky or route.stays:
+            return False
+        cell_word = w[cell]  # before its key: with another ticket it may wait for something else
+        if w[cell + CELL_KEY] != route.key:
             return False
         waker = self._wakers.get(cell) or self._waker(cell)
         new = word & _KEPT | cell - self._cells >> CELL_SHIFT << HOLDER_SHIFT | GRANTED
-        if self._table.hand(at, word, new, gate, cell, w[cell], 0, monotonic_ns()) != DONE:
+        if self._table.hand(at, word, new, gate, cell, cell_word, 0, monotonic_ns()) != DONE:
             return False
         -waker
         return True
@@ -143,26 +146,27 @@ class Returns:
         head = w[HEAD]
         if not head:  # the queue is changing, or a section was left half done
             return self._table.missed(0), GIVEN
+        waits = w[head]  # before its key: with another ticket it may wait for something else
         same = w[head + CELL_KEY] == route.key
-        fits = same and (not route.stays or (w[head] & CELL_ROW) >> CELL_ROW_SHIFT == self._table.row)
+        fits = same and (not route.stays or (waits & CELL_ROW) >> CELL_ROW_SHIFT == self._table.row)
         if route.sticky:
             if now - w[head + CELL_SINCE] < view.steal_after(w):
-                own = self._own_waiter(route.key)
+                own, own_waits = self._own_waiter(route.key)
                 if own:
-                    return self._hand(at, seen | route.stays, seen, own, gate, now), GIVEN
+                    return self._hand(at, seen | route.stays, seen, own, own_waits, gate, now), GIVEN
                 if route.stays or same:
                     outcome = with_state(seen, IDLE) | route.stays
                     return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
         if not fits:
             return self._close(at, seen, now), CLOSED
-        return self._hand(at, seen, seen, head, gate, now), GIVEN
+        return self._hand(at, seen, seen, head, waits, gate, now), GIVEN
 
-    def _hand(self, at: int, word: int, seen: int, cell: int, gate: int, now: int, bare: int = 0) -> int:
+    def _hand(self, at: int, word: int, seen: int, cell: int, waits: int, gate: int, now: int, bare: int = 0) -> int:
         """To a waiter, and wake it in the same stretch: nothing can come between the commit and the call."""
         number = cell - self._cells >> CELL_SHIFT
         waker = self._wakers.get(cell) or self._waker(cell)
         new = word & _KEPT | bare | number << HOLDER_SHIFT | GRANTED
-        result = self._table.hand(at, seen, new, gate, cell, self._words[cell], 0, now)
+        result = self._table.hand(at, seen, new, gate, cell, waits, 0, now)
         if result == DONE:
             -waker
         return result
@@ -182,7 +186,7 @@ class Returns:
             seen = self._check(at, word)
             gate, head = w[GATE], w[HEAD]
             if head and not gate & (OVER | PAUSED | STOPPED):
-                result = self._hand(at, seen, seen, head, gate, monotonic_ns(), BARE)
+                result = self._hand(at, seen, seen, head, w[head], gate, monotonic_ns(), BARE)
             elif not head and gate & QUEUED:
                 result = self._table.missed(0)  # the queue is changing, or a section was left half done
             else:

@@ -488,6 +488,7 @@ class ServedPool:
         head, gate = w[HEAD], w[GATE]
         if not head or w[cell + GRANT] != at:
             return
+        waits = w[head]  # before its key: with another ticket it may wait for something else
         bare = word & BARE
         if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & (OVER | PAUSED | STOPPED)):
             self._close(at, word, "revoked", now, cell)
@@ -495,7 +496,7 @@ class ServedPool:
         if gate & (OVER | PAUSED | STOPPED):
             return
         new = _granted(word, self.table.cell_index(head)) | bare
-        if self._settle(lambda: self.table.hand(at, word, new, gate, head, w[head], cell, now)):
+        if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now)):
             self._count("revoked")
             self._wake(head)
 

@@ -22,7 +22,7 @@ import errno
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from .errors import PoolBroken
+from .errors import PoolBroken, PoolStopped
 from .layout import (
     CELL,
     CELL_DEADLINE,
@@ -75,6 +75,9 @@ from .repair import rebuild
 DONE: Final = 1
 STALE: Final = 0
 BUSY: Final = -1
+
+#: What the mutex of a process that has left the pool answers: nothing of it can commit any more.
+LEFT: Final = errno.ECANCELED
 
 _EOWNERDEAD: Final = errno.EOWNERDEAD
 _HELD: Final = (errno.EBUSY, errno.EDEADLK)
@@ -170,6 +173,8 @@ class Table:
         if rc == _EOWNERDEAD:
             self.repair()
             return STALE
+        if rc == LEFT:
+            raise PoolStopped("this process has left the pool")
         raise PoolBroken(
             f"the pool's mutex cannot be recovered ({errno.errorcode.get(rc, rc)}); every process must attach anew"
         )

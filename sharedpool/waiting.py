@@ -13,6 +13,7 @@ from .held import Patience, Route
 from .layout import (
     BARE,
     CELL_HIGH,
+    CELL_KEY,
     CELL_OWNED,
     CELL_ROW_SHIFT,
     CELL_SHIFT,
@@ -64,13 +65,12 @@ class OutOfTime(Exception):
 class Waiter:
     """A cell of this process: a place in the queue for one thread at a time."""
 
-    __slots__ = ("cell", "key", "kick", "sleeper")
+    __slots__ = ("cell", "kick", "sleeper")
 
     def __init__(self, cell: int, kick: int, sleeper: Sleeper) -> None:
         self.cell = cell
         self.kick = kick
         self.sleeper = sleeper
-        self.key = 0
 
 
 class WaitingRoom:
@@ -111,15 +111,16 @@ class WaitingRoom:
         self._leased = table.row << HOLDER_SHIFT | LEASED
         self.returns: Returns | None = None
 
-    def longest_for(self, key: int) -> int:
-        """The cell of this process that has waited longest for a key, not yet granted anything; 0 if there is none."""
+    def longest_for(self, key: int) -> tuple[int, int]:
+        """The cell of this process that has waited longest for a key, not yet granted anything, and its word."""
         w = self._words
-        waiting = [
-            (w[waiter.cell] >> TICKET_SHIFT, waiter.cell)
-            for waiter in list(self._waiting)
-            if waiter.key == key and w[waiter.cell] & 15 == CELL_WAITING and not w[waiter.cell + GRANT]
-        ]
-        return min(waiting, default=(0, 0))[1]
+        waiting = []
+        for waiter in list(self._waiting):
+            cell = waiter.cell
+            word = w[cell]  # before its key: with another ticket it may wait for something else
+            if word & 15 == CELL_WAITING and w[cell + CELL_KEY] == key and not w[cell + GRANT]:
+                waiting.append((word >> TICKET_SHIFT, cell, word))
+        return min(waiting, default=(0, 0, 0))[1:]
 
     # --- joining ------------------------------------------------------------------------------------------------------
 
@@ -153,7 +154,6 @@ class WaitingRoom:
                 return result
             queued = True
             if sticky:
-                waiter.key = route.key
                 self._waiting.add(waiter)
             if evict:
                 at = self._counters["evictions"]
