@@ -635,6 +635,7 @@ class Attachment:
         self.inert = True
         _attachments.discard(self)
         self._leave_table()
+        self._let_go()
         self._tell(Kind.DETACH)
         self.channel.close()
         self.segment.let_go()
@@ -648,7 +649,21 @@ class Attachment:
         self._leave_table()
         self.inert = self.lost = True
         _attachments.discard(self)
+        self._let_go()
         self.channel.close()
+        self.segment.let_go()
+
+    def _let_go(self) -> None:
+        """Close what this process holds. What is leased stays its user's object; the arbiter ends its connection."""
+        for entry in self.entries.values():
+            if self.words[entry.at] == entry.word:
+                entry.let_go()
+            elif entry.real >= 0:
+                real, entry.real = entry.real, -1
+                with contextlib.suppress(OSError):
+                    os.close(real)
+        self.entries.clear()
+        self._dead.close()
 
     def forked(self) -> None:
         """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""

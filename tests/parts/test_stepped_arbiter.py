@@ -134,3 +134,30 @@ def test_a_scope_for_a_test_leaves_nothing_behind(mode: str, monkeypatch: pytest
         assert permit.pool.stats().in_use == 1
     assert not os.path.exists(directory)
     assert os.environ["SHAREDPOOL_APP"] == "outer"
+
+
+def test_a_thread_that_goes_on_after_its_process_left_the_pool_takes_nothing() -> None:
+    with scope():
+        pool = sharedpool.attach("left", max_connections=1).open()
+        attached = pool._attached
+        assert attached is not None
+        route = attached.route("permit", "x", 0)
+        lease = attached.checkout(route, 1, 1)
+        lease.checkin()
+        pool.close()
+        with pytest.raises(sharedpool.PoolStopped):
+            attached.checkout(route, 1, 1)
+        with sharedpool.attach("left").connection("x", 0, "permit", checkout_timeout=5):
+            assert sharedpool.pool_stats("left").in_use == 1
+
+
+def test_an_error_in_one_pool_does_not_end_the_others(
+    arbiter: SteppedArbiter, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, sound = arbiter.pool("broken"), arbiter.pool("sound", idle_timeout=1)
+    worker = arbiter.worker(sound)
+    worker.leave_idle(worker.open())
+    broken.turn = lambda now: 1 // 0  # type: ignore[method-assign,assignment]
+    arbiter.pass_time(1.1)
+    assert numbers(sound).expired == 1
+    assert "pool 'broken'" in caplog.text
