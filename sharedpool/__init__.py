@@ -1,5 +1,9 @@
 """One connection limit for all your workers."""
 
+from . import _speed
+
+speed = _speed.choose(__path__)  # "compiled" or "pure"; before anything else is imported
+
 from .control import (
     attach,
     find_pool,

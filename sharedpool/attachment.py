@@ -76,7 +76,7 @@ from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
 from .wire import Kind, Message
 
-_NEVER: Final = 1 << 62
+_NEVER: Final = 0x4000_0000_0000_0000
 #: checkout_timeout=0: no waiting in the queue; what needs no waiting is done with the other time-outs.
 _AT_ONCE: Final = 0
 #: A fetch from the arbiter takes 50 us; it gets so long even at the end of a deadline, ns.
@@ -110,7 +110,7 @@ class Attachment:
         self.segment = segment.attach(descriptor)
         self.row: int = self.welcome["row"]
         self.table = self.segment.table(self.row)
-        self.words = self.table.words
+        self.words = self._words = self.table.words
         self.gate = self.words[GATE] & ~GATE_FLAGS  # the value under which nothing is in the way
         self.routes: dict[tuple[str, str, int], Route] = {}
         self.entries: dict[int, Entry] = {}
@@ -214,7 +214,7 @@ class Attachment:
                     lease.conn = conn
                     return lease
                 return self._renew(route, lease, entry, _limit(patience), connect_timeout)
-            if self.words[at] == seen:
+            if self._words[at] == seen:
                 route.push(entry)
         return self._checkout_slowly(route, _limit(patience), connect_timeout)
 
@@ -235,7 +235,7 @@ class Attachment:
                 lease.conn = None
                 return lease
             entry = self.entries.get(at)
-            if entry is None or entry.generation != generation_of(word) or entry.version != self.words[at + VERSION]:
+            if entry is None or entry.generation != generation_of(word) or entry.version != self._words[at + VERSION]:
                 entry = self._fetch(route, lease, limit, refused)
                 if entry is None:
                     continue
@@ -253,7 +253,7 @@ class Attachment:
         Raises:
             OutOfTime, PoolStopped, TooManyWaiting.
         """
-        w = self.words
+        w = self._words
         table = self.table
         patience: Patience | None = None
         while True:
@@ -488,7 +488,7 @@ class Attachment:
                 self._close(entry, word)  # closed, detached or replaced by the user, or not clean
                 return
             gate = self.gate
-            if self.words[GATE] == gate:
+            if self._words[GATE] == gate:
                 new = word - 1
                 if self.table.put_idle(entry.at, word, new, gate, route.tag, monotonic_ns()) == DONE:
                     entry.word = new
@@ -602,7 +602,8 @@ class Attachment:
 
     def _leases_of(self, thread: int, indices: set[int]) -> int:
         held = 0
-        for at in map(self.table.slot_at, indices):
+        for index in indices:
+            at = self.table.slot_at(index)
             entry = self.entries.get(at)
             held += (entry.thread if entry is not None else self.permits.get(at)) == thread
         return held

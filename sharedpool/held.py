@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from .drivers import Driver
 from .layout import STAYS, tag_of
-from .native import FILENO, Gate
+from .native import FILENO, Gate, heed
 
 
 class Entry:
@@ -114,4 +114,5 @@ class Patience:
             os.sched_yield()
         else:
             time.sleep(min(0.001, 50e-6 * (self.tries - _YIELDS)))
+        heed()
         return True

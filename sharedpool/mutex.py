@@ -10,9 +10,10 @@ import ctypes
 import errno
 import mmap
 import os
+from typing import cast
 
 from .errors import NotSupported
-from .native import Call, at, bound
+from .native import Call, at, bound, calls
 
 #: Bytes reserved: 40 are needed on x86_64, 48 on aarch64.
 RESERVED = 64
@@ -48,6 +49,8 @@ def _must(name: str, code: int) -> None:
 
 def attach(address: int) -> Call:
     """The mutex at `address` as operators: `-` trylock, `+` unlock, `~` make consistent; each gives an errno or 0."""
+    if calls is not None:
+        return cast(Call, calls.Mutex(address))
     place = at(address)
     return Call(
         bound("pthread_mutex_trylock", place),

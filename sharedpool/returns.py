@@ -70,7 +70,7 @@ class Returns:
         own_waiter: Callable[[int], tuple[int, int]],
     ) -> None:
         self._table = table
-        self._words = table.words
+        self.words = self._words = table.words
         self._segment = segment
         self._tell_close = tell_close
         self._discards = discards
@@ -117,7 +117,7 @@ class Returns:
         Raises:
             LeaseError: The slot is no longer this lease's.
         """
-        w = self._words
+        w = self.words
         patience: Patience | None = None
         while True:
             seen = w[at]
@@ -142,7 +142,7 @@ class Returns:
 
     def _to_waiter(self, at: int, seen: int, route: Route, gate: int, now: int) -> tuple[int, int]:
         """Somebody waits: hand it over if it fits and may move; sticky ones stay for a while; else close it."""
-        w = self._words
+        w = self.words
         head = w[HEAD]
         if not head:  # the queue is changing, or a section was left half done
             return self._table.missed(0), GIVEN
@@ -180,7 +180,7 @@ class Returns:
         Raises:
             LeaseError: The slot is no longer this lease's.
         """
-        w = self._words
+        w = self.words
         patience = Patience(limit)
         while True:
             seen = self._check(at, word)
@@ -214,14 +214,14 @@ class Returns:
                 return LATER
 
     def _close(self, at: int, seen: int, now: int) -> int:
-        result = self._table.close(at, seen, self._words[at + SINCE], 0, self._discards, now)
+        result = self._table.close(at, seen, self.words[at + SINCE], 0, self._discards, now)
         if result == DONE:
             self._tell_close(self._table.slot_index(at), generation_of(seen))
         return result
 
     def evict(self, at: int, counter: int) -> int:
         """Close an idle connection for its permit, while this process waits at the head of the queue."""
-        w = self._words
+        w = self.words
         seen = w[at]
         if seen & STATE != IDLE:
             return 0
@@ -232,7 +232,7 @@ class Returns:
 
     def _check(self, at: int, word: int) -> int:
         """The slot's word now, which may have got DOOMED since the lease began."""
-        seen = self._words[at]
+        seen = self.words[at]
         if (seen ^ word) & ~DOOMED:
             raise LeaseError("the lease is no longer in force: its slot was taken away")
         return seen

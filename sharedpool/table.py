@@ -118,7 +118,9 @@ class Table:
         find: find(tag, start, stop) gives the first slot in that range whose mark is `tag`, or -1.
     """
 
-    __slots__ = ("cell_base", "find", "geometry", "marks", "mutex", "row", "row_at", "slot_base", "words")
+    __slots__ = (
+        "_marks", "_words", "cell_base", "find", "geometry", "marks", "mutex", "row", "row_at", "slot_base", "words",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -129,8 +131,8 @@ class Table:
         row: int,
         find: Callable[[int, int, int], int],
     ) -> None:
-        self.words = words
-        self.marks = marks
+        self.words = self._words = words
+        self.marks = self._marks = marks
         self.mutex = mutex
         self.find = find
         self.geometry = geometry
@@ -205,8 +207,8 @@ class Table:
 
     def take_idle(self, at: int, seen: int, new: int, gate: int, lease: HasWord, counter: int, now: int) -> int:
         """IDLE -> LEASED: one's own or, by takeover, another process's."""
-        w = self.words
-        marks = self.marks
+        w = self._words
+        marks = self._marks
         mutex = self.mutex
         me = self.row
         mark = at - self.slot_base >> SLOT_SHIFT
@@ -241,7 +243,7 @@ class Table:
 
         `at` must be the head of the list of free slots or, where that is empty, the first slot never used.
         """
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         index = (at - self.slot_base) // SLOT
@@ -281,7 +283,7 @@ class Table:
         self, at: int, seen: int, new: int, cell: int, lease: HasWord, key: int, counter: int, now: int
     ) -> int:
         """GRANTED -> LEASED (a connection) or OPENING (a bare permit), by the cell it was granted to."""
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         owned = CELL_OWNED | me << CELL_ROW_SHIFT
@@ -324,7 +326,7 @@ class Table:
             bump: 1 where somebody who decided to wait might now decide otherwise, else 0.
             now: When the new state began.
         """
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         done = 0
@@ -354,8 +356,8 @@ class Table:
 
     def put_idle(self, at: int, seen: int, new: int, gate: int, tag: int, now: int) -> int:
         """LEASED -> IDLE: clean, not doomed, within the limits; nobody waits who may have it."""
-        w = self.words
-        marks = self.marks
+        w = self._words
+        marks = self._marks
         mutex = self.mutex
         me = self.row
         mark = at - self.slot_base >> SLOT_SHIFT
@@ -395,8 +397,8 @@ class Table:
             old_cell: The cell that loses a grant it did not take, and stalls; 0 for none.
             now: When the grant was given.
         """
-        w = self.words
-        marks = self.marks
+        w = self._words
+        marks = self._marks
         mutex = self.mutex
         me = self.row
         mark = (at - self.slot_base) // SLOT
@@ -444,8 +446,8 @@ class Table:
 
     def hand_free(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int) -> int:
         """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired."""
-        w = self.words
-        marks = self.marks
+        w = self._words
+        marks = self._marks
         mutex = self.mutex
         me = self.row
         index = (at - self.slot_base) // SLOT
@@ -501,8 +503,8 @@ class Table:
 
         The caller has checked that `gate` says one of the two. `old_cell` loses its grant, as in `hand`.
         """
-        w = self.words
-        marks = self.marks
+        w = self._words
+        marks = self._marks
         mutex = self.mutex
         me = self.row
         mark = (at - self.slot_base) // SLOT
@@ -547,8 +549,8 @@ class Table:
             counter: What is counted.
             now: When the closing began.
         """
-        w = self.words
-        marks = self.marks
+        w = self._words
+        marks = self._marks
         mutex = self.mutex
         me = self.row
         mark = (at - self.slot_base) // SLOT
@@ -584,7 +586,7 @@ class Table:
 
     def claim_cell(self, cell: int) -> int:
         """A free cell -> owned by this row. `cell` must be the first free one, or the first never used."""
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         owned = CELL_OWNED | me << CELL_ROW_SHIFT
@@ -644,8 +646,8 @@ class Table:
             counter: What is counted.
             now: Monotonic ns.
         """
-        w = self.words
-        marks = self.marks
+        w = self._words
+        marks = self._marks
         mutex = self.mutex
         me = self.row
         owned = CELL_OWNED | me << CELL_ROW_SHIFT
@@ -697,7 +699,7 @@ class Table:
 
     def rejoin(self, cell: int, seen: int, after: int, before: int, ver: int, gate: int) -> int:
         """A stalled cell returns to its place in the queue, between the cells `after` and `before` (0: none)."""
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         waiting = with_state(seen, CELL_WAITING)
@@ -749,7 +751,7 @@ class Table:
 
     def leave(self, cell: int, seen: int, new: int) -> int:
         """A cell without a grant, waiting or not, -> owned and empty again, or FREE after its process's death."""
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         done = 0
@@ -793,7 +795,7 @@ class Table:
 
     def set_row(self, row: int, seen: int, new: int, nonce: int, now: int) -> int:
         """A row's word changes: FREE -> LIVE -> DEAD -> FREE."""
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         at = HEADER + ROW * row
@@ -820,7 +822,7 @@ class Table:
 
     def set_limit(self, maximum: int, flags: int) -> int:
         """Set the cap and the flags PAUSED and STOPPED; whatever was decided under the old ones is decided again."""
-        w = self.words
+        w = self._words
         mutex = self.mutex
         me = self.row
         done = 0

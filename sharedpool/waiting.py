@@ -26,6 +26,7 @@ from .layout import (
     GRANT,
     GRANTED,
     HEAD,
+    HIGH,
     HOLDER,
     HOLDER_SHIFT,
     IDLE,
@@ -46,12 +47,12 @@ from .layout import (
     opening_word,
 )
 from .lease import Lease
-from .native import Sleeper, any_set
+from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
 from .table import BUSY, DONE, Table
 
-_NEVER: Final = 1 << 62
+_NEVER: Final = 0x4000_0000_0000_0000
 #: Who sleeps looks up so often, ns, whatever happens.
 _LOOK_UP: Final = 1_000_000_000
 _GIVE_UP: Final = 50_000_000
@@ -95,8 +96,8 @@ class WaitingRoom:
         tell_watch: Callable[[], None],
     ) -> None:
         self._table = table
-        self._words = table.words
-        self._marks = table.marks
+        self.words = self._words = table.words
+        self.marks = self._marks = table.marks
         self._segment = segment
         self._name = name
         self._counters = counters
@@ -107,13 +108,14 @@ class WaitingRoom:
         self._owned = CELL_OWNED | table.row << CELL_ROW_SHIFT
         self._waits = counters["waits"]
         self._handoffs = counters["handoffs"]
-        self._any_idle = any_set(segment.marks_address, segment.geometry.slots)
+        self._looked_at = 0
+        self._any_idle = any_set(segment.marks_address, 0)
         self._leased = table.row << HOLDER_SHIFT | LEASED
         self.returns: Returns | None = None
 
     def longest_for(self, key: int) -> tuple[int, int]:
         """The cell of this process that has waited longest for a key, not yet granted anything, and its word."""
-        w = self._words
+        w = self.words
         waiting = []
         for waiter in list(self._waiting):
             cell = waiter.cell
@@ -139,9 +141,11 @@ class WaitingRoom:
         waiter = self._free.pop() if self._free else self._claim(limit)
         cell = waiter.cell
         sticky = route.sticky
+        if w[HIGH] != self._looked_at:
+            self._look_at(w[HIGH])
         evict = seen = 0
         if not sticky and -self._any_idle and not gate & OVER:
-            evict = view.victim(w, self._marks, self._segment.geometry, route.key)
+            evict = view.victim(self.words, self.marks, self._segment.geometry, route.key)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
@@ -170,13 +174,18 @@ class WaitingRoom:
             if not queued or self._abandon(waiter, lease):
                 self._free.append(waiter)
 
+    def _look_at(self, slots: int) -> None:
+        """`_any_idle` covers the slots ever used, not all of them: 4 kB of cold memory cost a wait 1 us."""
+        self._any_idle = any_set(self._segment.marks_address, slots)
+        self._looked_at = slots
+
     def _claim(self, limit: int) -> Waiter:
         """Get another cell for this process.
 
         Raises:
             TooManyWaiting: All cells of the pool are in use.
         """
-        w = self._words
+        w = self.words
         table = self._table
         patience = Patience(limit)
         while True:
@@ -228,6 +237,7 @@ class WaitingRoom:
             if route.sticky:
                 nap = min(nap, self._steal(cell, now))
             sleep(kick, nap)
+            heed()
             now = monotonic_ns()
 
     def _take(self, at: int, cell: int, route: Route, lease: Lease[Any], now: int) -> int:
@@ -248,7 +258,7 @@ class WaitingRoom:
 
     def _rejoin(self, cell: int, word: int) -> None:
         """It slept through a grant, which went on to the next: back to its place by its ticket."""
-        w = self._words
+        w = self.words
         gate, ver = w[GATE], w[VER]
         ticket = word >> TICKET_SHIFT
         after, before = 0, w[HEAD]
@@ -259,19 +269,19 @@ class WaitingRoom:
 
     def _steal(self, cell: int, now: int) -> int:
         """Sticky order: at the head for too long, close somebody's idle connection; gives how long to sleep."""
-        w = self._words
+        w = self.words
         over = w[cell + CELL_SINCE] + view.steal_after(w) - now
         if over > 0:
             return over
         if w[HEAD] == cell and self.returns is not None:
-            victim = view.victim(w, self._marks, self._segment.geometry, 0)
+            victim = view.victim(w, self.marks, self._segment.geometry, 0)
             if victim:
                 self.returns.evict(victim, self._counters["evictions"])
         return 5_000_000
 
     def _abandon(self, waiter: Waiter, lease: Lease[Any]) -> bool:
         """Leave the queue after an exception, passing on what was granted meanwhile; False: the cell is not free."""
-        w = self._words
+        w = self.words
         cell = waiter.cell
         patience = Patience(monotonic_ns() + _GIVE_UP)
         while w[cell] != self._owned:
@@ -286,7 +296,7 @@ class WaitingRoom:
 
     def _pass_on(self, cell: int, at: int, patience: Patience) -> int:
         """A grant that nobody wants any more is taken and given back."""
-        w = self._words
+        w = self.words
         table = self._table
         seen = w[at]
         if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell) or self.returns is None:

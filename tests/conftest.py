@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
+
+# As it is written, unless the caller says otherwise: many tests of the core look at the source's byte code or break its
+# stores off, and a source tree's compiled modules may be old. scripts/test runs what can be compiled both ways.
+os.environ.setdefault("SHAREDPOOL_SPEED", "pure")
 
 
 @pytest.fixture

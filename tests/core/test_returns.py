@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from sharedpool.layout import GRANT, KEY, LEASED, STATE, VER, tag_of
+from sharedpool import drivers
+from sharedpool.held import Route
+from sharedpool.layout import GRANT, KEY, LEASED, STATE, VER
 from sharedpool.returns import Returns
 from sharedpool.table import DONE
 
@@ -37,7 +39,7 @@ def test_a_waiter_that_waits_for_another_key_by_now_does_not_get_the_connection(
     segment: Any = SimpleNamespace(waker=waker)
     table = world.table(ONE)
     returns = Returns(table, segment, lambda slot, generation: None, table.counter(1), lambda key: (0, 0))
-    route: Any = SimpleNamespace(key=A, tag=tag_of(A), stays=0, sticky=False)
+    route = Route(drivers.find("tcp"), "127.0.0.1", 1, A, moves=True, sticky=False)
     if way == "straight_on":
         assert not returns.straight_on(at, world.words[at], route)
         assert world.words[at] & STATE == LEASED

@@ -1,0 +1,152 @@
+"""What native.py does through ctypes, as C calls. They keep the GIL, as there, except to sleep."""
+
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcmp
+
+cdef extern from "pthread.h":
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_trylock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_mutex_consistent(pthread_mutex_t *)
+
+cdef extern from "poll.h":
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int POLLIN
+    int poll(pollfd *, unsigned long, int)
+
+cdef extern from "time.h":
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <linux/futex.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #include <wchar.h>
+
+    extern int dup3(int, int, int);
+    static long sharedpool_wait(unsigned *word, unsigned value, struct timespec *time) {
+        return syscall(SYS_futex, word, FUTEX_WAIT, value, time, NULL, 0);
+    }
+    static long sharedpool_wake(unsigned *word) { return syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0); }
+    """
+    int O_CLOEXEC
+    int dup3(int, int, int)
+    long sharedpool_wait(uint32_t *, uint32_t, timespec *) nogil
+    long sharedpool_wake(uint32_t *)
+    ctypedef int wchar_t
+    wchar_t *wmemchr(wchar_t *, wchar_t, size_t)
+
+
+cdef class Mutex:
+    """`-` trylock, `+` unlock, `~` make consistent."""
+
+    cdef pthread_mutex_t *place
+
+    def __init__(self, size_t address):
+        self.place = <pthread_mutex_t *> address
+
+    def __neg__(self):
+        return pthread_mutex_trylock(self.place)
+
+    def __pos__(self):
+        return pthread_mutex_unlock(self.place)
+
+    def __invert__(self):
+        return pthread_mutex_consistent(self.place)
+
+
+cdef class Waker:
+    """`-` wakes one thread that sleeps on the word."""
+
+    cdef uint32_t *word
+
+    def __init__(self, size_t address):
+        self.word = <uint32_t *> address
+
+    def __neg__(self):
+        return sharedpool_wake(self.word)
+
+
+cdef class Sleeper:
+    """Sleeps on one 32-bit word."""
+
+    cdef uint32_t *word
+
+    def __init__(self, size_t address):
+        self.word = <uint32_t *> address
+
+    def sleep(self, uint32_t value, long long nanoseconds):
+        cdef timespec time
+        time.tv_sec = nanoseconds // 1_000_000_000
+        time.tv_nsec = nanoseconds % 1_000_000_000
+        with nogil:
+            sharedpool_wait(self.word, value, &time)
+
+
+cdef class AnySet:
+    """`-` is 0 while all of the words are 0."""
+
+    cdef const char *words
+    cdef char *zeros
+    cdef size_t size
+
+    def __cinit__(self, size_t address, size_t words):
+        self.words = <char *> address
+        self.size = 4 * words
+        self.zeros = <char *> PyMem_Calloc(self.size, 1)
+        if self.zeros == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        PyMem_Free(self.zeros)
+
+    def __neg__(self):
+        return memcmp(self.words, self.zeros, self.size)
+
+
+cdef class Finder:
+    """find(tag, start, stop) over the 32-bit marks."""
+
+    cdef wchar_t *marks
+
+    def __init__(self, size_t address):
+        self.marks = <wchar_t *> address
+
+    def __call__(self, uint64_t tag, long start, long stop):
+        if stop <= start:
+            return -1
+        cdef wchar_t *found = wmemchr(self.marks + start, <wchar_t> <uint32_t> tag, stop - start)
+        return -1 if found == NULL else found - self.marks
+
+
+cdef class Gate:
+    """`quiet(0)` polls, `+` unparks, `-` parks."""
+
+    cdef pollfd place
+    cdef int number
+    cdef int dead
+
+    def __init__(self, int real, int number, int dead):
+        self.place.fd = real
+        self.place.events = POLLIN
+        self.number = number
+        self.dead = dead
+
+    def quiet(self, int timeout):
+        self.place.revents = 0
+        return poll(&self.place, 1, timeout)
+
+    def __pos__(self):
+        return dup3(self.place.fd, self.number, O_CLOEXEC)
+
+    def __neg__(self):
+        return dup3(self.dead, self.number, O_CLOEXEC)

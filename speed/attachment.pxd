@@ -1,0 +1,37 @@
+cimport cython
+from libc.stdint cimport uint64_t
+
+from sharedpool.memory cimport Mark, Word
+from sharedpool.held cimport Entry, Patience, Route
+from sharedpool.layout cimport generation_of, holder_of, leased_word, opening_word
+from sharedpool.lease cimport Lease
+from sharedpool.returns cimport Returns
+from sharedpool.table cimport Table
+from sharedpool.waiting cimport WaitingRoom
+
+
+cdef class Attachment:
+    cdef public object channel, chores, name, segment, welcome, words
+    cdef public object _counters, _dead, _tidying
+    cdef public dict entries, permits, routes
+    cdef public bint inert, lost
+    cdef public uint64_t gate, row, _reuses
+    cdef public Returns returns
+    cdef public WaitingRoom room
+    cdef public Table table
+    cdef Word[::1] _words
+    cdef object __weakref__
+    cdef dict __dict__
+
+    @cython.locals(stack=list, entry=Entry, seen=uint64_t, at=uint64_t, lease=Lease, new=uint64_t)
+    cpdef checkout(self, Route route, patience, connect_timeout)
+
+    @cython.locals(lease=Lease, entry=Entry, word=uint64_t, at=uint64_t)
+    cdef _checkout_slowly(self, Route route, long long limit, connect_timeout)
+
+    @cython.locals(w=Word[::1], table=Table, gate=uint64_t, ver=uint64_t, at=uint64_t, seen=uint64_t,
+                   result=int, straight=bint, mine=bint)
+    cdef _acquire(self, Route route, Lease lease, long long limit, set refused)
+
+    @cython.locals(word=uint64_t, entry=Entry, route=Route, gate=uint64_t, new=uint64_t)
+    cpdef checkin(self, Lease lease)

@@ -1,0 +1,153 @@
+"""Compile the modules of the hot path, from the sources that also run as they are.
+
+    python speed/build.py [directory]       default: sharedpool/compiled
+
+Each module's constants (whole numbers of layout.py and its own) are written into its code, then Cython compiles it with
+the types of speed/MODULE.pxd. Nothing else is changed: what the tests prove of table.py is what is compiled. Where
+there is no C compiler the package works without, at about half the speed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import importlib.util
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parent / "sharedpool"
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "annotation_typing": False,
+    "cdivision": True,
+}
+
+
+def modules() -> list[str]:
+    """The modules that have types."""
+    return sorted({path.stem for path in HERE.glob("*.p[xy][dx]")} - {"memory"})
+
+
+def constants() -> dict[str, int]:
+    """The whole numbers of layout.py by name."""
+    spec = importlib.util.spec_from_file_location("sharedpool_layout", PACKAGE / "layout.py")
+    assert spec is not None and spec.loader is not None
+    layout: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = layout  # dataclasses look their module up
+    spec.loader.exec_module(layout)
+    return {name: value for name, value in vars(layout).items() if name.isupper() and type(value) is int}
+
+
+class _Constants(ast.NodeTransformer):
+    """Puts numbers in the place of their names, and what the types import in the place of imports."""
+
+    def __init__(self, numbers: dict[str, int], imported_by_types: set[str], classes: set[str]) -> None:
+        self.numbers = numbers
+        self.classes = classes
+        self.left_out = set(numbers) | imported_by_types
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if isinstance(node.ctx, ast.Load) and self.numbers.get(node.id, -1) >= 0:
+            value = self.numbers[node.id]
+            text = str(value) if value < 1 << 31 else f"cython.cast(cython.ulonglong, {value:#x})"
+            return ast.copy_location(ast.parse(text, mode="eval").body, node)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        """A compiled class has no generic base; subscribing it gives it back."""
+        self.generic_visit(node)
+        bases = [base for base in node.bases if not (isinstance(base, ast.Subscript) and _named(base.value, "Generic"))]
+        if node.name in self.classes and len(bases) < len(node.bases):
+            node.bases = bases
+            node.body.append(ast.parse("def __class_getitem__(cls, item): return cls").body[0])
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        if node.level:
+            node.names = [name for name in node.names if name.name not in self.left_out]
+        return node if node.names else None
+
+
+def _named(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def own_constants(tree: ast.Module, known: dict[str, int]) -> dict[str, int]:
+    """Whole numbers that the module itself lays down: `NAME: Final = MASK64 & ~STATE`."""
+    found: dict[str, int] = {}
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            try:
+                value = eval(ast.unparse(node.value), {"__builtins__": {}}, {**known, **found})  # noqa: S307 - our own
+            except (NameError, TypeError, SyntaxError):
+                continue
+            if type(value) is int and node.target.id.lstrip("_").isupper():
+                found[node.target.id] = value
+    return found
+
+
+def prepared(name: str) -> str:
+    """A module's source as Cython gets it."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    types = (HERE / f"{name}.pxd").read_text()
+    imported = {
+        word for line in re.findall(r"^from sharedpool.* cimport (.*)$", types, re.M) for word in line.split(", ")
+    }
+    classes = set(re.findall(r"^cdef class (\w+)", types, re.M))
+    known = constants()
+    numbers = {**known, **own_constants(tree, known)}
+    tree = _Constants(numbers, imported, classes).visit(tree)
+    after = next(i for i, node in enumerate(tree.body) if isinstance(node, ast.ImportFrom)) + 1  # __future__
+    tree.body.insert(after, ast.Import([ast.alias("cython")]))
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def build(target: Path) -> list[Path]:
+    """Compile every module that has types into `target`; gives the files."""
+    from Cython.Build import cythonize
+    from setuptools import Distribution, Extension
+    from setuptools.command.build_ext import build_ext
+
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "sharedpool"
+        package.mkdir()
+        shutil.copy(HERE / "memory.pxd", package)
+        (package / "__init__.py").touch()
+        extensions = []
+        for name in modules():
+            source = package / f"{name}.py"
+            if (HERE / f"{name}.pxd").exists():
+                shutil.copy(HERE / f"{name}.pxd", package)
+            if (HERE / f"{name}.pyx").exists():
+                source = package / f"{name}.pyx"
+                shutil.copy(HERE / f"{name}.pyx", source)
+            else:
+                source.write_text(prepared(name))
+            extensions.append(Extension(f"sharedpool.{name}", [str(source)], extra_compile_args=["-O2", "-g0"]))
+        made = cythonize(extensions, compiler_directives=DIRECTIVES, include_path=[scratch], quiet=True, nthreads=2)
+        command = build_ext(Distribution({"ext_modules": made}))
+        command.build_lib = command.build_temp = scratch + "/out"
+        command.parallel = 2
+        command.ensure_finalized()
+        command.run()
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        files = []
+        for name in modules():
+            files.append(target / f"{name}{suffix}")
+            shutil.copy(f"{scratch}/out/sharedpool/{name}{suffix}", files[-1])
+    return files
+
+
+if __name__ == "__main__":
+    for path in build(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE / "compiled"):
+        print(path)

@@ -1,0 +1,26 @@
+from libc.stdint cimport uint64_t
+
+from sharedpool.layout cimport tag_of
+
+
+cdef class Entry:
+    cdef public object conn, gate, route
+    cdef public uint64_t at, generation, version, word, thread
+    cdef public int number, real
+    cdef public bint stacked
+    cdef object __weakref__
+
+
+cdef class Route:
+    cdef public object clean, driver, host, where
+    cdef public list stack
+    cdef public uint64_t key, stays, tag
+    cdef public int port
+    cdef public bint sticky
+    cpdef void push(self, Entry entry)
+    cpdef Entry pop(self)
+
+
+cdef class Patience:
+    cdef public long long limit
+    cdef public int tries

@@ -1,0 +1,35 @@
+cimport cython
+from libc.stdint cimport uint64_t
+
+from sharedpool.memory cimport Mark, Word
+from sharedpool.held cimport Patience, Route
+from sharedpool.lease cimport Lease
+from sharedpool.layout cimport generation_of, holder_of, opening_word
+from sharedpool.table cimport Table
+
+
+cdef class Waiter:
+    cdef public uint64_t cell, kick
+    cdef public object sleeper
+
+
+cdef class WaitingRoom:
+    cdef public object words, marks, _segment, _name, _counters, _tell_close, _tell_watch, _any_idle
+    cdef public list _free
+    cdef public set _waiting
+    cdef public uint64_t _looked_at, _owned, _waits, _handoffs, _leased
+    cdef public object returns
+    cdef public Table _table
+    cdef Word[::1] _words
+    cdef Mark[::1] _marks
+
+    @cython.locals(w=Word[::1], waiter=Waiter, cell=uint64_t, sticky=bint, evict=uint64_t, seen=uint64_t,
+                   queued=bint, result=int, deadline=uint64_t, at=uint64_t)
+    cpdef int wait(self, Route route, Lease lease, uint64_t gate, uint64_t ver, long long limit, long long now) except -2
+
+    @cython.locals(w=Word[::1], marks=Mark[::1], cell=uint64_t, grant=uint64_t, patience=Patience,
+                   kick=cython.uint, at=uint64_t, result=int, word=uint64_t, nap=cython.longlong)
+    cdef _sleep_until_granted(self, Waiter waiter, Route route, Lease lease, long long limit, long long now)
+
+    @cython.locals(table=Table, seen=uint64_t, new=uint64_t, counter=uint64_t, connects=bint)
+    cdef int _take(self, uint64_t at, uint64_t cell, Route route, Lease lease, uint64_t now) except -2
