@@ -19,6 +19,7 @@ from typing import Final
 
 LAYOUT: Final = 1
 MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
+MASK32: Final = 0xFFFF_FFFF
 
 # --- header words -----------------------------------------------------------------------------------------------------
 DIRTY: Final = 0  # the row that is storing; 0 between sections

@@ -45,6 +45,7 @@ from .layout import (
     HOLDER,
     HOLDER_SHIFT,
     KEY,
+    MASK32,
     MAX,
     NEXT,
     NEXT_FREE,
@@ -431,7 +432,7 @@ class Table:
                         w[GATE] = w[GATE] & -2
                     w[WAITING_COUNT] = w[WAITING_COUNT] - 1
                     w[cell + GRANT] = at
-                    marks[kick] = marks[kick] + 1 & 0xFFFF_FFFF
+                    marks[kick] = marks[kick] + 1 & MASK32
                     w[DIRTY] = 0
                     done = 1
             finally:
@@ -485,7 +486,7 @@ class Table:
                             w[GATE] = w[GATE] & -2
                         w[WAITING_COUNT] = w[WAITING_COUNT] - 1
                         w[cell + GRANT] = at
-                        marks[kick] = marks[kick] + 1 & 0xFFFF_FFFF
+                        marks[kick] = marks[kick] + 1 & MASK32
                         w[DIRTY] = 0
                         done = 1
             finally:

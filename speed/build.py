@@ -111,6 +111,31 @@ def prepared(name: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
+def _lay_out(scratch: Path) -> dict[str, Path]:
+    """Sources and types as a package in `scratch`; gives the sources by module."""
+    package = scratch / "sharedpool"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for path in HERE.glob("*.p[xy][dx]"):
+        shutil.copy(path, package)
+    sources = {}
+    for name in modules():
+        sources[name] = package / f"{name}.pyx"
+        if not sources[name].exists():
+            sources[name] = package / f"{name}.py"
+            sources[name].write_text(prepared(name))
+    return sources
+
+
+def translated(name: str, scratch: Path) -> str:
+    """A module as C."""
+    from Cython.Build import cythonize
+
+    source = _lay_out(scratch)[name]
+    cythonize([str(source)], compiler_directives=DIRECTIVES, include_path=[str(scratch)], quiet=True)
+    return source.with_suffix(".c").read_text()
+
+
 def build(target: Path) -> list[Path]:
     """Compile every module that has types into `target`; gives the files."""
     from Cython.Build import cythonize
@@ -118,34 +143,21 @@ def build(target: Path) -> list[Path]:
     from setuptools.command.build_ext import build_ext
 
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        package = Path(scratch) / "sharedpool"
-        package.mkdir()
-        shutil.copy(HERE / "memory.pxd", package)
-        (package / "__init__.py").touch()
-        extensions = []
-        for name in modules():
-            source = package / f"{name}.py"
-            if (HERE / f"{name}.pxd").exists():
-                shutil.copy(HERE / f"{name}.pxd", package)
-            if (HERE / f"{name}.pyx").exists():
-                source = package / f"{name}.pyx"
-                shutil.copy(HERE / f"{name}.pyx", source)
-            else:
-                source.write_text(prepared(name))
-            extensions.append(Extension(f"sharedpool.{name}", [str(source)], extra_compile_args=["-O2", "-g0"]))
-        made = cythonize(extensions, compiler_directives=DIRECTIVES, include_path=[scratch], quiet=True, nthreads=2)
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        options = ["-O2", "-g0", "-Wno-sign-compare"]
+        extensions = [
+            Extension(f"sharedpool.{name}", [str(source)], extra_compile_args=options)
+            for name, source in _lay_out(scratch).items()
+        ]
+        made = cythonize(extensions, compiler_directives=DIRECTIVES, include_path=[directory], quiet=True, nthreads=2)
         command = build_ext(Distribution({"ext_modules": made}))
-        command.build_lib = command.build_temp = scratch + "/out"
+        command.build_lib = command.build_temp = str(scratch / "out")
         command.parallel = 2
         command.ensure_finalized()
         command.run()
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        files = []
-        for name in modules():
-            files.append(target / f"{name}{suffix}")
-            shutil.copy(f"{scratch}/out/sharedpool/{name}{suffix}", files[-1])
-    return files
+        names = [f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in modules()]
+        return [Path(shutil.copy(scratch / "out" / "sharedpool" / name, target / name)) for name in names]
 
 
 if __name__ == "__main__":
