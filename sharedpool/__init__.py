@@ -2,14 +2,23 @@
 
 from .control import (
     attach,
+    checkin,
+    checkout,
+    count,
     find_pool,
     get_stats,
+    max_connections,
+    notify,
     permit,
     pool_stats,
+    set_max_connections,
+    set_timeout,
     start,
+    start_link,
     start_pool,
     stop,
     stop_pool,
+    timeout,
 )
 from .drivers import Driver
 from .drivers import permit as _permit_driver
@@ -37,10 +46,12 @@ from .lease import Lease
 from .options import PoolInfo, PoolOptions
 from .pool import Permit, Pool
 from .stats import PoolStats
+from .supervise import ChildSpec, child_spec
 
 __all__ = [
     "ArbiterLost",
     "AttachRefused",
+    "ChildSpec",
     "ConnectFailed",
     "ConnectTimeout",
     "Driver",
@@ -63,14 +74,24 @@ __all__ = [
     "StartFailed",
     "TooManyWaiting",
     "attach",
+    "checkin",
+    "checkout",
+    "child_spec",
+    "count",
     "find_pool",
     "get_stats",
+    "max_connections",
+    "notify",
     "permit",
     "pool_stats",
+    "set_max_connections",
+    "set_timeout",
     "start",
+    "start_link",
     "start_pool",
     "stop",
     "stop_pool",
+    "timeout",
 ]
 
 __version__ = "0.1.0.dev0"
