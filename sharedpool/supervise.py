@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import select
+import selectors
 import signal
 import socket
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from . import control, launch, options, scope
+from . import control, options, scope
 from .errors import ArbiterLost, StartFailed
 from .pool import mode
 from .wire import Kind, Message
@@ -89,10 +88,10 @@ def keep(name: str, **given: Any) -> None:
     Raises:
         OptionError, PoolOptionsDiffer, StartFailed, AttachRefused, NotSupported: At its start. Later it tries again.
     """
-    told = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    told, tell = socket.socketpair()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os.eventfd_write(told, 1))
-    ends = [told, *_parent(told)]
+        signal.signal(number, lambda *_: tell.close())
+    ends = [told.fileno(), *_parent(tell)]
     if mode() == "local":
         control.start_pool(name, **given)
         _wait(ends, None, None)
@@ -113,6 +112,8 @@ def _keep_arbiter(name: str, given: dict[str, Any], ends: list[int]) -> None:
 
 def _declare(name: str, given: dict[str, Any]) -> socket.socket:
     """Hold an arbiter and declare the pool there; gives the channel that ends with the arbiter."""
+    from . import launch
+
     channel, _, _ = launch.greet(scope.directory_for(os.environ, make=True), Message(Kind.HOLD), launch.START_SECONDS)
     try:
         control.start_pool(name, **given)
@@ -137,20 +138,15 @@ def _declare_again(name: str, given: dict[str, Any], ends: list[int]) -> socket.
 
 def _wait(ends: list[int], arbiter: socket.socket | None, seconds: float | None) -> bool:
     """Wait until told to end (True), or until the arbiter has gone or the time is over (False)."""
-    poller = select.poll()
-    for fd in ends:
-        poller.register(fd, select.POLLIN)
-    if arbiter is not None:
-        poller.register(arbiter, select.POLLIN)
-    limit = None if seconds is None else time.monotonic() + seconds
-    while True:
-        left = None if limit is None else max(0.0, limit - time.monotonic()) * 1000
-        found = {fd for fd, _ in poller.poll(left)}
-        if found or left == 0:
-            return bool(found & set(ends))
+    with selectors.DefaultSelector() as selector:
+        for fd in ends:
+            selector.register(fd, selectors.EVENT_READ)
+        if arbiter is not None:
+            selector.register(arbiter, selectors.EVENT_READ)
+        return any(key.fd in ends for key, _ in selector.select(seconds))
 
 
-def _parent(told: int) -> list[int]:
+def _parent(tell: socket.socket) -> list[int]:
     """A descriptor that can be read when the process that started this one by `multiprocess` has died."""
     import multiprocess.process
 
@@ -160,7 +156,7 @@ def _parent(told: int) -> list[int]:
     try:
         return [os.pidfd_open(parent.pid)]
     except ProcessLookupError:
-        os.eventfd_write(told, 1)
+        tell.close()
         return []
-    except OSError:  # a sandbox without pidfds: its pipe, which siblings may keep open
+    except (OSError, AttributeError):  # no pidfds here: its pipe, which siblings may keep open
         return [parent.sentinel]

@@ -76,6 +76,16 @@ def keep(state: State, name: str, **options: Any) -> int:
     return int(process.pid)
 
 
+def keep_spawned(state: State, name: str, **options: Any) -> None:
+    """As `keep`, in an interpreter of its own."""
+    import multiprocess
+
+    spec = sharedpool.child_spec(name, **options)
+    process = multiprocess.get_context("spawn").Process(target=spec.target, args=spec.args, kwargs=spec.kwargs)
+    process.start()
+    state.things["keeper"] = process
+
+
 def terminate_keeper(state: State) -> int | None:
     """SIGTERM, and its exit status."""
     state.things["keeper"].terminate()

@@ -201,6 +201,31 @@ def test_a_keeper_ends_with_its_parent(two: list[Worker]) -> None:
     wait_until(lambda: call(two[1], "find_pool", "api") is None)
 
 
+def test_in_local_mode_a_keeper_only_waits_for_its_end(harness: Harness, scope: Scope) -> None:
+    """hackney_pool:child_spec/2"""
+    worker = harness.start(SHAREDPOOL_MODE="local")
+    pid = worker.call(hackney.keep, "api", max_connections=3)
+    wait_until(lambda: handles_sigterm(pid))
+    assert worker.call(hackney.terminate_keeper) == 0
+    assert scope.files() == []
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether a process has a handler of its own for SIGTERM."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> signal.SIGTERM - 1 & 1)
+
+
+def test_a_spawned_keeper_keeps_the_pool_as_well(two: list[Worker]) -> None:
+    """hackney_pool:child_spec/2"""
+    call(two[1], "start")
+    two[0].call(hackney.keep_spawned, "api", max_connections=3)
+    wait_until(lambda: call(two[1], "find_pool", "api"))
+    assert two[0].call(hackney.terminate_keeper) == 0
+    assert call(two[1], "find_pool", "api") is None
+
+
 # --- checkout and checkin ---------------------------------------------------------------------------------------------
 
 
