@@ -285,7 +285,7 @@ def test_checkouts_fail_as_those_of_a_handle_do(worker: Worker, backend: Backend
     worker.fails(OptionError, hackney.checkout, tcp, max_connections=[1])
     worker.fails(OptionError, hackney.checkout, tcp, nonsense=1)
     worker.fails(OptionError, hackney.checkout, tcp, pool="not a name")
-    assert worker.stat("used") == 0
+    worker.wait_stats(in_use=0, opening=0, granted=0, closing=0, idle=0)
 
 
 def test_a_stopped_pool_is_missing_and_its_next_checkout_makes_it_anew(two: list[Worker], tcp: Target) -> None:

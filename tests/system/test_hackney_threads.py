@@ -137,8 +137,10 @@ def test_a_waiter_that_has_left_gets_nothing_and_the_next_one_does(
     """hackney #419, #420, #440, p07, p25"""
     holder, leaving, staying = three
     label = holder.call(hackney.checkout, tcp, max_connections=1)
-    (gone,) = line_up(holder, [(leaving, tcp)], checkout_timeout=0.3 if how == "timed out" else None)
-    (waiting,) = line_up(holder, [(staying, tcp)], already=1)
+    gone = leaving.begin_checkout(tcp, checkout_timeout=0.5 if how == "timed out" else None)
+    holder.wait_stats(waits=1)
+    waiting = staying.begin_checkout(tcp, checkout_timeout=None)
+    holder.wait_stats(waits=2)
     if how == "timed out":
         gone.error(PoolTimeout)
     else:
@@ -265,11 +267,13 @@ def test_neither_an_expiry_nor_a_slow_connect_holds_anybody_up(
 def test_counts_are_counts_of_states_and_never_below_zero(harness: Harness, backend: Backend, tcp: Target) -> None:
     """hackney #183, #510, #659: counts of -1, and 3492 in the queue of 1000 workers."""
     observer, *workers = harness.start_many(4)
-    held = observer.call(hackney.checkout, tcp, max_connections=2)
+    held = observer.call(hackney.checkout, tcp, max_connections=1)
     for worker in workers:
         for number in range(20):
-            worker.begin(commands.requests, [tcp], 30, thread=f"t{number}", checkout_timeout=None)
-    observer.wait_stats(waiting=59)
+            worker.begin(commands.requests_until_told, [tcp], thread=f"t{number}", checkout_timeout=None)
+    observer.wait_stats(waiting=60)
+    assert call(observer, "get_stats")["queue_count"] == 60
+    call(observer, "set_max_connections", "default", 2)
     observer.call(hackney.checkin, held)
     for victim in workers:
         for _ in range(60):
