@@ -6,14 +6,23 @@ speed = _speed.choose(__path__)  # "compiled" or "pure"; before anything else is
 
 from .control import (
     attach,
+    checkin,
+    checkout,
+    count,
     find_pool,
     get_stats,
+    max_connections,
+    notify,
     permit,
     pool_stats,
+    set_max_connections,
+    set_timeout,
     start,
+    start_link,
     start_pool,
     stop,
     stop_pool,
+    timeout,
 )
 from .drivers import Driver
 from .drivers import permit as _permit_driver
@@ -41,10 +50,12 @@ from .lease import Lease
 from .options import PoolInfo, PoolOptions
 from .pool import Permit, Pool
 from .stats import PoolStats
+from .supervise import ChildSpec, child_spec
 
 __all__ = [
     "ArbiterLost",
     "AttachRefused",
+    "ChildSpec",
     "ConnectFailed",
     "ConnectTimeout",
     "Driver",
@@ -67,14 +78,24 @@ __all__ = [
     "StartFailed",
     "TooManyWaiting",
     "attach",
+    "checkin",
+    "checkout",
+    "child_spec",
+    "count",
     "find_pool",
     "get_stats",
+    "max_connections",
+    "notify",
     "permit",
     "pool_stats",
+    "set_max_connections",
+    "set_timeout",
     "start",
+    "start_link",
     "start_pool",
     "stop",
     "stop_pool",
+    "timeout",
 ]
 
 __version__ = "0.1.0.dev0"

@@ -24,8 +24,9 @@ import psutil
 
 from . import fdpass, options, segment, wire
 from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, StartFailed
+from .genserver import PoolServer
 from .layout import INCARNATION
-from .served import Later, ServedPool
+from .served import Later
 from .wire import Kind, Message, WireError
 
 T = TypeVar("T")
@@ -46,12 +47,16 @@ log = logging.getLogger("sharedpool.arbiter")
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Client:
-    """One channel: a worker of one pool, or somebody who only holds the arbiter or asks for the key."""
+    """One channel: a worker of one pool, or somebody who only holds the arbiter or asks for the key.
+
+    Without a channel from the beginning: a process to whose life a pool is linked.
+    """
 
     channel: socket.socket | None
     pid: int
     events: socket.socket | None = None
-    pool: ServedPool | None = None
+    pool: PoolServer | None = None
+    linked: PoolServer | None = None
     row: int = 0
     nonce: int = 0
     pidfd: int = -1
@@ -78,7 +83,7 @@ class Arbiter:
     ) -> None:
         self.listener = listener
         self._clock = clock
-        self.pools: dict[str, ServedPool] = {}
+        self.pools: dict[str, PoolServer] = {}
         self.incarnation = 1
         self._authkey = authkey
         self._linger = linger
@@ -125,7 +130,7 @@ class Arbiter:
             self.pools.pop(name).segment.let_go()
         return max(0.0, (due - self._clock()) / 1e9)
 
-    def _turn_of(self, pool: ServedPool, now: int) -> int:
+    def _turn_of(self, pool: PoolServer, now: int) -> int:
         """One pool's turn; whatever is wrong with one pool, the others go on."""
         try:
             return pool.turn(now)
@@ -268,7 +273,7 @@ class Arbiter:
         else:
             self._for_pool(client, client.pool, message)
 
-    def _for_pool(self, client: Client, pool: ServedPool, message: Message) -> None:
+    def _for_pool(self, client: Client, pool: PoolServer, message: Message) -> None:
         """What an attached worker says of its pool."""
         kind = message.kind
         if kind is Kind.FETCH:
@@ -293,7 +298,7 @@ class Arbiter:
         except OSError:
             self._lost(client)
 
-    def _fetch(self, client: Client, pool: ServedPool, message: Message) -> None:
+    def _fetch(self, client: Client, pool: PoolServer, message: Message) -> None:
         found = pool.fetch(client.row, message.slot, message.generation)
         kind = Kind.GONE if found is None else Kind.CONNECTION
         answer = Message(kind, message.request, message.slot, message.generation)
@@ -344,7 +349,7 @@ class Arbiter:
             "warnings": warnings,
         }
 
-    def _declare(self, client: Client, pool: ServedPool, message: Message) -> None:
+    def _declare(self, client: Client, pool: PoolServer, message: Message) -> None:
         """Another handle of an attached process has options of its own."""
         try:
             _, warnings = self.declare(
@@ -374,7 +379,7 @@ class Arbiter:
 
     def declare(
         self, name: str, given: dict[str, Any], pid: int, *, update: bool = True, implicit: bool = False
-    ) -> tuple[ServedPool, list[str]]:
+    ) -> tuple[PoolServer, list[str]]:
         """Find a pool, make it, or apply what differs; gives it and the warnings for whoever declared.
 
         Args:
@@ -398,24 +403,23 @@ class Arbiter:
             return self._make(pool, name, options.make(values), pid), []
         return pool, self._change(pool, values, pid, update)
 
-    def _make(self, pool: ServedPool | None, name: str, wanted: options.PoolOptions, pid: int) -> ServedPool:
+    def _make(self, pool: PoolServer | None, name: str, wanted: options.PoolOptions, pid: int) -> PoolServer:
         if pool is not None and (pool.options.move, pool.options.order) == (wanted.move, wanted.order):
-            pool.apply(wanted)
-            pool.declared_by = pid
+            pool.init(wanted, pid)
             return pool
         if pool is not None:
             raise PoolOptionsDiffer(
                 f"pool {name!r} was stopped and still has connections; 'move' and 'order' stay until then"
             )
-        pool = ServedPool(
-            name, wanted, pid, watch=self._watch_remote, unwatch=self._unwatch_remote,
+        pool = PoolServer(
+            name, wanted, pid, publish=self._publish, watch=self._watch_remote, unwatch=self._unwatch_remote,
             tell_closed=self._tell_closed, drain=self._drain_pool, clock=self._clock,
         )  # fmt: skip
         pool.words[INCARNATION] = self.incarnation
         self.pools[name] = pool
         return pool
 
-    def _change(self, pool: ServedPool, values: dict[str, Any], pid: int, update: bool) -> list[str]:
+    def _change(self, pool: PoolServer, values: dict[str, Any], pid: int, update: bool) -> list[str]:
         """Apply options that differ; gives a warning for each."""
         old = pool.options.as_dict()
         differing = {
@@ -436,13 +440,35 @@ class Arbiter:
         pool.declared_by = pid
         return [f"pool {pool.name!r}: option {text} (by process {pid})" for text in texts]
 
+    def link(self, pool: PoolServer, pid: int) -> None:
+        """Stop the pool when that process dies; while it lives the arbiter stays."""
+        client = Client(None, pid, linked=pool)
+        self._clients.add(client)
+        try:
+            self._watch_process(client)
+        except BaseException:
+            self._clients.discard(client)
+            raise
+
+    def stop_pool(self, pool: PoolServer) -> None:
+        """Stop a pool, to whomever it was linked."""
+        pool.stop()
+        for client in [client for client in self._clients if client.linked is pool]:
+            client.linked = None
+            self._gone(client)
+
+    def terminate(self, reason: str) -> None:
+        """The arbiter ends: every pool says its last."""
+        for pool in self.pools.values():
+            pool.terminate(reason)
+
     def names(self) -> list[str]:
         """The pools that are not stopped."""
         return [name for name, pool in self.pools.items() if not pool.stopped]
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
-    def _rows(self, pool: ServedPool) -> list[Client]:
+    def _rows(self, pool: PoolServer) -> list[Client]:
         return [client for client in self._clients if client.pool is pool]
 
     def _watch_process(self, client: Client) -> None:
@@ -483,7 +509,10 @@ class Arbiter:
             client.events = None
 
     def _gone(self, client: Client) -> None:
-        """A worker's row ends."""
+        """A worker's row ends; or the pool does that was linked to a process."""
+        if client.linked is not None:
+            client.orphaned = max(1, self._clock() - _RETURN_TIME)  # should it be too busy: again at the next turn
+            client.linked.stop()
         self._drop_channel(client)
         self._clients.discard(client)
         if client.pidfd >= 0:
@@ -492,7 +521,7 @@ class Arbiter:
             client.pidfd = -1
         if client.pool is not None and client.row:
             row, client.row = client.row, 0
-            client.pool.reap(row, self._clock())
+            client.pool.handle_info(("DOWN", row))
 
     def _look_after_processes(self, now: int) -> int:
         due = now + _BEAT_EVERY
@@ -515,24 +544,35 @@ class Arbiter:
 
     # --- what the pools ask for ---------------------------------------------------------------------------------------
 
-    def _watch_remote(self, pool: ServedPool, index: int, sock: socket.socket) -> None:
+    def _watch_remote(self, pool: PoolServer, index: int, sock: socket.socket) -> None:
         def ended(events: int) -> None:
             if events & select.EPOLLRDHUP:
-                pool.remote_ended(index, self._clock())
+                pool.handle_info(("remote_ended", index))
 
         self._watch(sock.fileno(), _LONG, ended)
 
     def _unwatch_remote(self, sock: socket.socket) -> None:
         self._unwatch(sock.fileno())
 
-    def _tell_closed(self, pool: ServedPool, rows: Iterable[int], slot: int, generation: int) -> None:
+    def _tell_closed(self, pool: PoolServer, rows: Iterable[int], slot: int, generation: int) -> None:
         data = wire.pack(Message(Kind.CLOSED, 0, slot, generation))
         for client in self._rows(pool):
             if client.row in rows and client.events is not None:
                 with contextlib.suppress(OSError):  # full or gone: it finds out by itself
                     fdpass.send(client.events, data)
 
-    def _drain_pool(self, pool: ServedPool) -> None:
+    def _publish(self, pool: PoolServer, message: Message) -> int:
+        """Send an event to every process attached; gives how many got it. Who does not read its events gets none."""
+        data = wire.pack(message)
+        reached: set[int] = set()
+        for client in self._rows(pool):
+            if client.events is not None:
+                with contextlib.suppress(OSError):
+                    fdpass.send(client.events, data)
+                    reached.add(client.pid)
+        return len(reached)
+
+    def _drain_pool(self, pool: PoolServer) -> None:
         for client in self._rows(pool):
             self._read(client)
 

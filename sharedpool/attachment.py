@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import socket
 import threading
@@ -70,6 +69,7 @@ from .layout import (
 )
 from .lease import Lease
 from .native import FILENO, Call
+from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import COUNTERS, PoolStats
 from .table import BUSY, DONE, LEFT
@@ -105,6 +105,7 @@ class Attachment:
         self.name = name
         self.inert = False
         self.lost = False
+        self.notices = Notices(name)
         self.channel = Channel(directory, name, given, declares=declares, update=update)
         self.welcome, descriptor = self.channel.attach(seconds)
         self.segment = segment.attach(descriptor)
@@ -172,12 +173,10 @@ class Attachment:
         address = (transport, *driver.address(host, port))
         known = self.routes.get(address)
         if known is None:
-            text = "\0".join(map(str, address)).encode(errors="surrogateescape")
-            digest = hashlib.blake2b(text, digest_size=8, key=self.segment.secret).digest()
             rules = self.words[RULES]
             moves = driver.moves and bool(rules & CAN_MOVE)
             sticky = bool(rules & STICKY) or not (moves or rules & STRICT)
-            key = int.from_bytes(digest, "little") or 1
+            key = segment.key_of(self.segment.secret, address)
             known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky)
             known = self.routes.setdefault(address, known)
         return known
@@ -618,6 +617,8 @@ class Attachment:
             if entry is not None and entry.generation == message.generation:
                 del self.entries[at]
                 entry.let_go()
+        elif message.kind is Kind.NOTIFY:
+            self.notices.tell(message.body.get("message"))
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""

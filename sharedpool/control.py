@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import socket
@@ -10,17 +11,21 @@ import sys
 import threading
 from typing import Any
 
-from . import options, scope
-from .errors import PoolNotFound
+from . import drivers, options, scope, wire
+from .errors import OptionError, PoolNotFound, PoolStopped
+from .lease import Lease
 from .options import NOT_GIVEN, NotGiven, PoolInfo
-from .pool import Permit, Pool, mode
+from .pool import Permit, Pool, mode, parse_url
 from .stats import PoolStats
+from .wire import Kind, Message
 
 log = logging.getLogger("sharedpool")
 
 _lock = threading.Lock()
 #: Keeps the arbiter of start() while this process lives: (the process, the channel).
 _hold: tuple[int, socket.socket] | None = None
+#: The handles behind checkout(): by what chooses the scope, the pool's name and the options given.
+_handles: dict[Any, Pool[socket.socket]] = {}
 
 
 def attach(name: str = "default", *, app: str | None = None, update: bool = True, **given: Any) -> Pool[socket.socket]:
@@ -142,9 +147,13 @@ def start_pool(name: str = "default", *, update: bool = True, **given: Any) -> P
     Raises:
         OptionError, PoolOptionsDiffer, StartFailed, AttachRefused, NotSupported.
     """
+    return _declare("start_pool", name, update, given)
+
+
+def _declare(method: str, name: str, update: bool, given: dict[str, Any], more: tuple[Any, ...] = ()) -> PoolInfo:
     name = options.check_pool_name(name)
     values = options.given(name, given, os.environ)
-    facts, warnings = _registry("start_pool", name, values, os.getpid(), update, start=True)
+    facts, warnings = _registry(method, name, values, os.getpid(), update, *more, start=True)
     for text in warnings:
         log.warning("%s", text)
     return _info(facts)
@@ -178,6 +187,204 @@ def get_stats(name: str = "default") -> dict[str, int | str]:
     return pool_stats(name).as_hackney()
 
 
+def checkout(
+    host: str, port: int = 0, transport: str | None = None, *, pool: str = "default",
+    connect_timeout: float | NotGiven = NOT_GIVEN, checkout_timeout: float | NotGiven | None = NOT_GIVEN, **given: Any,
+) -> Lease[socket.socket]:  # fmt: skip
+    """Lease a connection of a pool, by its name alone; waits in line when the cap is reached.
+
+    A pool that is not there is made: with the options given, as `attach` does; the pool "default" without any, too.
+
+    Args:
+        host: A host name or address; for `transport="unix"` the socket's path, port 0. Or a URL, `tcp://h:p`.
+        port: The port.
+        transport: "tcp" (the default) or "unix".
+        pool: The pool's name.
+        connect_timeout: Seconds for opening a connection. Not given: 8.0, or what the environment says for this pool.
+        checkout_timeout: Seconds for all of it; None: no limit. Not given: connect_timeout.
+        **given: Options (see PoolOptions), as for attach.
+
+    Raises:
+        PoolNotFound: Nobody declared a pool of that name, and no options were given.
+        PoolTimeout, ConnectTimeout, ConnectFailed, TooManyWaiting, OptionError, StartFailed, AttachRefused.
+        PoolStopped: The pool was stopped while this checkout waited.
+    """
+    handle = _handle(pool, given)
+    try:
+        return handle.checkout(
+            host, port, transport, checkout_timeout=checkout_timeout, connect_timeout=connect_timeout
+        )
+    except PoolStopped as error:
+        if error.waited:
+            raise
+    if pool != "default" and not handle.declares:
+        raise PoolNotFound(f"pool {pool!r} was stopped, and no options were given to declare it with")
+    start_pool(pool, **given)
+    return handle.checkout(host, port, transport, checkout_timeout=checkout_timeout, connect_timeout=connect_timeout)
+
+
+def checkin(lease: Lease[Any]) -> None:
+    """Give a connection back: `lease.checkin()`. One that is closed, or has unread bytes, is closed for the next.
+
+    Raises:
+        LeaseError: It is not in force here (checked in before, say); nothing changes.
+        OptionError: This is no lease.
+    """
+    if not isinstance(lease, Lease):
+        raise OptionError(
+            f"option 'lease' has the value {lease!r}; allowed is what checkout gave",
+            option="lease", value=lease, source="the call", allowed="a Lease",
+        )  # fmt: skip
+    lease.checkin()
+
+
+def count(name: str = "default", key: tuple[str, int] | tuple[str, int, str] | str | None = None) -> int:
+    """Idle connections of a pool, over all processes; with a key those to that address only.
+
+    Args:
+        name: The pool's name.
+        key: (host, port), (host, port, transport), or a URL, `tcp://h:p` or `unix:///path`.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+        OptionError: The key is none.
+    """
+    return int(_ask("pool_call", name, "count", *([] if key is None else [_address(key)])))
+
+
+def max_connections(name: str = "default") -> int:
+    """The cap of a pool.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+    """
+    return int(_ask("pool_call", name, "max_connections"))
+
+
+def set_max_connections(name: str, value: int) -> None:
+    """Change the cap of a pool at once: raised, it serves waiters in their order; lowered, it closes idle ones.
+
+    Leased ones beyond a lowered cap are closed when they come back.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+        OptionError: The value is not allowed.
+    """
+    _ask("pool_cast", name, "set_max_connections", options.check("max_connections", value), os.getpid())
+
+
+def timeout(name: str = "default") -> float | None:
+    """The idle timeout of a pool in seconds; None: idle connections stay.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+    """
+    value = _ask("pool_call", name, "timeout")
+    return None if value is None else float(value)
+
+
+def set_timeout(name: str, seconds: float | None) -> None:
+    """Change the idle timeout of a pool at once, for those that are idle already, too.
+
+    Args:
+        name: The pool's name.
+        seconds: How long a connection may be idle; None: for ever.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+        OptionError: The value is not allowed.
+    """
+    _ask("pool_cast", name, "set_timeout", options.check("timeout", seconds), os.getpid())
+
+
+def notify(name: str, message: Any) -> int:
+    """Send a message to every process attached to a pool, where `Pool.on_notify` has its callbacks.
+
+    Args:
+        name: The pool's name.
+        message: Anything that JSON knows, some 60,000 bytes at most; it arrives as JSON gives it back.
+
+    Returns:
+        How many processes got it. One that does not read its events (a stopped one, say) may not.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+        OptionError: JSON cannot say it, or it is too long.
+    """
+    return int(_ask("pool_cast", name, "notify", _as_json(message)))
+
+
+def start_link(name: str = "default", *, update: bool = True, **given: Any) -> PoolInfo:
+    """As start_pool; a pool that is made by this call stops when this process dies.
+
+    A pool that is there already stays as long as before: it belongs to whoever made it.
+
+    Args:
+        name: The pool's name.
+        update: As for start_pool.
+        **given: As for start_pool.
+
+    Raises:
+        OptionError, PoolOptionsDiffer, StartFailed, AttachRefused, NotSupported.
+    """
+    return _declare("start_link", name, update, given, _identity())
+
+
+def _identity() -> tuple[dict[str, Any], ...]:
+    if mode() == "local":
+        return ()
+    from . import segment
+
+    return (dict(segment.identity()),)
+
+
+def _handle(name: str, given: dict[str, Any]) -> Pool[socket.socket]:
+    """The handle that stands for these arguments: one for each scope, name and set of options."""
+    read = os.environ.get
+    try:
+        key = (name, read("SHAREDPOOL_DIR"), read("SHAREDPOOL_APP"), read("SHAREDPOOL_MODE"), frozenset(given.items()))
+        known = _handles.get(key)
+    except TypeError:  # a value that is no option's
+        return attach(name, **given)
+    if known is None:
+        known = _handles.setdefault(key, attach(name, **given))
+    return known
+
+
+def _address(key: Any) -> tuple[str, str, int]:
+    """(transport, host, port) of a key, as its driver writes it."""
+    if isinstance(key, str):
+        transport, host, port = parse_url(key, 0, None)
+    elif isinstance(key, tuple) and len(key) in (2, 3):
+        host, port, transport = (*key, "tcp")[:3]
+    else:
+        allowed = "(host, port), (host, port, transport) or a URL"
+        raise OptionError(
+            f"option 'key' has the value {key!r}; allowed is {allowed}",
+            option="key", value=key, source="the call", allowed=allowed,
+        )  # fmt: skip
+    return (transport, *drivers.find(transport).address(host, port))
+
+
+def _as_json(message: Any) -> str:
+    try:
+        wire.pack(Message(Kind.NOTIFY, body={"message": message}))
+        return json.dumps(message, allow_nan=False)
+    except (TypeError, ValueError, RecursionError, wire.WireError) as error:
+        raise OptionError(
+            f"option 'message' cannot be sent: {error}; allowed is what JSON knows, {wire.LONGEST} bytes at most",
+            option="message", value=message, source="the call", allowed="what JSON knows",
+        ) from error  # fmt: skip
+
+
+def _ask(method: str, name: str, request: str, *arguments: Any) -> Any:
+    """A call or a cast of the pool's object in the arbiter."""
+    answer = _registry(method, options.check_pool_name(name), request, *arguments, start=False)
+    if answer is None:
+        raise PoolNotFound(f"there is no pool {name!r}: no arbiter runs in this scope")
+    return answer[0]
+
+
 def stop_pool(name: str = "default") -> None:
     """Stop a pool: waiters get PoolStopped at once, idle connections are closed now and leased ones at checkin.
 
@@ -205,6 +412,8 @@ class _LocalRegistry:
         local.declare(name, given, update=update)
         return _LocalRegistry.find_pool(name) or {}, []
 
+    start_link = start_pool  # its pools end with this process anyway
+
     @staticmethod
     def find_pool(name: str) -> dict[str, Any] | None:
         from . import local
@@ -214,12 +423,25 @@ class _LocalRegistry:
 
     @staticmethod
     def stats(name: str) -> PoolStats:
+        found: PoolStats = _LocalRegistry._known(name).stats()
+        return found
+
+    @staticmethod
+    def pool_call(name: str, request: str, *arguments: Any) -> tuple[Any]:
+        return (_LocalRegistry._known(name).handle_call(request, *arguments),)
+
+    @staticmethod
+    def pool_cast(name: str, request: str, *arguments: Any) -> tuple[Any]:
+        return (_LocalRegistry._known(name).handle_cast(request, *arguments),)
+
+    @staticmethod
+    def _known(name: str) -> Any:
         from . import local
 
         known = local.pools()
         if name not in known:
             raise PoolNotFound(f"there is no pool {name!r}; pools here: {', '.join(sorted(known)) or 'none'}")
-        return known[name].stats()
+        return known[name]
 
     @staticmethod
     def stop_pool(name: str) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import logging
 import os
 import select
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from threading import get_ident
 from time import monotonic
 from typing import Any, Final
@@ -23,6 +24,7 @@ from . import drivers, options
 from .drivers.sockets import Ending
 from .errors import LeaseError, PoolNotFound, PoolOptionsDiffer, PoolStopped, PoolTimeout, file_limit
 from .lease import Lease
+from .notices import Notices
 from .options import PoolOptions
 from .stats import ARBITER_COUNTERS, COUNTERS, PoolStats
 
@@ -129,6 +131,7 @@ class LocalPool:
     def __init__(self, name: str, wanted: PoolOptions) -> None:
         self.name = name
         self.options = wanted
+        self.notices = Notices(name)
         self.handles = 0
         self.slots: set[_Slot] = set()
         self.inert = self.stopped = self.ended = False
@@ -408,6 +411,40 @@ class LocalPool:
             self._close_idle(len(self.slots))
             for slot in self.slots:
                 slot.doomed = True
+
+    def handle_call(self, request: str, *arguments: Any) -> Any:
+        """Answer a question, as the arbiter's pool object does in shared mode."""
+        calls: dict[str, Callable[..., Any]] = {
+            "count": self._idle_of,
+            "max_connections": lambda: self.options.max_connections,
+            "timeout": lambda: self.options.idle_timeout,
+        }
+        return calls[request](*arguments)
+
+    def handle_cast(self, request: str, *arguments: Any) -> Any:
+        """Carry out a change, as the arbiter's pool object does in shared mode."""
+        casts: dict[str, Callable[..., Any]] = {
+            "notify": self._notify,
+            "set_max_connections": lambda value, _: self.apply(
+                dataclasses.replace(self.options, max_connections=value)
+            ),
+            "set_timeout": lambda value, _: self.apply(dataclasses.replace(self.options, idle_timeout=value)),
+        }
+        return casts[request](*arguments)
+
+    def _idle_of(self, address: tuple[str, str, int] | None = None) -> int:
+        if address is None:
+            return self.stats().idle
+        with self._lock:
+            self._tidy()
+            return len(self._idle.get(self.route(*address), []))
+
+    def _notify(self, text: str) -> int:
+        """Tell this process, which is all there are, if it uses the pool."""
+        if not self.handles:
+            return 0
+        self.notices.tell(json.loads(text))
+        return 1
 
     def detach(self) -> None:
         """One handle less. With the last one leases end, and idle connections are closed: nobody else can have them."""

@@ -16,17 +16,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import multiprocess.managers
 import multiprocess.process
 
-from . import launch, mutex, scope, view
+from . import launch, mutex, scope, segment
 from .arbiter import Arbiter
 from .errors import PoolNotFound, SharedPoolError, StartFailed
+from .genserver import PoolServer
 from .options import check_pool_name
-from .served import ServedPool
 from .stats import PoolStats
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Registry:
 
         def declare() -> tuple[dict[str, Any], list[str]]:
             pool, warnings = self._arbiter.declare(check_pool_name(name), options, pid, update=update)
-            return _facts(pool), warnings
+            return pool.info(), warnings
 
         return self._arbiter.call(declare)
 
@@ -60,7 +60,7 @@ class Registry:
             pool = self._arbiter.pools.get(name)
             if pool is None or pool.stopped:
                 return False
-            pool.stop()
+            self._arbiter.stop_pool(pool)
             return True
 
         return self._arbiter.call(stop)
@@ -70,13 +70,36 @@ class Registry:
 
         def find() -> dict[str, Any] | None:
             pool = self._arbiter.pools.get(name)
-            return None if pool is None or pool.stopped else _facts(pool)
+            return None if pool is None or pool.stopped else cast(dict[str, Any], pool.handle_call("info"))
 
         return self._arbiter.call(find)
 
     def stats(self, name: str) -> PoolStats:
         """A pool's numbers; PoolNotFound if there is none."""
-        return self._with(name, lambda pool: view.stats(pool.words, pool.segment.geometry, name))
+        return cast(PoolStats, self._with(name, lambda pool: pool.handle_call("stats")))
+
+    def start_link(
+        self, name: str, options: dict[str, Any], pid: int, update: bool, identity: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """As start_pool; a pool that is made by this call stops when the process dies."""
+
+        def declare() -> tuple[dict[str, Any], list[str]]:
+            segment.check_identity(identity, f"process {pid}")  # in another PID namespace the number is another's
+            known = name in self._arbiter.names()
+            pool, warnings = self._arbiter.declare(check_pool_name(name), options, pid, update=update)
+            if not known:
+                self._arbiter.link(pool, pid)
+            return pool.info(), warnings
+
+        return self._arbiter.call(declare)
+
+    def pool_call(self, name: str, request: str, *arguments: Any) -> tuple[Any]:
+        """Ask a pool (PoolServer.handle_call); the answer, in a tuple to tell None from no arbiter."""
+        return (self._with(name, lambda pool: pool.handle_call(request, *arguments)),)
+
+    def pool_cast(self, name: str, request: str, *arguments: Any) -> tuple[Any]:
+        """Tell a pool (PoolServer.handle_cast); what it gives, in a tuple."""
+        return (self._with(name, lambda pool: pool.handle_cast(request, *arguments)),)
 
     def names(self) -> list[str]:
         """The pools there are."""
@@ -92,12 +115,12 @@ class Registry:
         def stop() -> None:
             for pool in list(self._arbiter.pools.values()):
                 if not pool.stopped:
-                    pool.stop()
+                    self._arbiter.stop_pool(pool)
 
         self._arbiter.call(stop)
         self._arbiter.end(at_once=True)
 
-    def _with(self, name: str, use: Callable[[ServedPool], T]) -> T:
+    def _with(self, name: str, use: Callable[[PoolServer], T]) -> T:
         def run() -> T:
             pool = self._arbiter.pools.get(name)
             if pool is None or pool.stopped:
@@ -109,14 +132,12 @@ class Registry:
         return self._arbiter.call(run)
 
 
-def _facts(pool: ServedPool) -> dict[str, Any]:
-    return {"name": pool.name, "options": pool.options.as_dict(), "arbiter_pid": os.getpid()}
-
-
 class RegistryProxy(multiprocess.managers.BaseProxy):  # type: ignore[misc]
     """The registry's methods, as a caller sees them."""
 
-    _exposed_ = ("start_pool", "stop_pool", "find_pool", "stats", "names", "ping", "stop")
+    _exposed_ = (
+        "start_pool", "stop_pool", "find_pool", "stats", "start_link", "pool_call", "pool_cast", "names", "ping", "stop"
+    )  # fmt: skip
 
     def call(self, method: str, *arguments: Any) -> Any:
         return self._callmethod(method, arguments)
@@ -212,12 +233,15 @@ def _serve(directory: str, ready: int) -> int:
     signal.set_wakeup_fd(-1)
     gc.freeze()
     _say_ready(ready)
-    while True:
-        served.run()
-        if _leave(directory, dirfd, listener):
-            os.close(leader)
-            return 0
-        served.stay()
+    try:
+        while True:
+            served.run()
+            if _leave(directory, dirfd, listener):
+                os.close(leader)
+                return 0
+            served.stay()
+    finally:
+        served.terminate("the arbiter ends")
 
 
 def _reset_signals() -> None:

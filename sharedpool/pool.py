@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 from . import options
 from .errors import NotSupported, OptionError, PoolStopped
 from .lease import Lease
+from .notices import Callbacks, Notices
 from .options import NOT_GIVEN, NotGiven
 from .stats import PoolStats
 
@@ -37,6 +38,7 @@ class Attached(Protocol):
     """What a Pool needs once it is attached; shared over processes, or local to this one."""
 
     lost: bool
+    notices: Notices
 
     @property
     def welcome(self) -> Mapping[str, Any]: ...
@@ -137,7 +139,13 @@ class Pool(Generic[T]):
         self._lock = threading.Lock()
         self._attached: Attached | None = None
         self._routes: dict[tuple[str, str, int], Any] = {}
+        self._callbacks: Callbacks = {}
         _pools.add(self)
+
+    @property
+    def declares(self) -> bool:
+        """Whether options were given, so that this handle makes a pool that is not there."""
+        return bool(self._given)
 
     def __repr__(self) -> str:
         return f"<Pool {self.name!r}{'' if self._attached is None else ' attached'}>"
@@ -154,6 +162,7 @@ class Pool(Generic[T]):
             if self._attached is None:
                 self._routes = {}
                 self._attached = self._attach(timeout)
+                self._attached.notices.join(self._callbacks)
         return self
 
     def _attach(self, seconds: float) -> Attached:
@@ -199,6 +208,7 @@ class Pool(Generic[T]):
                 return
             self._attached = None
             self._routes = {}
+        attached.notices.part(self._callbacks)
         if _last_handle(self, attached):
             attached.detach()
 
@@ -293,6 +303,31 @@ class Pool(Generic[T]):
     def discard(self, lease: Lease[Any]) -> None:
         """The same as `lease.discard()`."""
         lease.discard()
+
+    # --- what others say ----------------------------------------------------------------------------------------------
+
+    def on_notify(self, callback: Callable[[Any], object]) -> Callable[[], None]:
+        """Call `callback(message)` for every `notify` to this pool that reaches this process; gives what undoes it.
+
+        It reaches processes that are attached: `open` attaches without a checkout. Attaches nothing by itself, so that
+        it may stand before a fork; the children are told as well. Callbacks run in the thread that reads the arbiter's
+        events (in local mode in the thread that notifies) and should return soon. What they raise is logged on
+        `sharedpool.pool.NAME`.
+
+        Raises:
+            OptionError: It cannot be called.
+        """
+        if not callable(callback):
+            raise OptionError(
+                f"option 'callback' has the value {callback!r}; allowed is what can be called with one argument",
+                option="callback", value=callback, source="the call", allowed="a callable",
+            )  # fmt: skip
+        key = object()
+        self._callbacks[key] = callback
+        return functools.partial(self._unsubscribe, key)
+
+    def _unsubscribe(self, key: object) -> None:
+        self._callbacks.pop(key, None)
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 

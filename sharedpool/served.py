@@ -331,15 +331,17 @@ class ServedPool:
         if state == IDLE:
             self._close(at, word, "remote_closed", now)
         elif state == LEASED or (state == OPENING and _remote_closed(held.sock)):
-            self._doom(at)
+            self._doom(at, held.generation)
 
-    def _doom(self, at: int) -> None:
-        """Mark a lease, so that its checkin closes the connection."""
+    def _doom(self, at: int, generation: int | None = None) -> None:
+        """Mark a lease, so that its checkin closes the connection; of this generation only, if one is given."""
 
         def attempt() -> int:
             w = self.words
             word, since = w[at], w[at + SINCE]
             if word & STATE not in (LEASED, OPENING) or word & DOOMED:
+                return DONE
+            if generation is not None and generation_of(word) != generation:  # opened anew while the mutex was busy
                 return DONE
             return self.table.swap(at, word, word | DOOMED, _NOBODY, 0, 0, since)
 

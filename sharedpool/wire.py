@@ -45,6 +45,7 @@ class Kind(enum.IntEnum):
     HOLD = 15  # anybody: stay while this channel is open
     OK = 16  # arbiter
     DECLARE = 17  # worker: options of another handle
+    NOTIFY = 18  # arbiter, on the event channel: somebody's message to all who are attached
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

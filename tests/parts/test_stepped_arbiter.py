@@ -10,7 +10,7 @@ import pytest
 
 import sharedpool
 from sharedpool import view
-from sharedpool.layout import CELL_HIGH, GATE, GRANT, IDLE, LEASED, VER
+from sharedpool.layout import CELL_HIGH, DOOMED, GATE, GRANT, IDLE, LEASED, VER, generation_of
 from sharedpool.served import ServedPool
 from sharedpool.stats import PoolStats
 from sharedpool.table import DONE
@@ -161,3 +161,15 @@ def test_an_error_in_one_pool_does_not_end_the_others(
     arbiter.pass_time(1.1)
     assert numbers(sound).expired == 1
     assert "pool 'broken'" in caplog.text
+
+
+def test_a_mark_for_a_connection_that_ended_does_not_reach_the_next_one_in_its_slot(arbiter: SteppedArbiter) -> None:
+    """The remote's end is seen while the mutex is busy, and meanwhile the lease is opened anew on the same permit."""
+    pool = arbiter.pool()
+    worker = arbiter.worker(pool)
+    at = worker.open()
+    word = pool.words[at]
+    pool._doom(at, generation_of(word) - 1)
+    assert pool.words[at] == word
+    pool._doom(at, generation_of(word))
+    assert pool.words[at] == word | DOOMED
