@@ -22,14 +22,30 @@ def choose(path: list[str]) -> str:
     if chosen not in _WORDS:
         raise ImportError(f"SHAREDPOOL_SPEED has the value {chosen!r}; allowed is one of {', '.join(_WORDS)}")
     directory = os.path.join(path[0], "compiled")
-    tag = f".{sys.implementation.cache_tag}-"
-    try:
-        found = any(tag in name for name in os.listdir(directory)) if chosen != "pure" else False
-    except OSError:
-        found = False
+    found = chosen != "pure" and _usable(path[0], directory)
     if found:
         path.insert(0, directory)
         return "compiled"
     if chosen == "compiled":
-        raise ImportError(f"SHAREDPOOL_SPEED=compiled, but {directory} has no modules for this Python")
+        raise ImportError(f"SHAREDPOOL_SPEED=compiled, but {directory} has no modules for this Python, or old ones")
     return "pure"
+
+
+def _usable(sources: str, directory: str) -> bool:
+    """Whether there are modules for this Python; in a source tree (which has a stamp), not older than their sources."""
+    tag = sys.implementation.cache_tag
+    try:
+        names = [name for name in os.listdir(directory) if f".{tag}-" in name]
+    except OSError:
+        return False
+    try:
+        compiled = os.stat(os.path.join(directory, f"{tag}.stamp")).st_mtime
+    except OSError:
+        return bool(names)
+    for name in names:
+        try:
+            if os.stat(os.path.join(sources, name.partition(".")[0] + ".py")).st_mtime > compiled:
+                return False
+        except OSError:  # one that has no source of its own
+            continue
+    return bool(names)

@@ -10,6 +10,7 @@ there is no C compiler the package works without, at about half the speed.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.machinery
 import importlib.util
 import re
@@ -160,6 +161,26 @@ def build(target: Path) -> list[Path]:
         return [Path(shutil.copy(scratch / "out" / "sharedpool" / name, target / name)) for name in names]
 
 
+def state() -> str:
+    """A hash of everything that is compiled."""
+    paths = [*HERE.glob("*.p*"), PACKAGE / "layout.py", *(PACKAGE / f"{name}.py" for name in modules())]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(set(paths)) if path.exists())).hexdigest()
+
+
+def main() -> None:
+    """Compile into the source tree, unless that was done with these sources."""
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE / "compiled"
+    stamp = target / f"{sys.implementation.cache_tag}.stamp"
+    if stamp.exists() and stamp.read_text() == state():
+        stamp.touch()  # sources may be newer without being others
+        return
+    stamp.unlink(missing_ok=True)
+    for path in target.glob(f"*.{sys.implementation.cache_tag}-*"):
+        path.unlink()
+    print("compiling the hot path for", sys.implementation.cache_tag, flush=True)
+    build(target)
+    stamp.write_text(state())
+
+
 if __name__ == "__main__":
-    for path in build(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE / "compiled"):
-        print(path)
+    main()

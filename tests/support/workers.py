@@ -202,6 +202,7 @@ class ForkServer:
 def clean_environment(more: dict[str, str]) -> dict[str, str]:
     """This process's environment without any setting of sharedpool, and with the project importable."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SHAREDPOOL_")}
+    env["SHAREDPOOL_SPEED"] = os.environ["SHAREDPOOL_SPEED"]
     return {**env, "PYTHONPATH": str(ROOT), **more}
 
 
