@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import socket
 import threading
 import weakref
 from collections import deque
+from sys import _getframe
 from threading import get_ident
 from time import monotonic_ns
 from typing import Any, Final
 
-from . import drivers, fdpass, segment, view, wire
+from . import drivers, events, fdpass, segment, view, wire
 from .channel import Channel
 from .drivers.sockets import end
 from .errors import (
@@ -32,6 +32,7 @@ from .errors import (
     SharedPoolError,
     file_limit,
 )
+from .events import where_taken
 from .held import Entry, Patience, Route
 from .layout import (
     CAN_MOVE,
@@ -46,6 +47,7 @@ from .layout import (
     HIGH,
     IDLE,
     KEY,
+    LEASE_TIMEOUT,
     LEASED,
     MASK64,
     MAX,
@@ -54,6 +56,7 @@ from .layout import (
     PAUSED,
     RULES,
     SERIAL_ONE,
+    SERIAL_SHIFT,
     STATE,
     STAYS,
     STICKY,
@@ -116,6 +119,8 @@ class Attachment:
         self.entries: dict[int, Entry] = {}
         self.permits: dict[int, int] = {}
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
+        self.on_abandoned: list[events.Hook] = []
+        self.places: dict[int, events.Place | None] = {}
         self._tidying = threading.Lock()
         self._dead, other = socket.socketpair()
         other.close()
@@ -127,10 +132,11 @@ class Attachment:
         )
         self.room.returns = self.returns
         _attachments.add(self)
-        events = self.channel.events
-        assert events is not None
+        self._note_places(bool(self.words[LEASE_TIMEOUT]))
+        channel = self.channel.events
+        assert channel is not None
         threading.Thread(
-            target=_listen, args=(weakref.ref(self), events), name=f"sharedpool-{name}", daemon=True
+            target=_listen, args=(weakref.ref(self), channel), name=f"sharedpool-{name}", daemon=True
         ).start()
 
     def stays_inert(self) -> bool:
@@ -172,12 +178,10 @@ class Attachment:
         address = (transport, *driver.address(host, port))
         known = self.routes.get(address)
         if known is None:
-            text = "\0".join(map(str, address)).encode(errors="surrogateescape")
-            digest = hashlib.blake2b(text, digest_size=8, key=self.segment.secret).digest()
             rules = self.words[RULES]
             moves = driver.moves and bool(rules & CAN_MOVE)
             sticky = bool(rules & STICKY) or not (moves or rules & STRICT)
-            key = int.from_bytes(digest, "little") or 1
+            key = segment.key_of(self.segment.secret, address)
             known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky)
             known = self.routes.setdefault(address, known)
         return known
@@ -592,6 +596,8 @@ class Attachment:
         stats = self.stats()
         stats = dataclasses.replace(stats, waiting=stats.waiting + 1)  # this one has just left the queue
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
+        if self.words[GATE] & PAUSED:
+            text += "; the pool is paused"
         leases = view.leases(self.words, self.segment.geometry)
         if leases:
             age = (monotonic_ns() - leases[0].since) / 1e9
@@ -617,6 +623,37 @@ class Attachment:
             if entry is not None and entry.generation == message.generation:
                 del self.entries[at]
                 entry.let_go()
+        elif message.kind is Kind.ABANDONED:
+            self._abandoned(message)
+        elif message.kind is Kind.LOG:
+            events.log_again(message.body)
+        elif message.kind is Kind.OPTIONS:
+            self._note_places(bool(self.words[LEASE_TIMEOUT]))
+
+    def _abandoned(self, message: Message) -> None:
+        """A lease of this process lasts too long; unless it has come back meanwhile, say who has it."""
+        at = self.table.slot_at(message.slot)
+        word = self.words[at]
+        serial = message.body.get("serial")
+        held = (word & STATE, holder_of(word), word >> SERIAL_SHIFT) == (LEASED, self.row, serial)
+        if held or message.body.get("reclaimed"):
+            entry = self.entries.get(at)
+            thread = self.permits.get(at, 0) if entry is None else entry.thread
+            found = events.abandoned(self.name, thread, self.places.get(at), message.body)
+            events.report(found, self.on_abandoned)
+
+    def _note_places(self, wanted: bool) -> None:
+        """With a lease_timeout every checkout notes who called it. Without one the method itself is in its place."""
+        if wanted:
+            self.checkout = self._checkout_noting  # type: ignore[method-assign]
+        else:
+            self.__dict__.pop("checkout", None)
+            self.places.clear()
+
+    def _checkout_noting(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
+        lease = _checkout(self, route, patience, connect_timeout)
+        self.places[lease.place] = where_taken(_getframe(2))  # 1 is the handle's
+        return lease
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
@@ -675,6 +712,9 @@ class Attachment:
                 with contextlib.suppress(OSError):
                     os.close(entry.real)
                 entry.real = -1
+
+
+_checkout: Final = Attachment.checkout
 
 
 def _limit(patience: float | None) -> int:

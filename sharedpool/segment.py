@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import mmap
 import os
@@ -120,6 +121,16 @@ class Segment:
 
     def waker(self, cell_at: int) -> Call:
         return waker(self.kick_address(cell_at))
+
+
+def key_of(secret: bytes, address: tuple[str, str, int]) -> int:
+    """The key of an address (transport, host, port) in the pool with this secret; never 0.
+
+    Keyed, so that nobody can choose addresses whose keys are the same.
+    """
+    text = "\0".join(map(str, address)).encode(errors="surrogateescape")
+    digest = hashlib.blake2b(text, digest_size=8, key=secret).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def create(pool: str, geometry: Geometry) -> Segment:

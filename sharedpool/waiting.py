@@ -35,6 +35,7 @@ from .layout import (
     NEXT,
     OPENING,
     OVER,
+    PAUSED,
     SERIAL_ONE,
     STATE,
     STOPPED,
@@ -140,7 +141,7 @@ class WaitingRoom:
         cell = waiter.cell
         sticky = route.sticky
         evict = seen = 0
-        if not sticky and -self._any_idle and not gate & OVER:
+        if not sticky and -self._any_idle and not gate & (OVER | PAUSED):
             evict = view.victim(w, self._marks, self._segment.geometry, route.key)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
@@ -263,7 +264,7 @@ class WaitingRoom:
         over = w[cell + CELL_SINCE] + view.steal_after(w) - now
         if over > 0:
             return over
-        if w[HEAD] == cell and self.returns is not None:
+        if w[HEAD] == cell and self.returns is not None and not w[GATE] & PAUSED:
             victim = view.victim(w, self._marks, self._segment.geometry, 0)
             if victim:
                 self.returns.evict(victim, self._counters["evictions"])

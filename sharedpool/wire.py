@@ -45,6 +45,9 @@ class Kind(enum.IntEnum):
     HOLD = 15  # anybody: stay while this channel is open
     OK = 16  # arbiter
     DECLARE = 17  # worker: options of another handle
+    ABANDONED = 20  # arbiter, on the event channel: this lease of yours has lasted longer than lease_timeout
+    LOG = 21  # arbiter, on the event channel: a record for your logging
+    OPTIONS = 22  # arbiter, on the event channel: the pool's options have changed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
