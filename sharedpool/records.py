@@ -14,8 +14,8 @@ from typing import Final
 ROOM: Final = 200
 #: Records shipped in a second: the event channel has more important things to carry.
 _RATE: Final = 50
-#: Characters of one record: a traceback fits, a message stays below its longest.
-_LONGEST: Final = 8_000
+#: Characters of one record: a traceback fits, and a message of escapes only is not too long.
+_LONGEST: Final = 4_000
 _POOLS: Final = "sharedpool.pool."
 
 

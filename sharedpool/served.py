@@ -81,6 +81,7 @@ from .layout import (
     Geometry,
     generation_of,
     holder_of,
+    tag_of,
     with_state,
 )
 from .options import NOT_GIVEN, PoolOptions
@@ -530,10 +531,12 @@ class ServedPool:
         return self.words[HEAD] != 0
 
     def _serve(self, now: int) -> None:
-        """Give the head of the queue what it could have: after a raised limit, a repair, or a release gone astray."""
+        """Give the head of the queue what it could have: after a raised limit, a pause, a repair, a release astray."""
         w = self.words
         while (cell := w[HEAD]) and not (gate := w[GATE]) & (OVER | PAUSED | STOPPED):
             cell_word = w[cell]
+            if self._serve_idle(cell, cell_word, gate, now):
+                continue
             if w[USED] < w[MAX]:
                 at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
                 word = w[at]
@@ -541,11 +544,28 @@ class ServedPool:
                 if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now)):  # noqa: B023
                     self._count("rescued")
                     self._wake(cell)
-            elif not self._serve_idle(cell, cell_word, gate, now):
+            elif not self._make_room(cell, now):
                 return
 
     def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int) -> bool:
-        """Give an idle connection, or its permit, to the head of the queue; False if there is none to give."""
+        """Try to give an idle connection of its key to the head of the queue; False if there is none."""
+        w = self.words
+        key = w[cell + CELL_KEY]
+        start = 0
+        while (index := self.table.find(tag_of(key), start, w[HIGH])) >= 0:
+            start = index + 1
+            at = self.table.slot_at(index)
+            word = w[at]
+            if word & STATE == IDLE and w[at + KEY] == key and not word & STAYS:
+                new = _granted(word, self.table.cell_index(cell))
+                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now)):  # noqa: B023
+                    self._count("rescued")
+                    self._wake(cell)
+                return True
+        return False
+
+    def _make_room(self, cell: int, now: int) -> bool:
+        """Close the idle connection longest unused for the head of the queue; False if there is nothing to do."""
         w = self.words
         patient = not w[RULES] & STRICT and now - w[cell + CELL_SINCE] < steal_after(w)
         closing = 0
@@ -556,13 +576,6 @@ class ServedPool:
                 idle.append((w[at + SINCE], at, word))
         if not idle or closing >= w[WAITING_COUNT]:
             return False
-        for _, at, word in idle:
-            if w[at + KEY] == w[cell + CELL_KEY] and not word & STAYS:
-                new = _granted(word, self.table.cell_index(cell))
-                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now)):  # noqa: B023
-                    self._count("rescued")
-                    self._wake(cell)
-                return True
         _, at, word = min(idle)
         self._close(at, word, "reclaimed", now)
         return True
