@@ -331,7 +331,7 @@ def test_max_lifetime_closes_idle_connections_and_leased_ones_at_their_checkin(
     worker.attach(max_lifetime=1000)
     leased = worker.checkout(tcp)
     worker.use(tcp)
-    do(worker, "start_pool", max_lifetime=0.05)
+    do(worker, "start_pool", max_lifetime=0.001)  # shorter than the call takes: both are too old when it arrives
     backend.wait_open(1)
     assert worker.exchange(leased) == 1
     do(worker, "start_pool", max_lifetime=1000)
