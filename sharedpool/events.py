@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FrameType
 from typing import Any, Final
@@ -99,20 +100,28 @@ def abandoned(pool: str, thread: int, place: Place | None, facts: Mapping[str, A
 def report(found: Abandoned, hooks: Iterable[Hook]) -> None:
     """Log it and call the hooks; one that raises is logged and does not keep the others from being called."""
     log = logging.getLogger(f"sharedpool.pool.{found.pool}")
-    log.warning(
-        "pool %r: abandoned: thread %r (%d) has held a lease for %.1f s, %s %s%s", found.pool, found.thread_name,
-        found.thread, found.seconds, "taken at" if found.noted else "and is now at", found.where,
+    _say(
+        log, logging.WARNING, "pool %r: abandoned: thread %r (%d) has held a lease for %.1f s, %s %s%s", found.pool,
+        found.thread_name, found.thread, found.seconds, "taken at" if found.noted else "and is now at", found.where,
         "; its connection has been taken away" if found.reclaimed else "",
     )  # fmt: skip
     for hook in list(hooks):
         try:
             hook(found)
-        except Exception:
-            log.exception("pool %r: an on_abandoned hook failed", found.pool)
+        except Exception as error:  # noqa: BLE001 - the user's code, in our thread
+            _say(log, logging.ERROR, "pool %r: an on_abandoned hook failed", found.pool, error=error)
 
 
 def log_again(facts: Mapping[str, Any]) -> None:
     """A record of the arbiter's, in this process's logging."""
     name, level = str(facts.get("logger")), facts.get("level")
     if name.partition(".")[0] == "sharedpool" and isinstance(level, int):
-        logging.getLogger(name).log(level, "%s", facts.get("text"))
+        _say(logging.getLogger(name), level, "%s", facts.get("text"))
+
+
+def _say(log: logging.Logger, level: int, text: str, *values: Any, error: Exception | None = None) -> None:
+    """Log something; a filter of the application's may raise, and must not end the thread that closes connections."""
+    try:
+        log.log(level, text, *values, exc_info=error)
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()

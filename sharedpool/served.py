@@ -194,6 +194,7 @@ class ServedPool:
         self._expire_at = 0
         self._sweep_at = 0
         self._watching = False
+        self._watch_at = 0
         self._cap_said = -_SAY_EVERY
         self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
@@ -723,7 +724,8 @@ class ServedPool:
             self._say_cap_reached(now)
         else:
             w[WATCH] = 1
-            if self._watching:  # the last waiter has been given something, but perhaps not been woken
+            if self._watching and now >= self._watch_at:  # the last one has been given something; was he woken?
+                self._watch_at = now + WATCH_EVERY
                 self._watching = self._watch_grants(now)
         if self._watching or self._anybody_waits():  # or has queued just now, and was told nothing of it
             due = min(due, now + WATCH_EVERY)

@@ -12,6 +12,7 @@ import pytest
 
 from sharedpool import calls, manager
 from sharedpool.arbiter import Arbiter
+from sharedpool.errors import RegistryTimeout
 from sharedpool.records import ROOM, Kept, Records
 from tests.support.waiting import wait_until
 
@@ -91,3 +92,19 @@ def test_what_nobody_can_have_is_kept_up_to_a_bound_and_its_excess_counted() -> 
 def test_a_record_of_a_pool_knows_its_pool() -> None:
     assert Kept("sharedpool.pool.a.b", 30, "").pool == "a.b"
     assert Kept("sharedpool.arbiter", 30, "").pool is None
+
+
+def test_a_pools_mutex_that_stays_busy_is_an_error_of_the_call_and_not_of_the_loop(
+    registry: tuple[str, Arbiter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, arbiter = registry
+    monkeypatch.setattr(manager, "_PATIENCE", 0.05)
+    call(directory, "start_pool", "api", {}, os.getpid(), True)
+    mutex = arbiter.pools["api"].table.mutex
+    assert -mutex == 0
+    try:
+        with pytest.raises(RegistryTimeout):
+            call(directory, "pause", "api")
+    finally:
+        +mutex
+    assert call(directory, "pause", "api") is True
