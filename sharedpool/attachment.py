@@ -32,7 +32,7 @@ from .errors import (
     SharedPoolError,
     file_limit,
 )
-from .events import where_taken
+from .events import OURS
 from .held import Entry, Patience, Route
 from .layout import (
     CAN_MOVE,
@@ -652,7 +652,12 @@ class Attachment:
 
     def _checkout_noting(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
         lease = _checkout(self, route, patience, connect_timeout)
-        self.places[lease.place] = where_taken(_getframe(2))  # 1 is the handle's
+        frame = _getframe(2)  # 1 is the handle's
+        code = frame.f_code
+        if OURS[code.co_filename]:
+            self.places[lease.place] = events.where_taken(frame.f_back)
+        else:  # where_taken, without the call
+            self.places[lease.place] = code, frame.f_lasti
         return lease
 
     def come_back(self, events: socket.socket) -> socket.socket | None:

@@ -29,7 +29,7 @@ class _Ours(dict[str, bool]):
         return self[file]
 
 
-_ours: Final = _Ours()
+OURS: Final = _Ours()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def where_taken(frame: FrameType | None) -> Place | None:
     """
     while frame is not None:
         code = frame.f_code
-        if not _ours[code.co_filename]:
+        if not OURS[code.co_filename]:
             return code, frame.f_lasti
         frame = frame.f_back
     return None
