@@ -26,6 +26,7 @@ from . import fdpass, options, segment, wire
 from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, StartFailed
 from .genserver import PoolServer
 from .layout import INCARNATION
+from .records import Records
 from .served import Later
 from .wire import Kind, Message, WireError
 
@@ -40,6 +41,10 @@ _RETURN_TIME: Final = 1_000_000_000
 _POLL_PROCESSES: Final = 100_000_000
 _BEAT_EVERY: Final = 1_000_000_000
 _DRAIN_SECONDS: Final = 90.0
+#: Without a descriptor left, nobody is accepted for so long, ns, instead of trying without end.
+_ACCEPT_AGAIN: Final = 100_000_000
+#: That nobody can be accepted is said so often, ns.
+_SAY_EVERY: Final = 1_000_000_000
 _LONG: Final = select.EPOLLRDHUP | select.EPOLLET
 
 log = logging.getLogger("sharedpool.arbiter")
@@ -62,6 +67,7 @@ class Client:
     pidfd: int = -1
     born: float = 0.0
     orphaned: int = 0
+    attached: int = 0
 
 
 class Arbiter:
@@ -95,6 +101,10 @@ class Arbiter:
         self._quiet_since = self._seconds()
         self._ending_at: float | None = None
         self._now_ending = False
+        self.records = Records()
+        self._attached = 0
+        self._accept_at = 0
+        self._accept_said = -_SAY_EVERY
         self._watch(self._bell, select.EPOLLIN, self._ring)
         if listener is not None:
             listener.setblocking(False)
@@ -124,6 +134,9 @@ class Arbiter:
         for pool in list(self.pools.values()):
             due = min(due, self._turn_of(pool, now))
         due = min(due, self._look_after_processes(now))
+        if self._accept_at:
+            due = min(due, self._accept_again(now))
+        self._ship_records()
         if not self._clients:
             due = min(due, int((self._quiet_since + self._linger) * 1e9))
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
@@ -215,8 +228,8 @@ class Arbiter:
                 channel, _ = self.listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # the limit of open files: the caller is told by the end of its channel
-                log.error("no connection could be accepted: %s", error)
+            except OSError as error:
+                self._stop_accepting(error)
                 return
             pid, uid, _ = fdpass.credentials(channel)
             if uid != os.geteuid():
@@ -226,6 +239,25 @@ class Arbiter:
             client = Client(channel, pid)
             self._clients.add(client)
             self._watch(channel.fileno(), select.EPOLLIN, functools.partial(self._readable, client))
+
+    def _stop_accepting(self, error: OSError) -> None:
+        """The limit of open files: who wants to come waits, in the listener's queue, until there is room."""
+        assert self.listener is not None
+        now = self._clock()
+        self._unwatch(self.listener.fileno())
+        self._accept_at = now + _ACCEPT_AGAIN
+        if now >= self._accept_said + _SAY_EVERY:
+            self._accept_said = now
+            log.error("no connection can be accepted: %s", error)
+
+    def _accept_again(self, now: int) -> int:
+        """Try again when it is time; gives when that is."""
+        if now < self._accept_at:
+            return self._accept_at
+        self._accept_at = 0
+        if self.listener is not None and self.listener.fileno() >= 0:
+            self._watch(self.listener.fileno(), select.EPOLLIN, self._accept)
+        return now
 
     def _readable(self, client: Client, events: int) -> None:
         self._read(client)
@@ -286,7 +318,9 @@ class Arbiter:
             pool.forget(message.slot, message.generation)
         elif kind is Kind.DETACH:
             self._gone(client)
-        elif kind is not Kind.WATCH:  # which only has to wake the loop
+        elif kind is Kind.WATCH:
+            pool.look_for_grants()
+        else:
             raise WireError(f"a {kind.name} that does not belong here")
 
     def _reply(self, client: Client, message: Message, descriptor: int | None = None) -> None:
@@ -332,13 +366,14 @@ class Arbiter:
     def _attach(self, client: Client, body: Any) -> dict[str, Any]:
         pool, warnings = self.declare(
             options.check_pool_name(body.get("pool")), dict(body.get("options") or {}), client.pid,
-            update=bool(body.get("update", True)), implicit=not body.get("declares"),
+            update=bool(body.get("update", True)), implicit=not body.get("declares"), attaching=True,
         )  # fmt: skip
         nonce = secrets.randbits(63) | 1
         row = pool.claim_row(client.pid, nonce, self._clock())
         if row is None:
             raise AttachRefused(f"pool {pool.name!r} has no row left: too many processes are attached")
-        client.pool, client.row, client.nonce = pool, row, nonce
+        self._attached += 1
+        client.pool, client.row, client.nonce, client.attached = pool, row, nonce, self._attached
         self._watch_process(client)
         return {
             "row": row,
@@ -353,8 +388,9 @@ class Arbiter:
         """Another handle of an attached process has options of its own."""
         try:
             _, warnings = self.declare(
-                pool.name, dict(message.body.get("options") or {}), client.pid, update=bool(message.body.get("update"))
-            )
+                pool.name, dict(message.body.get("options") or {}), client.pid,
+                update=bool(message.body.get("update")), attaching=True,
+            )  # fmt: skip
             answer = Message(Kind.OK, message.request, body={"warnings": warnings})
         except SharedPoolError as error:
             answer = Message(Kind.REFUSED, message.request, body={"error": type(error).__name__, "text": str(error)})
@@ -368,8 +404,8 @@ class Arbiter:
         else:
             raise AttachRefused(f"row {body['row']} of pool {body.get('pool')!r} is no longer this process's")
         self._drop_channel(other)
-        client.pool, client.row, client.nonce, client.pidfd, client.born = (
-            other.pool, other.row, other.nonce, other.pidfd, other.born,
+        client.pool, client.row, client.nonce, client.pidfd, client.born, client.attached = (
+            other.pool, other.row, other.nonce, other.pidfd, other.born, other.attached,
         )  # fmt: skip
         if client.pidfd >= 0:
             self._by_fd[client.pidfd] = lambda events: self._died(client)
@@ -378,9 +414,13 @@ class Arbiter:
         return {"row": client.row, "nonce": client.nonce, "arbiter_pid": os.getpid(), "options": {}, "warnings": []}
 
     def declare(
-        self, name: str, given: dict[str, Any], pid: int, *, update: bool = True, implicit: bool = False
-    ) -> tuple[PoolServer, list[str]]:
+        self, name: str, given: dict[str, Any], pid: int, *,
+        update: bool = True, implicit: bool = False, attaching: bool = False,
+    ) -> tuple[PoolServer, list[str]]:  # fmt: skip
         """Find a pool, make it, or apply what differs; gives it and the warnings for whoever declared.
+
+        What workers declare when they attach is the configuration: a worker that repeats it, after a recycling say,
+        does not undo what an operator has set meanwhile.
 
         Args:
             name: The pool's name.
@@ -388,6 +428,7 @@ class Arbiter:
             pid: Who declares.
             update: False: differing options raise instead of being applied.
             implicit: True: no options were given on purpose, so only the pool "default" is made.
+            attaching: True: compare with what was declared before, not with what is in force.
 
         Raises:
             PoolNotFound, PoolOptionsDiffer, OptionError, StartFailed.
@@ -401,7 +442,7 @@ class Arbiter:
                     f" pools here: {', '.join(sorted(self.names())) or 'none'}"
                 )
             return self._make(pool, name, options.make(values), pid), []
-        return pool, self._change(pool, values, pid, update)
+        return pool, self._change(pool, values, pid, update, attaching)
 
     def _make(self, pool: PoolServer | None, name: str, wanted: options.PoolOptions, pid: int) -> PoolServer:
         if pool is not None and (pool.options.move, pool.options.order) == (wanted.move, wanted.order):
@@ -413,19 +454,16 @@ class Arbiter:
             )
         pool = PoolServer(
             name, wanted, pid, publish=self._publish, watch=self._watch_remote, unwatch=self._unwatch_remote,
-            tell_closed=self._tell_closed, drain=self._drain_pool, clock=self._clock,
+            tell_closed=self._tell_closed, tell=self._tell, drain=self._drain_pool, clock=self._clock,
         )  # fmt: skip
         pool.words[INCARNATION] = self.incarnation
         self.pools[name] = pool
         return pool
 
-    def _change(self, pool: PoolServer, values: dict[str, Any], pid: int, update: bool) -> list[str]:
+    def _change(self, pool: PoolServer, values: dict[str, Any], pid: int, update: bool, attaching: bool) -> list[str]:
         """Apply options that differ; gives a warning for each."""
         old = pool.options.as_dict()
-        differing = {
-            name: value for name, value in values.items()
-            if name not in options.OF_THE_HANDLE and old.get(name, options.NOT_GIVEN) != value
-        }  # fmt: skip
+        differing = options.differing(pool.declared if attaching else old, values)
         if not differing:
             return []
         texts = [
@@ -437,6 +475,7 @@ class Arbiter:
             why = "cannot change while it runs" if update else "differ, and update=False"
             raise PoolOptionsDiffer(f"pool {pool.name!r}: {', '.join(refused)} {why}: {'; '.join(texts)}")
         pool.apply(dataclasses.replace(pool.options, **differing))
+        pool.declared.update(differing)
         pool.declared_by = pid
         return [f"pool {pool.name!r}: option {text} (by process {pid})" for text in texts]
 
@@ -561,16 +600,36 @@ class Arbiter:
                 with contextlib.suppress(OSError):  # full or gone: it finds out by itself
                     fdpass.send(client.events, data)
 
-    def _publish(self, pool: PoolServer, message: Message) -> int:
-        """Send an event to every process attached; gives how many got it. Who does not read its events gets none."""
+    def _tell(self, pool: PoolServer, rows: Iterable[int] | None, message: Message) -> set[int]:
+        """Send an event to the processes of these rows, or to all; gives who got it: not who does not read them."""
         data = wire.pack(message)
-        reached: set[int] = set()
-        for client in self._rows(pool):
-            if client.events is not None:
-                with contextlib.suppress(OSError):
-                    fdpass.send(client.events, data)
-                    reached.add(client.pid)
-        return len(reached)
+        clients = [client for client in self._rows(pool) if rows is None or client.row in rows]
+        return {client.pid for client in clients if self._send_event(client, data)}
+
+    def _publish(self, pool: PoolServer, message: Message) -> int:
+        return len(self._tell(pool, None, message))
+
+    def _ship_records(self) -> None:
+        """What was logged here goes to the logging of one worker: of the pool that it is about, else of any."""
+        for record in self.records.take():
+            data = wire.pack(Message(Kind.LOG, body=dataclasses.asdict(record)))
+            if not any(self._send_event(client, data) for client in self._readers(record.pool)):
+                self.records.keep(record)
+
+    def _readers(self, pool: str | None) -> list[Client]:
+        """The workers that could log a record, the longest attached first."""
+        workers = (client for client in self._clients if client.events is not None and client.pool is not None)
+        found = [client for client in workers if pool is None or (client.pool and client.pool.name == pool)]
+        return sorted(found, key=lambda client: client.attached)
+
+    def _send_event(self, client: Client, data: bytes) -> bool:
+        if client.events is None:
+            return False
+        try:
+            fdpass.send(client.events, data)
+        except OSError:
+            return False
+        return True
 
     def _drain_pool(self, pool: PoolServer) -> None:
         for client in self._rows(pool):

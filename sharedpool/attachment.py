@@ -11,13 +11,15 @@ import dataclasses
 import os
 import socket
 import threading
+import types
 import weakref
 from collections import deque
+from sys import _getframe
 from threading import get_ident
 from time import monotonic_ns
 from typing import Any, Final
 
-from . import drivers, fdpass, segment, view, wire
+from . import drivers, events, fdpass, segment, view, wire
 from .channel import Channel
 from .drivers.sockets import end
 from .errors import (
@@ -31,6 +33,7 @@ from .errors import (
     SharedPoolError,
     file_limit,
 )
+from .events import OURS
 from .held import Entry, Patience, Route
 from .layout import (
     CAN_MOVE,
@@ -45,6 +48,7 @@ from .layout import (
     HIGH,
     IDLE,
     KEY,
+    LEASE_TIMEOUT,
     LEASED,
     MASK64,
     MAX,
@@ -53,6 +57,7 @@ from .layout import (
     PAUSED,
     RULES,
     SERIAL_ONE,
+    SERIAL_SHIFT,
     STATE,
     STAYS,
     STICKY,
@@ -117,6 +122,8 @@ class Attachment:
         self.entries: dict[int, Entry] = {}
         self.permits: dict[int, int] = {}
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
+        self.on_abandoned: list[events.Hook] = []
+        self.places: dict[int, events.Place | None] = {}
         self._tidying = threading.Lock()
         self._dead, other = socket.socketpair()
         other.close()
@@ -128,10 +135,11 @@ class Attachment:
         )
         self.room.returns = self.returns
         _attachments.add(self)
-        events = self.channel.events
-        assert events is not None
+        self._note_places(bool(self.words[LEASE_TIMEOUT]))
+        channel = self.channel.events
+        assert channel is not None
         threading.Thread(
-            target=_listen, args=(weakref.ref(self), events), name=f"sharedpool-{name}", daemon=True
+            target=_listen, args=(weakref.ref(self), channel), name=f"sharedpool-{name}", daemon=True
         ).start()
 
     def stays_inert(self) -> bool:
@@ -591,6 +599,8 @@ class Attachment:
         stats = self.stats()
         stats = dataclasses.replace(stats, waiting=stats.waiting + 1)  # this one has just left the queue
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
+        if self.words[GATE] & PAUSED:
+            text += "; the pool is paused"
         leases = view.leases(self.words, self.segment.geometry)
         if leases:
             age = (monotonic_ns() - leases[0].since) / 1e9
@@ -619,6 +629,42 @@ class Attachment:
                 entry.let_go()
         elif message.kind is Kind.NOTIFY:
             self.notices.tell(message.body.get("message"))
+        elif message.kind is Kind.ABANDONED:
+            self._abandoned(message)
+        elif message.kind is Kind.LOG:
+            events.log_again(message.body)
+        elif message.kind is Kind.OPTIONS:
+            self._note_places(bool(self.words[LEASE_TIMEOUT]))
+
+    def _abandoned(self, message: Message) -> None:
+        """A lease of this process lasts too long; unless it has come back meanwhile, say who has it."""
+        at = self.table.slot_at(message.slot)
+        word = self.words[at]
+        serial = message.body.get("serial")
+        held = (word & STATE, holder_of(word), word >> SERIAL_SHIFT) == (LEASED, self.row, serial)
+        if held or message.body.get("reclaimed"):
+            entry = self.entries.get(at)
+            thread = self.permits.get(at, 0) if entry is None else entry.thread
+            found = events.abandoned(self.name, thread, self.places.get(at), message.body)
+            events.report(found, self.on_abandoned)
+
+    def _note_places(self, wanted: bool) -> None:
+        """With a lease_timeout every checkout notes who called it. Without one the method itself is in its place."""
+        if wanted:
+            self.__dict__["checkout"] = self._checkout_noting
+        else:
+            self.__dict__.pop("checkout", None)
+            self.places.clear()
+
+    def _checkout_noting(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
+        lease = _checkout(self, route, patience, connect_timeout)
+        frame = _getframe(_ABOVE_THE_HANDLE)
+        code = frame.f_code
+        if OURS[code.co_filename]:
+            self.places[lease.place] = events.where_taken(frame.f_back)
+        else:  # where_taken, without the call
+            self.places[lease.place] = code, frame.f_lasti
+        return lease
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
@@ -677,6 +723,11 @@ class Attachment:
                 with contextlib.suppress(OSError):
                     os.close(entry.real)
                 entry.real = -1
+
+
+_checkout: Final = Attachment.checkout
+#: Compiled methods have no frames.
+_ABOVE_THE_HANDLE: Final = 2 if isinstance(_checkout, types.FunctionType) else 1
 
 
 def _limit(patience: float | None) -> int:

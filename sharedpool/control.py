@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 from . import drivers, options, scope, wire
-from .errors import OptionError, PoolNotFound, PoolStopped
+from .errors import OptionError, PoolNotFound, PoolStopped, RegistryTimeout, StartFailed
 from .lease import Lease
 from .options import NOT_GIVEN, NotGiven, PoolInfo
 from .pool import Permit, Pool, mode, parse_url
@@ -351,21 +351,6 @@ def _handle(name: str, given: dict[str, Any]) -> Pool[socket.socket]:
     return known
 
 
-def _address(key: Any) -> tuple[str, str, int]:
-    """(transport, host, port) of a key, as its driver writes it."""
-    if isinstance(key, str):
-        transport, host, port = parse_url(key, 0, None)
-    elif isinstance(key, tuple) and len(key) in (2, 3):
-        host, port, transport = (*key, "tcp")[:3]
-    else:
-        allowed = "(host, port), (host, port, transport) or a URL"
-        raise OptionError(
-            f"option 'key' has the value {key!r}; allowed is {allowed}",
-            option="key", value=key, source="the call", allowed=allowed,
-        )  # fmt: skip
-    return (transport, *drivers.find(transport).address(host, port))
-
-
 def _as_json(message: Any) -> str:
     try:
         wire.pack(Message(Kind.NOTIFY, body={"message": message}))
@@ -391,6 +376,149 @@ def stop_pool(name: str = "default") -> None:
     Nothing happens if there is none.
     """
     _registry("stop_pool", options.check_pool_name(name), start=False)
+
+
+# --- operations, from any process of the scope ------------------------------------------------------------------------
+
+Key = tuple[str, int] | tuple[str, int, str] | str
+
+
+def pause(name: str = "default", *, app: str | None = None) -> None:
+    """From now on nobody gets a connection or permit: checkouts wait within their deadlines. Leases go on.
+
+    Args:
+        name: The pool's name.
+        app: The scope's name, if it is not the environment's.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+        RegistryTimeout: The arbiter does not answer.
+    """
+    _operate("pause", name, app=app)
+
+
+def resume(name: str = "default", *, app: str | None = None) -> None:
+    """End a pause: those who wait are served at once, in their order. Nothing happens to a pool that is not paused.
+
+    Raises:
+        PoolNotFound, RegistryTimeout: As for pause.
+    """
+    _operate("resume", name, app=app)
+
+
+def drain(name: str = "default", key: Key | None = None, *, wait: float | None = None, app: str | None = None) -> int:
+    """Close connections: idle ones now, leased ones when they are given back. The pool stays usable; new ones open.
+
+    Args:
+        name: The pool's name.
+        key: Only those to this address: (host, port), (host, port, transport), or a URL. None: all.
+        wait: Return only when the remote has seen the end of all of them, after so many seconds at most. A
+            DROP DATABASE needs it.
+        app: As for pause.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        DrainTimeout: Not all have ended in time; it names the processes that lease the rest, which are still closed
+            when they come back.
+        PoolNotFound, RegistryTimeout, OptionError.
+    """
+    if wait is not None:
+        wait = options.check_seconds("wait", wait)
+    drained = _operate("drain", name, _address(key), wait, app=app, seconds=10.0 + (wait or 0.0))
+    assert isinstance(drained, int)
+    return drained
+
+
+def kill(name: str = "default", key: Key | None = None, *, app: str | None = None) -> int:
+    """Close connections at once, leased ones too: their users get errors, and their checkin then closes them.
+
+    A lease stays in force, and its permit taken, until its user gives it back. Permits without a connection are not
+    concerned.
+
+    Args:
+        name: The pool's name.
+        key: As for drain.
+        app: As for pause.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        PoolNotFound, RegistryTimeout, OptionError.
+    """
+    killed = _operate("kill", name, _address(key), app=app)
+    assert isinstance(killed, int)
+    return killed
+
+
+def reset_stats(name: str = "default", *, app: str | None = None) -> None:
+    """Let every counter of the pool's statistics start from zero. What is open, leased or waiting still counts.
+
+    A worker's own numbers (Pool.worker_stats) go on.
+
+    Raises:
+        PoolNotFound, RegistryTimeout: As for pause.
+    """
+    _operate("reset_stats", name, app=app)
+
+
+def ping(*, app: str | None = None, timeout: float = 2.0) -> dict[str, int] | None:
+    """Ask the scope's arbiter for an answer from its loop: {"pid": ..., "incarnation": ...}.
+
+    None if none runs, or none answers within `timeout` seconds. None is started.
+    """
+    seconds = options.check_seconds("timeout", timeout)
+    if mode() == "local":
+        return {"pid": os.getpid(), "incarnation": 1}
+    try:
+        answer: dict[str, int] | None = _in_scope("ping", app=app, seconds=seconds)
+    except (RegistryTimeout, StartFailed):
+        return None
+    return answer
+
+
+def _operate(method: str, name: str, *arguments: Any, app: str | None, seconds: float = 10.0) -> Any:
+    """Do something with a pool that must be there."""
+    name = options.check_pool_name(name)
+    if mode() == "local":
+        from . import local
+
+        return getattr(local.find(name, app=app), method)(*arguments)
+    answer = _in_scope(method, name, *arguments, app=app, seconds=seconds)
+    if answer is None:
+        raise PoolNotFound(f"there is no pool {name!r}: no arbiter runs in this scope")
+    return answer
+
+
+def _in_scope(method: str, *arguments: Any, app: str | None, seconds: float) -> Any:
+    from . import manager
+
+    directory = scope.directory_for(os.environ, app=app, make=False)
+    return manager.call(directory, method, *arguments, start=False, seconds=seconds)
+
+
+def _address(key: Key | None) -> tuple[str, str, int] | None:
+    """A key as the drivers write it: (transport, host, port).
+
+    Raises:
+        OptionError: It is none.
+    """
+    if key is None:
+        return None
+    if isinstance(key, str):
+        transport, host, port = parse_url(key, 0, None)
+    else:
+        transport, host, port = _parts(key)
+    return (transport, *drivers.find(transport).address(host, port))
+
+
+def _parts(key: Any) -> tuple[str, str, int]:
+    if isinstance(key, tuple | list) and len(key) in (2, 3):
+        host, port, transport = (*key, "tcp")[:3]
+        return transport, host, port
+    raise options.refusal("key", key, "(host, port), (host, port, transport), a URL, or None for all")
 
 
 def _registry(method: str, *arguments: Any, start: bool) -> Any:

@@ -76,6 +76,14 @@ class AttachRefused(SharedPoolError):
     """The arbiter or its segment does not fit this process: other user, namespace, libc, layout or version."""
 
 
+class RegistryTimeout(SharedPoolError, TimeoutError):
+    """The arbiter runs and did not answer in time: it is stopped or overloaded. Whether the call was done is open."""
+
+
+class DrainTimeout(SharedPoolError, TimeoutError):
+    """Not everything was closed in time. Fields: left (connections), pids (processes that still lease some)."""
+
+
 class FileLimit(SharedPoolError):
     """No descriptor is left: the process's limit of open files (RLIMIT_NOFILE), or the system's. Nothing is lost."""
 

@@ -31,6 +31,9 @@ class PoolServer(ServedPool):
         declared_by: The pid of who made it.
         publish: Sends a message to every attached process; gives how many got it.
         **hooks: What ServedPool asks for.
+
+    Attributes:
+        declared: The options as they were declared last; an operator may have set others since.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class PoolServer(ServedPool):
     def init(self, wanted: PoolOptions, declared_by: int) -> None:
         """A life of the pool begins: it was made, or is declared again after it was stopped."""
         self.apply(wanted)
+        self.declared = wanted.as_dict()
         self.declared_by = declared_by
         self._alive = True
         self._log.info("pool %r started by process %d (max %d)", self.name, declared_by, wanted.max_connections)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import fdpass, scope, wire
-from .errors import ArbiterLost, AttachRefused, StartFailed
+from .errors import ArbiterLost, AttachRefused, RegistryTimeout, StartFailed
 from .wire import Kind, Message
 
 #: A new interpreter needs 0.1 s, beside many busy processes 0.5 s; a machine that needs longer than this is stuck.
@@ -142,7 +142,12 @@ def wait_until_gone(directory: str, seconds: float = 5.0) -> None:
 
 
 def caller(directory: str, *, start: bool, seconds: float = START_SECONDS) -> bytes | None:
-    """The registry's authkey, or None if no arbiter runs and none is to be started."""
+    """The registry's authkey, or None if no arbiter runs and none is to be started.
+
+    Raises:
+        RegistryTimeout: One runs, and does not answer.
+        StartFailed, AttachRefused.
+    """
     if start:
         channel, answer, _ = greet(directory, Message(Kind.CALLER), seconds)
     else:
@@ -152,7 +157,9 @@ def caller(directory: str, *, start: bool, seconds: float = START_SECONDS) -> by
         channel = found
         try:
             answer, _ = ask(channel, Message(Kind.CALLER), seconds)
-        except ArbiterLost:
+        except ArbiterLost as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise RegistryTimeout(f"the arbiter in {directory} did not answer within {seconds:g} s") from error
             return None
         finally:
             channel.close()

@@ -44,6 +44,9 @@ STEAL_AFTER: Final = 18  # ns; 0: from the measured connect time
 CONNECT_TIME: Final = 19  # ns, smoothed
 RULES: Final = 20  # CAN_MOVE, STICKY, STRICT
 INCARNATION: Final = 21
+MAX_IDLE: Final = 22  # MASK64: no limit
+MAX_LIFETIME: Final = 23  # ns; 0: none
+LEASE_TIMEOUT: Final = 24  # ns; 0: none
 HEADER: Final = 32
 
 # --- GATE: epoch << 4 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
@@ -98,7 +101,8 @@ GEN_SHIFT: Final = 24
 GEN: Final = 0xFFF_FFFF << GEN_SHIFT
 GEN_MASK: Final = 0xFFF_FFFF
 GEN_ONE: Final = 1 << GEN_SHIFT
-SERIAL_ONE: Final = 1 << 52
+SERIAL_SHIFT: Final = 52
+SERIAL_ONE: Final = 1 << SERIAL_SHIFT
 SERIAL: Final = 0xFFF << 52
 IDENTITY: Final = SERIAL | GEN | HOLDER
 

@@ -7,22 +7,24 @@ calls: every call looks after what is due, and so does the first in line while i
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import random
 import select
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from threading import get_ident
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Final
 
 from . import drivers, options
-from .drivers.sockets import Ending
-from .errors import LeaseError, PoolNotFound, PoolOptionsDiffer, PoolStopped, PoolTimeout, file_limit
+from .drivers.sockets import Ending, goodbye
+from .errors import DrainTimeout, LeaseError, PoolNotFound, PoolOptionsDiffer, PoolStopped, PoolTimeout, file_limit
 from .lease import Lease
 from .notices import Notices
 from .options import PoolOptions
@@ -67,6 +69,9 @@ class _Slot:
     watch: socket.socket | None = None
     word: int = 0
     thread: int = 0
+    opened: float = 0.0
+    jitter: float = dataclasses.field(default_factory=lambda: random.random() / 10)  # of max_lifetime
+    reported: bool = False
     doomed: bool = False
     ending: Ending | None = None
     give_up: float = 0.0
@@ -83,6 +88,7 @@ class _Slot:
             self.number = driver.fileno(conn)
             self.watch = socket.fromfd(self.number, -1, -1)  # -1: of the family and type that it is
             self.conn = conn
+            self.opened = monotonic()
         except OSError as error:
             raise file_limit(error, f"hold a connection to {self.route.where}") from error
         finally:
@@ -93,6 +99,11 @@ class _Slot:
         """Whether somebody else may have the connection: still the one that was lent, clean, open and silent."""
         driver = self.route.driver
         return driver.fileno(self.conn) == self.number and driver.clean(self.conn) and not _readable(self.number)
+
+    def leads_to(self, address: tuple[str, str, int] | None) -> bool:
+        """Whether this is a connection, or becomes one, to the address; None: to any."""
+        route = self.route
+        return route.driver.connects and address in (None, (route.driver.name, route.host, route.port))
 
     def let_go(self) -> None:
         """Close the pool's own descriptor, and only that."""
@@ -134,7 +145,7 @@ class LocalPool:
         self.notices = Notices(name)
         self.handles = 0
         self.slots: set[_Slot] = set()
-        self.inert = self.stopped = self.ended = False
+        self.inert = self.stopped = self.ended = self.paused = False
         self._lock = threading.RLock()
         self._idle: dict[LocalRoute, list[_Slot]] = {}
         self._closing: list[_Slot] = []
@@ -184,7 +195,7 @@ class LocalPool:
 
     def _find(self, route: LocalRoute) -> _Slot | None:
         """An idle connection that is alive, else a permit for a new one, if there is any of the two."""
-        if len(self.slots) > self.options.max_connections:
+        if self.paused or len(self.slots) > self.options.max_connections:
             return None
         idle = self._idle.get(route, [])
         while idle:
@@ -207,6 +218,7 @@ class LocalPool:
             self.counters["attempts" if opens else "opens"] += 1
         slot.move(OPENING if opens else LEASED)
         slot.thread = get_ident()
+        slot.reported = False
         self._serial += 1
         lease._entry = slot
         slot.word = lease.word = self._serial
@@ -285,13 +297,15 @@ class LocalPool:
 
     def _make_room(self) -> bool:
         """Close the idle connection longest unused, wherever it leads, unless as many are closing as are waited for."""
-        over = len(self.slots) > self.options.max_connections
+        over = self.paused or len(self.slots) > self.options.max_connections
         return not over and len(self._closing) < len(self._queue) and self._close_idle(1, "evictions")
 
     def _timeout(self, route: LocalRoute) -> PoolTimeout:
         self.counters["timeouts"] += 1
         stats = self.stats()
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
+        if self.paused:
+            text += "; the pool is paused"
         leased = [slot for slot in self.slots if slot.state == LEASED]
         if leased:
             age = monotonic() - min(slot.since for slot in leased)
@@ -336,6 +350,7 @@ class LocalPool:
             slot.move(IDLE)
             self._idle.setdefault(slot.route, []).append(slot)
         self._serve()
+        self._trim()
 
     def _close(self, slot: _Slot, reason: str | None = None) -> None:
         """Begin to close a connection; its permit is free once the remote has closed, too."""
@@ -379,9 +394,115 @@ class LocalPool:
             for idle in self._idle.values():
                 while idle and idle[0].since + self.options.idle_timeout <= now:
                     self._close(idle.pop(0), "expired")
+        self._retire(now)
+        self._look_at_leases(now)
         for slot in [slot for slot in self._closing if slot.look <= now]:
             self._look(slot)
         self._serve()
+
+    def _trim(self) -> None:
+        """Close the idle connections longest unused while there are more than max_idle."""
+        if self.options.max_idle is not None:
+            self._close_idle(sum(map(len, self._idle.values())) - self.options.max_idle, "over_idle")
+
+    def _retire(self, now: float) -> None:
+        """Close idle connections past max_lifetime, and mark leased ones."""
+        limit = self.options.max_lifetime
+        if limit is None:
+            return
+        for slot in [slot for slot in self.slots if slot.conn is not None]:
+            if slot.opened + limit * (1 - slot.jitter) <= now:
+                self._retire_one(slot)
+
+    def _retire_one(self, slot: _Slot) -> None:
+        slot.doomed = True
+        if slot.state == IDLE:
+            self._idle[slot.route].remove(slot)
+            self._close(slot, "max_lifetime")
+
+    def _look_at_leases(self, now: float) -> None:
+        """Report every lease that lasts too long, once; take its connection away if that is wanted."""
+        limit = self.options.lease_timeout
+        if limit is None:
+            return
+        for slot in [slot for slot in self.slots if slot.state == LEASED and now - slot.since > limit]:
+            if not slot.reported:
+                slot.reported = True
+                self.counters["abandoned"] += 1
+                log_of_pool = logging.getLogger(f"sharedpool.pool.{self.name}")
+                log_of_pool.warning(
+                    "pool %r: abandoned: thread %d has held a lease to %s for %.1f s (lease_timeout %g)", self.name,
+                    slot.thread, slot.route.where, now - slot.since, limit,
+                )  # fmt: skip
+            if self.options.reclaim:
+                slot.word = 0
+                self.counters["reclaimed_leases"] += 1
+                if slot.conn is None:
+                    self._free(slot)
+                else:
+                    self._close(slot)
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Nobody gets anything any more until `resume`."""
+        with self._lock:
+            self.paused = True
+
+    def resume(self) -> None:
+        """Those who wait are served in their order."""
+        with self._lock:
+            self.paused = False
+            self._tidy()
+
+    def reset_stats(self) -> None:
+        """Every counter starts from zero."""
+        with self._lock:
+            self.counters.update({name: -value for name, value in self.counters.items()})
+
+    def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> int:
+        """Close idle connections now and leased ones at their checkin; with `seconds`, wait until they have ended."""
+        with self._lock:
+            self._tidy()
+            chosen = [slot for slot in self.slots if slot.leads_to(address)]
+            number = sum(slot.state != CLOSING for slot in chosen)
+            for slot in chosen:
+                self._drain_one(slot, kill=kill)
+            self._serve()
+        if seconds is not None:
+            self._await_end(chosen, number, seconds)
+        return number
+
+    def kill(self, address: tuple[str, str, int] | None) -> int:
+        """As drain, and leased ones are shut down under their users' hands."""
+        return self.drain(address, None, kill=True)
+
+    def _drain_one(self, slot: _Slot, *, kill: bool) -> None:
+        if slot.state == IDLE:
+            self._idle[slot.route].remove(slot)
+            self._close(slot, "killed" if kill else "drained")
+        elif slot.state != CLOSING:
+            slot.doomed = True
+            if kill and slot.watch is not None:
+                with contextlib.suppress(OSError):
+                    slot.watch.shutdown(goodbye(slot.watch))
+
+    def _await_end(self, chosen: list[_Slot], number: int, seconds: float) -> None:
+        limit = monotonic() + seconds
+        while True:
+            with self._lock:
+                self._tidy()
+                left = [slot for slot in chosen if slot.state != FREE]
+            if not left:
+                return
+            if monotonic() >= limit:
+                break
+            sleep(0.002)
+        raise DrainTimeout(
+            f"pool {self.name!r}: {len(left)} of {number} connections have not ended within {seconds:g} s: leased by"
+            f" process {os.getpid()}; they are closed as soon as they come back",
+            left=len(left), pids=[os.getpid()],
+        )  # fmt: skip
 
     def _close_idle(self, most: int, reason: str | None = None) -> bool:
         """Close so many idle connections, those longest unused first; whether there was one."""
@@ -399,6 +520,7 @@ class LocalPool:
             self.stopped = self.ended = False
             self._tidy()
             self._close_idle(len(self.slots) - len(self._closing) - wanted.max_connections, "over_limit")
+            self._trim()
 
     def stop(self, *, ended: bool = False) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
@@ -478,10 +600,22 @@ def _scope(app: str | None) -> str:
     return f"/{directory}" if app is None and directory else app or os.environ.get("SHAREDPOOL_APP") or "default"
 
 
-def pools() -> dict[str, LocalPool]:
-    """The pools of the environment's scope, by name, that are not stopped."""
-    scope = _scope(None)
+def pools(app: str | None = None) -> dict[str, LocalPool]:
+    """The pools of the environment's scope, or of an app's, by name, that are not stopped."""
+    scope = _scope(app)
     return {name: pool for (where, name), pool in list(_pools.items()) if where == scope and not pool.stopped}
+
+
+def find(name: str, *, app: str | None = None) -> LocalPool:
+    """The pool of that name.
+
+    Raises:
+        PoolNotFound: There is none.
+    """
+    known = pools(app)
+    if name not in known:
+        raise PoolNotFound(f"there is no pool {name!r}; pools here: {', '.join(sorted(known)) or 'none'}")
+    return known[name]
 
 
 def attach(name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True) -> LocalPool:
@@ -515,10 +649,7 @@ def declare(
 
 def _change(pool: LocalPool, given: dict[str, Any], update: bool) -> None:
     old = pool.options.as_dict()
-    differing = {
-        name: value for name, value in given.items()
-        if name not in options.OF_THE_HANDLE and old.get(name, options.NOT_GIVEN) != value
-    }  # fmt: skip
+    differing = options.differing(old, given)
     texts = [f"{name}: {old.get(name)!r} (by process {os.getpid()}) -> {value!r}" for name, value in differing.items()]
     refused = sorted(set(differing) & options.FIXED) if update else sorted(differing)
     if refused:

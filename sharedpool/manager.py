@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import logging
 import os
 import secrets
 import signal
@@ -22,11 +23,13 @@ from typing import Any, TypeVar, cast
 import multiprocess.managers
 import multiprocess.process
 
-from . import launch, mutex, scope, segment
+from . import calls, launch, mutex, scope, segment
 from .arbiter import Arbiter
-from .errors import PoolNotFound, SharedPoolError, StartFailed
+from .errors import DrainTimeout, PoolNotFound, RegistryTimeout, SharedPoolError, StartFailed
 from .genserver import PoolServer
 from .options import check_pool_name
+from .policies import Drain
+from .served import Later
 from .stats import PoolStats
 
 T = TypeVar("T")
@@ -34,6 +37,9 @@ T = TypeVar("T")
 _DEFAULT_LINGER = 10.0
 #: The loop must not wait 5 ms for a registry thread that pickles.
 _SWITCH_INTERVAL = 0.0005
+#: A call of the registry may take so long, s, and what it asks of a pool whose mutex is busy, too.
+_CALL_SECONDS = 10.0
+_PATIENCE = 2.0
 
 
 class Registry:
@@ -109,6 +115,35 @@ class Registry:
         """The loop answers: its pid and its incarnation."""
         return self._arbiter.call(lambda: {"pid": os.getpid(), "incarnation": self._arbiter.incarnation})
 
+    def pause(self, name: str) -> bool:
+        """Nobody gets anything any more; PoolNotFound if there is no such pool."""
+        self._with(name, PoolServer.pause)
+        return True
+
+    def resume(self, name: str) -> bool:
+        """Those who wait are served; PoolNotFound if there is no such pool."""
+        self._with(name, PoolServer.resume)
+        return True
+
+    def drain(self, name: str, address: tuple[str, str, int] | None, seconds: float | None) -> int:
+        """Close idle connections now, leased ones at their checkin; gives how many. DrainTimeout, PoolNotFound.
+
+        With `seconds` it waits, in this caller's own thread, until all have ended.
+        """
+        pool, drain = self._with(name, lambda pool: (pool, pool.drain(address, seconds)))
+        if seconds is not None and not drain.done.wait(seconds):
+            self._arbiter.call(lambda: _check_drained(pool, drain, seconds))
+        return drain.number
+
+    def kill(self, name: str, address: tuple[str, str, int] | None) -> int:
+        """As drain; leased ones are shut down under their users' hands. Gives how many."""
+        return self._with(name, lambda pool: pool.drain(address, None, kill=True).number)
+
+    def reset_stats(self, name: str) -> bool:
+        """Every counter starts from zero; PoolNotFound if there is no such pool."""
+        self._with(name, PoolServer.reset_stats)
+        return True
+
     def stop(self) -> None:
         """End the arbiter: all pools are stopped, waiters sent away."""
 
@@ -129,14 +164,42 @@ class Registry:
                 )
             return use(pool)
 
-        return self._arbiter.call(run)
+        return self._patiently(run)
+
+    def _patiently(self, run: Callable[[], T]) -> T:
+        """Run it in the loop; again, while the pool's mutex is held by somebody who does not let go."""
+        limit = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return self._arbiter.call(run)
+            except Later:
+                if time.monotonic() > limit:
+                    raise RegistryTimeout("the pool's mutex stays busy: is its holder stopped?") from None
+            time.sleep(0.005)
+
+
+def _check_drained(pool: PoolServer, drain: Drain, seconds: float) -> None:
+    """Say who keeps a drain from its end.
+
+    Raises:
+        DrainTimeout: Something is left of it.
+    """
+    if drain.left:
+        pids = pool.policies.holders(drain)
+        who = f"leased by {', '.join(f'process {pid}' for pid in pids)}" if pids else "being closed"
+        raise DrainTimeout(
+            f"pool {pool.name!r}: {len(drain.left)} of {drain.number} connections have not ended within {seconds:g} s:"
+            f" {who}; they are closed as soon as they come back",
+            left=len(drain.left), pids=pids,
+        )  # fmt: skip
 
 
 class RegistryProxy(multiprocess.managers.BaseProxy):  # type: ignore[misc]
     """The registry's methods, as a caller sees them."""
 
     _exposed_ = (
-        "start_pool", "stop_pool", "find_pool", "stats", "start_link", "pool_call", "pool_cast", "names", "ping", "stop"
+        "start_pool", "stop_pool", "find_pool", "stats", "start_link", "pool_call", "pool_cast", "names", "ping",
+        "pause", "resume", "drain", "kill", "reset_stats", "stop",
     )  # fmt: skip
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -153,18 +216,22 @@ SharedPoolManager.register("registry", proxytype=RegistryProxy, exposed=Registry
 # --- the caller's side ------------------------------------------------------------------------------------------------
 
 
-def call(directory: str, method: str, *arguments: Any, start: bool) -> Any:
+def call(directory: str, method: str, *arguments: Any, start: bool, seconds: float = _CALL_SECONDS) -> Any:
     """Call the registry of a scope's arbiter; None if no arbiter runs and none is to be started.
 
     Raises:
         StartFailed, AttachRefused, and whatever the registry's method raises.
+        RegistryTimeout: The arbiter did not answer within `seconds`.
     """
     for attempt in (1, 2, 3):
-        key = launch.caller(directory, start=start)
+        key = launch.caller(directory, start=start, seconds=launch.START_SECONDS if start else seconds)
         if key is None:
             return None
         try:
-            return _call(directory, key, method, *arguments)
+            with calls.within(seconds):
+                return _call(directory, key, method, *arguments)
+        except BlockingIOError as error:
+            raise RegistryTimeout(f"the registry in {directory} did not answer within {seconds:g} s") from error
         except (ConnectionError, EOFError, FileNotFoundError, multiprocess.ProcessError) as error:
             if attempt == 3:
                 raise StartFailed(f"the registry in {directory} does not answer: {error!r}") from error
@@ -175,7 +242,7 @@ def call(directory: str, method: str, *arguments: Any, start: bool) -> Any:
 def _call(directory: str, key: bytes, method: str, *arguments: Any) -> Any:
     fd = scope.open_directory(directory)
     try:
-        manager = SharedPoolManager(scope.inside(fd, scope.REGISTRY_SOCKET), authkey=key)
+        manager = SharedPoolManager(scope.inside(fd, scope.REGISTRY_SOCKET), authkey=key, serializer=calls.SERIALIZER)
         with _authkey(key):
             manager.connect()
             return cast(Any, manager).registry().call(method, *arguments)
@@ -225,6 +292,7 @@ def _serve(directory: str, ready: int) -> int:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _unlink(dirfd, scope.ARBITER_SOCKET, scope.REGISTRY_SOCKET)
     served = Arbiter(listener, key, _linger())
+    _log_to(served)
     _serve_registry(served, dirfd, key)
     listener.bind(scope.inside(dirfd, scope.ARBITER_SOCKET))
     listener.listen(512)
@@ -242,6 +310,13 @@ def _serve(directory: str, ready: int) -> int:
             served.stay()
     finally:
         served.terminate("the arbiter ends")
+
+
+def _log_to(served: Arbiter) -> None:
+    """What the arbiter logs goes to the workers' logging; its own process has no place for it."""
+    logger = logging.getLogger("sharedpool")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(served.records)
 
 
 def _reset_signals() -> None:
@@ -306,7 +381,8 @@ def _serve_registry(served: Arbiter, dirfd: int, key: bytes) -> None:
 
     Serving.register("registry", callable=lambda: registry, proxytype=RegistryProxy, exposed=RegistryProxy._exposed_)
     multiprocess.process.current_process().authkey = key
-    server = Serving(scope.inside(dirfd, scope.REGISTRY_SOCKET), authkey=key).get_server()
+    address = scope.inside(dirfd, scope.REGISTRY_SOCKET)
+    server = Serving(address, authkey=key, serializer=calls.SERIALIZER).get_server()
     server.stop_event = threading.Event()
     threading.Thread(target=server.accepter, name="registry", daemon=True).start()
 

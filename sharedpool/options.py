@@ -73,15 +73,20 @@ class _Seconds:
 class _Count:
     low: int
     high: int
+    none: bool = False
 
     @property
     def allowed(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
+        return f"a whole number from {self.low} to {self.high}" + (", or None for no limit" if self.none else "")
 
     def read(self, text: str) -> Any:
+        if self.none and text.strip().lower() == "none":
+            return None
         return int(text)
 
     def check(self, value: Any) -> Any:
+        if value is None and self.none:
+            return None
         if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
             raise ValueError
         return value
@@ -133,6 +138,10 @@ RULES: Final[Mapping[str, _Rule]] = {
     "steal_after": _Seconds(zero=True),
     "move": _Flag(),
     "order": _Choice(("auto", "fifo", "sticky")),
+    "max_idle": _Count(0, MOST_CONNECTIONS, none=True),
+    "max_lifetime": _Seconds(none=True),
+    "lease_timeout": _Seconds(none=True),
+    "reclaim": _Flag(),
 }
 
 #: hackney's names.
@@ -160,6 +169,12 @@ class PoolOptions:
         move: False: only permits move between processes, never a socket.
         order: "fifo": first come, first served over all processes; "sticky": a process's own waiters first, up to
             steal_after; "auto": fifo for what can move, sticky for what can't.
+        max_idle: At most so many idle connections over all processes; the least recently used are closed first. None:
+            no limit but max_connections.
+        max_lifetime: A connection older than this is closed once nobody leases it, up to 10 % earlier so that those
+            opened together do not end together; None: never.
+        lease_timeout: A lease held longer is abandoned: reported once, in the log and to the hooks; None: never.
+        reclaim: True: the connection of an abandoned lease is shut down and its permit goes on.
     """
 
     max_connections: int = 50
@@ -170,6 +185,10 @@ class PoolOptions:
     steal_after: float | NotGiven = NOT_GIVEN
     move: bool = True
     order: str = "auto"
+    max_idle: int | None = None
+    max_lifetime: float | None = None
+    lease_timeout: float | None = None
+    reclaim: bool = False
 
     @property
     def patience(self) -> float | None:
@@ -220,6 +239,20 @@ def _refusal(option: str, value: Any, source: str, allowed: str) -> OptionError:
     )  # fmt: skip
 
 
+def refusal(option: str, value: Any, allowed: str) -> OptionError:
+    """The error for an argument of a call that is no option of a pool."""
+    return _refusal(option, value, "the call", allowed)
+
+
+def check_seconds(option: str, value: Any) -> float:
+    """An argument of a call that is a duration in seconds, 0 or more, or OptionError."""
+    rule = _Seconds(zero=True)
+    try:
+        return float(rule.check(value))
+    except (ValueError, TypeError, OverflowError):
+        raise refusal(option, value, rule.allowed) from None
+
+
 def given(pool: str, call: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """The options that somebody set for this pool, validated: the environment's, overruled by the call's.
 
@@ -266,6 +299,14 @@ def _from_text(option: str, text: str, variable: str) -> Any:
 def make(values: Mapping[str, Any]) -> PoolOptions:
     """PoolOptions from validated values; what is missing gets its default."""
     return PoolOptions(**cast(Any, dict(values)))
+
+
+def differing(known: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are the pool's, not the handle's, and not known already."""
+    return {
+        name: value for name, value in values.items()
+        if name not in OF_THE_HANDLE and known.get(name, NOT_GIVEN) != value
+    }  # fmt: skip
 
 
 def check_pool_name(name: object) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from . import segment as segments
-from .drivers.sockets import Ending
+from .drivers.sockets import Ending, goodbye
 from .errors import OptionError
 from .layout import (
     ARBITER_ROW,
@@ -47,8 +48,13 @@ from .layout import (
     IDLE,
     IDLE_TIMEOUT,
     KEY,
+    LEASE_TIMEOUT,
     LEASED,
+    MASK64,
     MAX,
+    MAX_IDLE,
+    MAX_LIFETIME,
+    OPENED,
     OPENING,
     OVER,
     PAUSED,
@@ -59,6 +65,7 @@ from .layout import (
     ROW_LIVE,
     RULES,
     SERIAL,
+    SERIAL_SHIFT,
     SINCE,
     SLOT,
     STATE,
@@ -74,12 +81,15 @@ from .layout import (
     Geometry,
     generation_of,
     holder_of,
+    tag_of,
     with_state,
 )
 from .options import NOT_GIVEN, PoolOptions
+from .policies import Drain, Policies
 from .stats import ARBITER_COUNTERS, COUNTERS
 from .table import DONE, STALE, NoLease
-from .view import steal_after
+from .view import all_counters, row_pid, stats, steal_after
+from .wire import Kind, Message
 
 ROWS: Final = 1024
 CELLS: Final = 16_384
@@ -91,6 +101,10 @@ GRANT_TIMEOUT: Final = 100_000_000
 WATCH_EVERY: Final = 20_000_000
 #: Slots that are CLOSING without our knowing are looked for so often, ns.
 SWEEP_EVERY: Final = 1_000_000_000
+#: A waiter looks at its grant by itself so often, ns: after that it needs no more kicks.
+_LOOKS_UP: Final = 1_000_000_000
+#: That the cap is reached is said so often, ns.
+_SAY_EVERY: Final = 60_000_000_000
 
 _TRIES: Final = 40
 _CLOSE_WAIT: Final = 8
@@ -144,6 +158,7 @@ class ServedPool:
         watch: Called with a descriptor whose end of stream is to be reported to `remote_ended`.
         unwatch: Undoes `watch`.
         tell_closed: Called with rows, a slot and a generation: drop what you hold of it.
+        tell: Called with rows (None: all) and an event for their processes.
         drain: Reads whatever the workers have sent: a registration may be under way.
         clock: Gives the time in monotonic ns.
     """
@@ -157,6 +172,7 @@ class ServedPool:
         watch: Callable[[ServedPool, int, socket.socket], None],
         unwatch: Callable[[socket.socket], None],
         tell_closed: Callable[[ServedPool, set[int], int, int], None],
+        tell: Callable[[ServedPool, set[int] | None, Message], None],
         drain: Callable[[ServedPool], None],
         clock: Callable[[], int],
     ) -> None:
@@ -172,11 +188,21 @@ class ServedPool:
         self._watch = watch
         self._unwatch = unwatch
         self._tell_closed = tell_closed
+        self._tell = tell
         self._drain = drain
         self._clock = clock
         self._expire_at = 0
         self._sweep_at = 0
+        self._watching = False
+        self._watch_at = 0
+        self._cap_said = -_SAY_EVERY
+        self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
+        self._log = logging.getLogger(f"sharedpool.pool.{name}")
+        self.policies = Policies(
+            self.table, slots=self.slots, close=self._close, doom=self._doom, registered=self._registered,
+            shut=self._shut, abandoned=self._abandoned, reclaims=lambda: self.options.reclaim,
+        )  # fmt: skip
         self.apply(options)
 
     # --- doing one thing ----------------------------------------------------------------------------------------------
@@ -243,11 +269,17 @@ class ServedPool:
         w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
         w[STEAL_AFTER] = 0 if options.steal_after is NOT_GIVEN else nanoseconds(options.steal_after)  # type: ignore[arg-type]
         w[RULES] = (CAN_MOVE if options.move else 0) | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
+        w[MAX_IDLE] = MASK64 if options.max_idle is None else options.max_idle
+        w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
+        w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
         flags = w[GATE] & PAUSED
         self._insist(lambda: self.table.set_limit(options.max_connections, flags))
         self.options = options
         self._expire_at = 0
+        self.policies.changed()
+        self._tell(self, None, Message(Kind.OPTIONS, body={"lease_timeout": options.lease_timeout}))
         self._trim()
+        self.policies.trim(self._clock())
 
     def stop(self) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
@@ -263,6 +295,41 @@ class ServedPool:
             index = self.table.kick_index(cell)
             self.table.marks[index] = self.table.marks[index] + 1 & 0xFFFF_FFFF
             self._wake(cell)
+
+    def pause(self) -> None:
+        """Nobody gets anything any more until `resume`; leases go on, and checkouts wait within their deadlines."""
+        self._insist(lambda: self.table.set_limit(self.words[MAX], self.words[GATE] & STOPPED | PAUSED))
+
+    def resume(self) -> None:
+        """Those who wait are served at once, in their order."""
+        self._insist(lambda: self.table.set_limit(self.words[MAX], self.words[GATE] & STOPPED))
+        self._serve(self._clock())
+
+    def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> Drain:
+        """Close idle connections now and leased ones at their checkin; those of an address, or all.
+
+        Args:
+            address: (transport, host, port) as the driver gives it, or None for all.
+            seconds: How long somebody will wait for the end of them; None: nobody.
+            kill: Shut leased ones down at once. Their leases go on until their users give them back.
+        """
+        self._drain(self)  # a registration may be under way
+        key = 0 if address is None else segments.key_of(self.segment.secret, address)
+        now = self._clock()
+        until = now + nanoseconds(seconds) if seconds else 0
+        drain = self.policies.begin(key, "killed" if kill else "drained", until=until, shut=kill)
+        with contextlib.suppress(Later):  # the rest at the next turn
+            self.policies.turn(now)
+        return drain
+
+    def reset_stats(self) -> None:
+        """Every counter starts from zero again for those who read it; the workers' own rows are theirs to write."""
+        w = self.words
+        row = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS
+        for index, value in enumerate(all_counters(w, self.segment.geometry).values()):
+            w[row + index] = (w[row + index] - value) & MASK64
+        for index in range(len(ARBITER_COUNTERS)):
+            w[self.table.counter(index)] = 0
 
     @property
     def empty(self) -> bool:
@@ -294,6 +361,7 @@ class ServedPool:
             self._tell_closed(self, old.rows - {row}, index, old.generation)
         self.forget(index)
         self.held[index] = Held(generation, sock, {row})
+        self.words[self.table.slot_at(index) + OPENED] = self._clock()  # of this connection, not of its permit
         self._watch(self, index, sock)
 
     def forget(self, index: int, generation: int | None = None) -> None:
@@ -319,19 +387,51 @@ class ServedPool:
         return held.sock
 
     def remote_ended(self, index: int, now: int) -> None:
-        """The remote closed: an idle connection is closed, a leased one marked, so that its checkin closes it."""
+        """The remote closed: an idle connection is closed, a leased one marked, so that its checkin closes it.
+
+        It is told once: what cannot be done now, because the mutex is busy or the slot is changing, is done in a turn.
+        """
         held = self.held.get(index)
-        if held is None:
-            return
+        if held is not None:
+            self._ended[index] = held.generation
+            with contextlib.suppress(Later):
+                self._end(index, now)
+
+    def _end(self, index: int, now: int) -> None:
+        held = self.held.get(index)
         at = self.table.slot_at(index)
         word = self.words[at]
-        if generation_of(word) != held.generation:
-            return
         state = word & STATE
-        if state == IDLE:
-            self._close(at, word, "remote_closed", now)
-        elif state == LEASED or (state == OPENING and _remote_closed(held.sock)):
-            self._doom(at, held.generation)
+        if held is not None and held.generation == self._ended[index] == generation_of(word):
+            if state == IDLE and not self._close(at, word, "remote_closed", now):
+                return
+            if state == LEASED or (state == OPENING and _remote_closed(held.sock)):
+                self._doom(at, held.generation)
+        del self._ended[index]
+
+    def _registered(self, index: int, generation: int) -> bool:
+        held = self.held.get(index)
+        return held is not None and held.generation == generation
+
+    def _shut(self, index: int) -> None:
+        """End a leased connection under its user's hands, in the way in which the remote's end can still be seen."""
+        held = self.held.get(index)
+        if held is not None:
+            with contextlib.suppress(OSError):
+                held.sock.shutdown(goodbye(held.sock))
+
+    def _abandoned(self, index: int, word: int, age: int) -> None:
+        """A lease has lasted longer than lease_timeout: its process is told, and everybody by the log."""
+        self._count("abandoned")
+        row = holder_of(word)
+        body = {"seconds": round(age / 1e9, 3), "serial": word >> SERIAL_SHIFT, "reclaimed": self.options.reclaim}
+        self._tell(self, {row}, Message(Kind.ABANDONED, 0, index, generation_of(word), body))
+        held = self.held.get(index)
+        self._log.warning(
+            "pool %r: abandoned: process %d has held a lease%s for %.1f s (lease_timeout %g)%s", self.name,
+            row_pid(self.words, row), "" if held is None else _leads_to(held.sock), age / 1e9,
+            self.options.lease_timeout or 0, "; it is taken away" if self.options.reclaim else "",
+        )  # fmt: skip
 
     def _doom(self, at: int, generation: int | None = None) -> None:
         """Mark a lease, so that its checkin closes the connection; of this generation only, if one is given."""
@@ -434,10 +534,12 @@ class ServedPool:
         return self.words[HEAD] != 0
 
     def _serve(self, now: int) -> None:
-        """Give the head of the queue what it could have: after a raised limit, a repair, or a release gone astray."""
+        """Give the head of the queue what it could have: after a raised limit, a pause, a repair, a release astray."""
         w = self.words
         while (cell := w[HEAD]) and not (gate := w[GATE]) & (OVER | PAUSED | STOPPED):
             cell_word = w[cell]
+            if self._serve_idle(cell, cell_word, gate, now):
+                continue
             if w[USED] < w[MAX]:
                 at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
                 word = w[at]
@@ -445,11 +547,28 @@ class ServedPool:
                 if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now)):  # noqa: B023
                     self._count("rescued")
                     self._wake(cell)
-            elif not self._serve_idle(cell, cell_word, gate, now):
+            elif not self._make_room(cell, now):
                 return
 
     def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int) -> bool:
-        """Give an idle connection, or its permit, to the head of the queue; False if there is none to give."""
+        """Try to give an idle connection of its key to the head of the queue; False if there is none."""
+        w = self.words
+        key = w[cell + CELL_KEY]
+        start = 0
+        while (index := self.table.find(tag_of(key), start, w[HIGH])) >= 0:
+            start = index + 1
+            at = self.table.slot_at(index)
+            word = w[at]
+            if word & STATE == IDLE and w[at + KEY] == key and not word & STAYS:
+                new = _granted(word, self.table.cell_index(cell))
+                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now)):  # noqa: B023
+                    self._count("rescued")
+                    self._wake(cell)
+                return True
+        return False
+
+    def _make_room(self, cell: int, now: int) -> bool:
+        """Close the idle connection longest unused for the head of the queue; False if there is nothing to do."""
         w = self.words
         patient = not w[RULES] & STRICT and now - w[cell + CELL_SINCE] < steal_after(w)
         closing = 0
@@ -460,30 +579,33 @@ class ServedPool:
                 idle.append((w[at + SINCE], at, word))
         if not idle or closing >= w[WAITING_COUNT]:
             return False
-        for _, at, word in idle:
-            if w[at + KEY] == w[cell + CELL_KEY] and not word & STAYS:
-                new = _granted(word, self.table.cell_index(cell))
-                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now)):  # noqa: B023
-                    self._count("rescued")
-                    self._wake(cell)
-                return True
         _, at, word = min(idle)
         self._close(at, word, "reclaimed", now)
         return True
 
-    def _watch_grants(self, now: int) -> None:
-        """Kick those who do not take their grants; after GRANT_TIMEOUT give them to others who wait."""
+    def look_for_grants(self) -> None:
+        """Somebody queues, and may be given something before the next turn sees the queue."""
+        self._watching = True
+
+    def _watch_grants(self, now: int) -> bool:
+        """Kick those who do not take their grants; after GRANT_TIMEOUT give them to others who wait.
+
+        Gives whether there are grants that may need another kick: whoever gave them may have died before he woke them.
+        """
         w = self.words
+        untaken = False
         for _, at, word in self.slots():
             if word & STATE != GRANTED:
                 continue
             age = now - w[at + SINCE]
             cell = self.table.cell_at(holder_of(word))
+            untaken |= age < _LOOKS_UP
             if age < WATCH_EVERY:
                 continue
             self._wake(cell)
             if age >= GRANT_TIMEOUT and w[HEAD]:
                 self._revoke(at, word, cell, now)
+        return untaken
 
     def _revoke(self, at: int, word: int, cell: int, now: int) -> None:
         w = self.words
@@ -535,7 +657,7 @@ class ServedPool:
                 self._reap_slot(at, slot_word, now)
         for index in range(len(COUNTERS)):
             total = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS + index
-            w[total] = w[total] + w[row_at + ROW_COUNTERS + index]
+            w[total] = w[total] + w[row_at + ROW_COUNTERS + index] & MASK64  # may be below zero, after a reset
             w[row_at + ROW_COUNTERS + index] = 0
         self._insist(lambda: self.table.set_row(row, w[row_at], ROW_FREE, 0, now))
 
@@ -589,22 +711,40 @@ class ServedPool:
             due = min(due, now + 1_000_000 if row in self.reaping else due)
         for index in [index for index, closing in self.closings.items() if closing.look <= now]:
             self._look(index, now)
+        for index in list(self._ended):
+            self._end(index, now)
+        if self._ended:
+            due = min(due, now + 1_000_000)
         if now >= self._expire_at:
             self._expire_at = self._expire(now)
+        due = min(due, self.policies.turn(now))
         if w[HEAD]:
             w[WATCH] = 0
+            self._watching = True
             self._watch_grants(now)
             self._serve(now)
-            due = min(due, now + WATCH_EVERY)
+            self._say_cap_reached(now)
         else:
             w[WATCH] = 1
-            if self._anybody_waits():  # queued between the two, and was told nothing of it
-                due = min(due, now + WATCH_EVERY)
+            if self._watching and now >= self._watch_at:  # the last one has been given something; was he woken?
+                self._watch_at = now + WATCH_EVERY
+                self._watching = self._watch_grants(now)
+        if self._watching or self._anybody_waits():  # or has queued just now, and was told nothing of it
+            due = min(due, now + WATCH_EVERY)
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_EVERY
             self._sweep(now)
         due = min(due, self._expire_at)
         return min([due, *(closing.look for closing in self.closings.values())])
+
+    def _say_cap_reached(self, now: int) -> None:
+        """Once a minute at most, with how many wait."""
+        w = self.words
+        waiting = w[WAITING_COUNT]
+        if waiting and w[USED] >= w[MAX] and not w[GATE] & PAUSED and now >= self._cap_said + _SAY_EVERY:
+            self._cap_said = now
+            numbers = stats(w, self.segment.geometry, self.name).numbers()
+            self._log.warning("pool %r: cap reached: %d in the queue %s", self.name, waiting, numbers)
 
     def _sweep(self, now: int) -> None:
         """Find what nobody told: a worker may die between a commit and its message."""
@@ -641,6 +781,15 @@ def _remote_closed(sock: socket.socket) -> bool:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE_WAIT
     except OSError:
         return False
+
+
+def _leads_to(sock: socket.socket) -> str:
+    """Where a connection leads, for people; empty if the system does not say."""
+    try:
+        peer = sock.getpeername()
+    except OSError:
+        return ""
+    return f" to {peer[0]}:{peer[1]}" if isinstance(peer, tuple) else f" to {peer!s}" if peer else ""
 
 
 def _cut(sock: socket.socket) -> None:

@@ -36,6 +36,12 @@ ARBITER_COUNTERS: tuple[str, ...] = (
     "over_limit",
     "reclaimed",
     "stopped",
+    "abandoned",
+    "reclaimed_leases",
+    "max_lifetime",
+    "drained",
+    "killed",
+    "over_idle",
 )
 
 
@@ -45,7 +51,8 @@ class PoolStats:
 
     States count slots, one per permit: `in_use` (leased), `idle`, `opening`, `granted` (on the way to a waiter) and
     `closing` (until the remote has closed, too). Together they never exceed `max_connections`, except while a lowered
-    limit is being reached. Counters only grow, and survive the death of the worker that counted.
+    limit is being reached. Counters only grow, from zero again after reset_stats(), and survive the death of the worker
+    that counted.
 
     Attributes:
         name: The pool's name.
@@ -82,6 +89,12 @@ class PoolStats:
         over_limit: Idle connections closed because the cap was lowered.
         reclaimed: Idle connections closed by the arbiter for a waiter.
         stopped: Idle connections closed because the pool was stopped.
+        abandoned: Leases that lasted longer than lease_timeout.
+        reclaimed_leases: Abandoned leases whose connection was taken away.
+        max_lifetime: Idle connections closed for their age; leased ones count as discards, at their checkin.
+        drained: Idle connections closed by drain(); leased ones count as discards, at their checkin.
+        killed: The same by kill().
+        over_idle: Idle connections closed because there were more than max_idle.
     """
 
     name: str
@@ -118,6 +131,12 @@ class PoolStats:
     over_limit: int = 0
     reclaimed: int = 0
     stopped: int = 0
+    abandoned: int = 0
+    reclaimed_leases: int = 0
+    max_lifetime: int = 0
+    drained: int = 0
+    killed: int = 0
+    over_idle: int = 0
 
     @property
     def used(self) -> int:

@@ -15,6 +15,7 @@ from .layout import (
     IDLE,
     KEY,
     LEASED,
+    MASK64,
     MAX,
     ROW,
     ROW_COUNTERS,
@@ -62,6 +63,20 @@ def row_counters(w: memoryview[int], row: int, names: tuple[str, ...] = COUNTERS
     return dict(zip(names, w[start : start + len(names)].tolist(), strict=True))
 
 
+def all_counters(w: memoryview[int], geometry: Geometry) -> dict[str, int]:
+    """What all processes have counted, the dead ones too, since the numbers were last reset.
+
+    A reset takes what was counted until then from the row of the dead, which may so be below zero, modulo 2**64.
+    """
+    counters = row_counters(w, TOTALS_ROW)
+    for row in live_rows(w, geometry):
+        for counter, value in row_counters(w, row).items():
+            counters[counter] += value
+    whole = {counter: value & MASK64 for counter, value in counters.items()}
+    # Below zero only when read in the midst of a reset, or of a reaping.
+    return {counter: 0 if value >> 63 else value for counter, value in whole.items()}
+
+
 def stats(w: memoryview[int], geometry: Geometry, name: str) -> PoolStats:
     """The pool's numbers over all processes."""
     states = dict.fromkeys(STATE_NAMES, 0)
@@ -70,12 +85,8 @@ def stats(w: memoryview[int], geometry: Geometry, name: str) -> PoolStats:
             states[STATE_NAMES[word & STATE]] += 1
     del states["free"]
     states["in_use"] = states.pop("leased")
-    counters = row_counters(w, TOTALS_ROW)
-    processes = 0
-    for row in live_rows(w, geometry):
-        processes += 1
-        for counter, value in row_counters(w, row).items():
-            counters[counter] += value
+    counters = all_counters(w, geometry)
+    processes = len(live_rows(w, geometry))
     counters.update(row_counters(w, ARBITER_ROW, ARBITER_COUNTERS))
     return from_counts(name, w[MAX], states, counters, w[WAITING_COUNT], processes)
 

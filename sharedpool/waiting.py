@@ -36,6 +36,7 @@ from .layout import (
     NEXT,
     OPENING,
     OVER,
+    PAUSED,
     SERIAL_ONE,
     STATE,
     STOPPED,
@@ -144,7 +145,7 @@ class WaitingRoom:
         if w[HIGH] != self._looked_at:
             self._look_at(w[HIGH])
         evict = seen = 0
-        if not sticky and -self._any_idle and not gate & OVER:
+        if not sticky and -self._any_idle and not gate & (OVER | PAUSED):
             evict = view.victim(self.words, self.marks, self._segment.geometry, route.key)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
@@ -273,7 +274,7 @@ class WaitingRoom:
         over = w[cell + CELL_SINCE] + view.steal_after(w) - now
         if over > 0:
             return over
-        if w[HEAD] == cell and self.returns is not None:
+        if w[HEAD] == cell and self.returns is not None and not w[GATE] & PAUSED:
             victim = view.victim(w, self.marks, self._segment.geometry, 0)
             if victim:
                 self.returns.evict(victim, self._counters["evictions"])

@@ -46,6 +46,9 @@ class Kind(enum.IntEnum):
     OK = 16  # arbiter
     DECLARE = 17  # worker: options of another handle
     NOTIFY = 18  # arbiter, on the event channel: somebody's message to all who are attached
+    ABANDONED = 20  # arbiter, on the event channel: this lease of yours has lasted longer than lease_timeout
+    LOG = 21  # arbiter, on the event channel: a record for your logging
+    OPTIONS = 22  # arbiter, on the event channel: the pool's options have changed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

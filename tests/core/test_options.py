@@ -21,6 +21,8 @@ from sharedpool.options import (
     check,
     check_app_name,
     check_pool_name,
+    check_seconds,
+    differing,
     given,
     make,
 )
@@ -43,6 +45,13 @@ from sharedpool.options import (
         ("move", False, False),
         ("order", "sticky", "sticky"),
         ("order", "fifo", "fifo"),
+        ("max_idle", 0, 0),
+        ("max_idle", None, None),
+        ("max_lifetime", 3600, 3600.0),
+        ("max_lifetime", None, None),
+        ("lease_timeout", 0.5, 0.5),
+        ("lease_timeout", None, None),
+        ("reclaim", True, True),
     ],
 )
 def test_what_is_allowed_is_stored_durations_as_float(option: str, value: Any, stored: Any) -> None:
@@ -73,6 +82,12 @@ def test_what_is_allowed_is_stored_durations_as_float(option: str, value: Any, s
         ("connect_timeout", 0),
         ("close_timeout", None),
         ("steal_after", None),
+        ("max_idle", -1),
+        ("max_idle", 2.0),
+        ("max_idle", MOST_CONNECTIONS + 1),
+        ("max_lifetime", 0),
+        ("lease_timeout", 0),
+        ("reclaim", 1),
         ("move", 1),
         ("move", "yes"),
         ("order", "lifo"),
@@ -197,3 +212,21 @@ def test_names_of_pools_that_are_refused(name: object) -> None:
 def test_names_of_apps_that_are_refused(name: object) -> None:
     with pytest.raises(OptionError, match="app"):
         check_app_name(name)
+
+
+def test_what_differs_is_what_is_the_pools_and_not_in_force_already() -> None:
+    old = make({"max_connections": 5})
+    values = {"max_connections": 5, "max_idle": None, "idle_timeout": 3.0, "steal_after": 0.1, "connect_timeout": 1.0}
+    assert differing(old, values) == {"idle_timeout": 3.0, "steal_after": 0.1}
+
+
+def test_no_limit_can_be_said_in_the_environment() -> None:
+    environ = {"SHAREDPOOL_API_MAX_IDLE": "none", "SHAREDPOOL_API_MAX_LIFETIME": "60", "SHAREDPOOL_API_RECLAIM": "yes"}
+    assert given("api", {}, environ) == {"max_idle": None, "max_lifetime": 60.0, "reclaim": True}
+
+
+@pytest.mark.parametrize("value", [-1, "1", None, float("nan"), True])
+def test_a_wrong_duration_in_a_call_is_refused_by_its_name(value: Any) -> None:
+    with pytest.raises(OptionError, match="'wait' has the value"):
+        check_seconds("wait", value)
+    assert check_seconds("wait", 0) == 0.0
