@@ -281,6 +281,8 @@ class Arbiter:
             pool.forget(message.slot, message.generation)
         elif kind is Kind.DETACH:
             self._gone(client)
+        elif kind is Kind.KEY_NAME:
+            pool.name_key(message.generation, message.body.get("name"))
         elif kind is not Kind.WATCH:  # which only has to wake the loop
             raise WireError(f"a {kind.name} that does not belong here")
 

@@ -74,7 +74,7 @@ from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import COUNTERS, PoolStats
 from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
-from .wire import Kind, Message
+from .wire import LONGEST_NAME, Kind, Message
 
 _NEVER: Final = 1 << 62
 #: checkout_timeout=0: no waiting in the queue; what needs no waiting is done with the other time-outs.
@@ -162,6 +162,11 @@ class Attachment:
         if self.words[WATCH]:
             self._tell(Kind.WATCH)
 
+    def _tell_name(self, route: Route) -> None:
+        """The table knows keys as numbers only; who looks at the pool from outside wants to read where they lead."""
+        with contextlib.suppress(SharedPoolError):
+            self.channel.tell(Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}))
+
     def route(self, transport: str, host: str, port: int) -> Route:
         """The route for an address; equal addresses give the same one.
 
@@ -180,6 +185,7 @@ class Attachment:
             key = int.from_bytes(digest, "little") or 1
             known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky)
             known = self.routes.setdefault(address, known)
+            self._tell_name(known)
         return known
 
     # --- checkout -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from .errors import SharedPoolError
 
 #: Longest message in bytes.
 LONGEST = 60_000
+#: Longest name of a key in characters: an address, and no more.
+LONGEST_NAME = 300
 
 _HEAD = struct.Struct("<HHIQQ")  # kind, spare, request, slot, generation
 
@@ -45,6 +47,7 @@ class Kind(enum.IntEnum):
     HOLD = 15  # anybody: stay while this channel is open
     OK = 16  # arbiter
     DECLARE = 17  # worker: options of another handle
+    KEY_NAME = 23  # worker: what a key (in the place of the generation) stands for; no reply
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

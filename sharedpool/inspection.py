@@ -1,0 +1,102 @@
+"""Looking at the pools of a scope from outside, without attaching: what the command line, metrics and tests show.
+
+It never starts an arbiter and changes nothing. Facts are plain data, as the registry gives them.
+"""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+from typing import Any, cast
+
+from . import scope
+from .errors import ArbiterLost, NoArbiter
+from .pool import mode
+from .stats import PoolStats
+
+#: An arbiter that has not answered a greeting by then is stopped or stuck, s.
+_GREETING = 5.0
+
+
+def directory(app: str | None = None) -> str:
+    """The scope's runtime directory, whether it is there or not."""
+    return scope.directory_for(os.environ, app, make=False)
+
+
+def pools(app: str | None = None) -> list[PoolStats]:
+    """The numbers of every pool, over all processes; none if no arbiter runs."""
+    try:
+        return [facts["stats"] for facts in overview(app)]
+    except NoArbiter:
+        return []
+
+
+def overview(app: str | None = None) -> list[dict[str, Any]]:
+    """Every pool: "stats" (PoolStats), "options", "paused", "longest_wait" and "longest_lease" in seconds.
+
+    Raises:
+        NoArbiter, ArbiterLost, StartFailed.
+    """
+    if mode() == "local":
+        from . import local
+
+        return [_local_overview(pool) for _, pool in sorted(local.pools().items())]
+    return cast(list[dict[str, Any]], ask("overview", app=app))
+
+
+def _local_overview(pool: Any) -> dict[str, Any]:
+    stats = pool.stats()
+    since = [slot.since for slot in pool.slots if slot.state == "in_use"]
+    return {
+        "stats": stats,
+        "options": pool.options.as_dict(),
+        "paused": getattr(pool, "paused", False),
+        "longest_wait": 0.0,
+        "longest_lease": monotonic() - min(since) if since else 0.0,
+    }
+
+
+def leases(name: str, app: str | None = None) -> list[dict[str, Any]]:
+    """The leases in force in a pool, the longest first: slot, pid, row, age in seconds, key.
+
+    Raises:
+        NoArbiter, PoolNotFound, ArbiterLost, StartFailed.
+    """
+    return cast(list[dict[str, Any]], ask("leases", name, app=app))
+
+
+def ask(method: str, *arguments: Any, app: str | None = None) -> Any:
+    """Call a method of the registry that gives something other than None.
+
+    Raises:
+        NoArbiter: None runs in the scope.
+        ArbiterLost: It is there, and does not answer.
+        PoolNotFound, StartFailed.
+    """
+    where = directory(app)
+    greet(where)
+    from . import manager
+
+    answer = manager.call(where, method, *arguments, start=False)
+    if answer is None:
+        raise NoArbiter(f"the arbiter in {where} has just ended")
+    return answer
+
+
+def greet(where: str) -> None:
+    """See whether an arbiter answers.
+
+    Raises:
+        NoArbiter, ArbiterLost.
+    """
+    from . import launch
+    from .wire import Kind, Message
+
+    channel = launch.connect(where)
+    if channel is None:
+        raise NoArbiter(f"no arbiter runs in {where}")
+    with channel:
+        try:
+            launch.ask(channel, Message(Kind.HOLD), _GREETING)
+        except ArbiterLost as error:
+            raise ArbiterLost(f"the arbiter in {where} does not answer ({error})") from error
