@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, cast
 
 from . import scope
-from .errors import ArbiterLost, NoArbiter
+from .errors import ArbiterLost, NoArbiter, NotSupported
 from .pool import mode
 from .stats import PoolStats
 
@@ -41,7 +41,7 @@ def overview(app: str | None = None) -> list[dict[str, Any]]:
         from . import local
 
         return [_local_overview(pool) for _, pool in sorted(local.pools().items())]
-    return cast(list[dict[str, Any]], ask("overview", app=app))
+    return cast(list[dict[str, Any]], ask(directory(app), "overview"))
 
 
 def _local_overview(pool: Any) -> dict[str, Any]:
@@ -56,28 +56,27 @@ def _local_overview(pool: Any) -> dict[str, Any]:
     }
 
 
-def leases(name: str, app: str | None = None) -> list[dict[str, Any]]:
-    """The leases in force in a pool, the longest first: slot, pid, row, age in seconds, key.
-
-    Raises:
-        NoArbiter, PoolNotFound, ArbiterLost, StartFailed.
-    """
-    return cast(list[dict[str, Any]], ask("leases", name, app=app))
-
-
-def ask(method: str, *arguments: Any, app: str | None = None) -> Any:
+def ask(where: str, method: str, *arguments: Any) -> Any:
     """Call a method of the registry that gives something other than None.
+
+    Args:
+        where: The scope's runtime directory.
+        method: Its name.
+        *arguments: Its arguments.
 
     Raises:
         NoArbiter: None runs in the scope.
         ArbiterLost: It is there, and does not answer.
+        NotSupported: It is of another version and does not know the method.
         PoolNotFound, StartFailed.
     """
-    where = directory(app)
     greet(where)
     from . import manager
 
-    answer = manager.call(where, method, *arguments, start=False)
+    try:
+        answer = manager.call(where, method, *arguments, start=False)
+    except AttributeError as error:
+        raise NotSupported(f"the arbiter in {where} is of another version: it has no {method!r}") from error
     if answer is None:
         raise NoArbiter(f"the arbiter in {where} has just ended")
     return answer
@@ -99,4 +98,4 @@ def greet(where: str) -> None:
         try:
             launch.ask(channel, Message(Kind.HOLD), _GREETING)
         except ArbiterLost as error:
-            raise ArbiterLost(f"the arbiter in {where} does not answer ({error})") from error
+            raise ArbiterLost(f"the arbiter in {where} does not answer: {error}") from error

@@ -129,15 +129,15 @@ class Registry:
 
     def workers(self, name: str) -> list[dict[str, Any]]:
         """The attached processes: pid, row, seconds since it attached, leases, counters."""
-        return self._with(name, lambda pool: _workers(pool))
+        return self._with(name, _workers)
 
     def leases(self, name: str) -> list[dict[str, Any]]:
         """The leases in force, the longest first: slot, pid, row, age in seconds, key."""
-        return self._with(name, lambda pool: _leases(pool))
+        return self._with(name, _leases)
 
     def keys(self, name: str) -> list[dict[str, Any]]:
         """The keys in use: where they lead, slots by state, and how many wait."""
-        return self._with(name, lambda pool: _keys(pool))
+        return self._with(name, _keys)
 
 
 def _about(served: Arbiter) -> dict[str, Any]:

@@ -42,14 +42,14 @@ class Family:
 def families(pools: Iterable[PoolStats]) -> list[Family]:
     """Every metric, with a value for each pool."""
     pools = list(pools)
-    found = [_states(pools)]
-    for name, text in _GAUGES.items():
-        found.append(_family(name, "gauge", text, pools))
-    found.append(_family("checkouts", "counter", "Leases ever given.", pools))
     told = _described()
-    for name in (*COUNTERS, *ARBITER_COUNTERS):
-        found.append(_family(name, "counter", told.get(name, f"{name} of PoolStats."), pools))
-    return found
+    counters = {name: told.get(name, f"{name} of PoolStats.") for name in (*COUNTERS, *ARBITER_COUNTERS)}
+    return [
+        _states(pools),
+        *(_family(name, "gauge", text, pools) for name, text in _GAUGES.items()),
+        _family("checkouts", "counter", "Leases ever given.", pools),
+        *(_family(name, "counter", text, pools) for name, text in counters.items()),
+    ]
 
 
 def up(answers: bool) -> Family:

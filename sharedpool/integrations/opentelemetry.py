@@ -46,7 +46,7 @@ class _Numbers:
             return self._pools
 
     def callback(self, value: _Value) -> Callable[[CallbackOptions], Iterator[Observation]]:
-        def observe(options: CallbackOptions) -> Iterator[Observation]:
+        def observe(_: CallbackOptions) -> Iterator[Observation]:
             for stats in self.pools():
                 yield from value(stats)
 
