@@ -52,10 +52,6 @@ class PoolNotFound(SharedPoolError, LookupError):
     """Nobody declared a pool of that name, and no options were given to declare it with."""
 
 
-class NoArbiter(PoolNotFound):
-    """No arbiter runs in the scope, so there are no pools to look at or to change."""
-
-
 class PoolOptionsDiffer(SharedPoolError):
     """A pool of that name exists with options that cannot be changed to the ones given."""
 

@@ -10,12 +10,16 @@ from time import monotonic
 from typing import Any, cast
 
 from . import scope
-from .errors import ArbiterLost, NoArbiter, NotSupported
+from .errors import ArbiterLost, NotSupported, PoolNotFound
 from .pool import mode
 from .stats import PoolStats
 
 #: An arbiter that has not answered a greeting by then is stopped or stuck, s.
 _GREETING = 5.0
+
+
+class NoArbiter(PoolNotFound):
+    """No arbiter runs in the scope, so there are no pools to look at or to change."""
 
 
 def directory(app: str | None = None) -> str:
@@ -71,11 +75,15 @@ def ask(where: str, method: str, *arguments: Any) -> Any:
         PoolNotFound, StartFailed.
     """
     greet(where)
+    from multiprocess.managers import RemoteError
+
     from . import manager
 
     try:
         answer = manager.call(where, method, *arguments, start=False)
-    except AttributeError as error:
+    except RemoteError as error:
+        if "not in exposed" not in str(error):
+            raise
         raise NotSupported(f"the arbiter in {where} is of another version: it has no {method!r}") from error
     if answer is None:
         raise NoArbiter(f"the arbiter in {where} has just ended")

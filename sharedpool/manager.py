@@ -222,6 +222,13 @@ class RegistryProxy(multiprocess.managers.BaseProxy):  # type: ignore[misc]
     def call(self, method: str, *arguments: Any) -> Any:
         return self._callmethod(method, arguments)
 
+    def close(self) -> None:
+        """Let go of the server's reference and of the connection, which proxies keep per thread and address.
+
+        An error keeps its proxy alive, in a cycle, and the same address may be another arbiter's at the next call.
+        """
+        self._close()
+
 
 class SharedPoolManager(multiprocess.managers.BaseManager):  # type: ignore[misc]
     """The one manager. The arbiter registers its Registry with it; callers connect to it."""
@@ -258,7 +265,11 @@ def _call(directory: str, key: bytes, method: str, *arguments: Any) -> Any:
         manager = SharedPoolManager(scope.inside(fd, scope.REGISTRY_SOCKET), authkey=key)
         with _authkey(key):
             manager.connect()
-            return cast(Any, manager).registry().call(method, *arguments)
+            registry = cast(Any, manager).registry()
+            try:
+                return registry.call(method, *arguments)
+            finally:
+                registry.close()
     finally:
         os.close(fd)
 

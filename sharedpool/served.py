@@ -358,7 +358,7 @@ class ServedPool:
         if len(self.key_names) >= MOST_KEY_NAMES and key not in self.key_names:
             used = view.keys(self.words, self.segment.geometry)
             self.key_names = {key: text for key, text in self.key_names.items() if key in used}
-        if len(self.key_names) < MOST_KEY_NAMES:
+        if key in self.key_names or len(self.key_names) < MOST_KEY_NAMES:
             self.key_names[key] = name
 
     # --- closing ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from typing import Any, Final
 import psutil
 
 from .. import inspection, launch, mutex, options, scope
-from ..errors import NoArbiter, SharedPoolError
+from ..errors import SharedPoolError
+from ..inspection import NoArbiter
 from ..layout import LAYOUT
 from ..pool import mode
 
@@ -77,7 +78,7 @@ class PoolFacts:
     name: str
     maximum: int
     workers: list[dict[str, Any]]
-    asked: float = 0.0
+    asked: float
 
     def attached_at(self, worker: dict[str, Any]) -> float:
         """When it attached, seconds since boot."""
@@ -85,11 +86,12 @@ class PoolFacts:
 
 
 def _pools(where: str) -> list[PoolFacts]:
-    return [
-        PoolFacts(name, facts["stats"].max_connections, inspection.ask(where, "workers", name), time.clock_gettime(time.CLOCK_BOOTTIME))
-        for facts in inspection.ask(where, "overview")
-        for name in [facts["stats"].name]
-    ]
+    found = []
+    for facts in inspection.ask(where, "overview"):
+        stats, asked = facts["stats"], time.clock_gettime(time.CLOCK_BOOTTIME)
+        workers = inspection.ask(where, "workers", stats.name)
+        found.append(PoolFacts(stats.name, stats.max_connections, workers, asked))
+    return found
 
 
 # --- without an arbiter -----------------------------------------------------------------------------------------------

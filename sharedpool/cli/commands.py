@@ -12,7 +12,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .. import control, inspection, metrics, options, pool, scope
-from ..errors import NoArbiter, NotSupported, OptionError, SharedPoolError
+from ..errors import NotSupported, OptionError, SharedPoolError
+from ..inspection import NoArbiter
 from . import show
 from .exits import Exit, exit_for
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 
-from ..errors import ArbiterLost, NoArbiter
+from ..errors import ArbiterLost
+from ..inspection import NoArbiter
 
 
 class Exit(enum.IntEnum):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .. import inspection
-from ..errors import ArbiterLost, NoArbiter, SharedPoolError
+from ..errors import ArbiterLost, SharedPoolError
+from ..inspection import NoArbiter
 
 
 def describe(path: str) -> dict[str, Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from typing import NoReturn
 
 from .. import scope
 
 log = logging.getLogger("sharedpool.arbiter")
 
 
-def serve_here(level: int) -> None:
-    """Serve the environment's scope until a signal ends it.
+def serve_here(level: int) -> NoReturn:
+    """Serve the environment's scope until a signal ends it, and exit.
 
     Raises:
         StartFailed: Another arbiter serves it, or no directory can be used.
@@ -29,6 +30,8 @@ def serve_here(level: int) -> None:
 
     manager.serve(directory, ready)
     log.info("the arbiter of %s ends", directory)
+    logging.shutdown()
+    os._exit(0)  # as every arbiter: finalizers would look for the files that it has just taken away
 
 
 def notify_systemd(text: str) -> None:

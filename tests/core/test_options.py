@@ -21,6 +21,7 @@ from sharedpool.options import (
     check,
     check_app_name,
     check_pool_name,
+    from_text,
     given,
     make,
 )
@@ -197,3 +198,12 @@ def test_names_of_pools_that_are_refused(name: object) -> None:
 def test_names_of_apps_that_are_refused(name: object) -> None:
     with pytest.raises(OptionError, match="app"):
         check_app_name(name)
+
+
+def test_an_option_is_read_from_text_as_from_the_environment() -> None:
+    assert from_text("max_connections", "7", "the command line") == 7
+    assert from_text("timeout", "none", "the command line") is None
+    with pytest.raises(OptionError, match=r"'max_connections' has the value 'many' \(from the command line\)"):
+        from_text("max_connections", "many", "the command line")
+    with pytest.raises(OptionError, match=r"unknown option 'colour'"):
+        from_text("colour", "red", "the command line")
