@@ -8,15 +8,15 @@ import pytest
 
 pytest.importorskip("opentelemetry.sdk", reason="the package opentelemetry-sdk is missing")
 
-from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402 - it cannot be imported where it is missing
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from sharedpool.integrations import opentelemetry  # noqa: E402
-from tests.support.backend import Target  # noqa: E402
-from tests.support.scope import Scope  # noqa: E402
-from tests.support.state import State  # noqa: E402
-from tests.support.workers import Worker  # noqa: E402
-from tests.system.lineup import line_up  # noqa: E402
+from sharedpool.integrations import opentelemetry
+from tests.support.backend import Target
+from tests.support.scope import Scope
+from tests.support.state import State
+from tests.support.workers import Worker
+from tests.system.lineup import line_up
 
 POOL = "db.client.connection.pool.name"
 STATE = "db.client.connection.state"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,12 +33,12 @@ def samples(text: str) -> dict[str, float]:
 
 
 @pytest.fixture
-def busy(two: list[Worker], tcp: Target) -> Iterator[list[Worker]]:
+def busy(two: list[Worker], tcp: Target) -> list[Worker]:
     two[0].attach("api", max_connections=3)
     two[0].checkout(tcp, pool="api")
     for _ in range(2):
         two[1].use(tcp)
-    yield two
+    return two
 
 
 def test_whichever_worker_is_scraped_the_values_are_the_hosts(busy: list[Worker]) -> None:
