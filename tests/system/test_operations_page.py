@@ -104,8 +104,9 @@ def test_a_scope_directory_on_a_small_tmpfs_with_a_read_only_root_is_enough(
     )
     script = (
         f"set -e; mount -t tmpfs -o size=1m,mode=0700 none {small}; mount -t tmpfs -o size=4k none {shared_memory};"
-        " mount -o remount,ro,bind / 2>/dev/null || mount --bind / / && mount -o remount,ro,bind /;"
-        ' ! touch /a-file 2>/dev/null; exec "$@"'
+        " mount --bind / /; mount -o remount,ro,bind /;"
+        f' if mkdir {ROOT}/written 2>/dev/null; then rmdir {ROOT}/written; echo "not read-only" >&2; exit 9; fi;'
+        ' exec "$@"'
     )
     done = subprocess.run(
         [unshare, "--mount", "sh", "-c", script, "sh", command()[0], "-B", "-c", program],
