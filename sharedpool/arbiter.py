@@ -275,14 +275,14 @@ class Arbiter:
             self._fetch(client, pool, message)
         elif kind is Kind.DECLARE:
             self._declare(client, pool, message)
+        elif kind is Kind.KEY_NAME:
+            pool.name_key(message.generation, message.body.get("name"))
         elif kind is Kind.CLOSE:
             pool.begin_closing(message.slot, self._clock())
         elif kind is Kind.FORGET:
             pool.forget(message.slot, message.generation)
         elif kind is Kind.DETACH:
             self._gone(client)
-        elif kind is Kind.KEY_NAME:
-            pool.name_key(message.generation, message.body.get("name"))
         elif kind is not Kind.WATCH:  # which only has to wake the loop
             raise WireError(f"a {kind.name} that does not belong here")
 

@@ -454,16 +454,6 @@ def pools() -> dict[str, LocalPool]:
     return {name: pool for (where, name), pool in list(_pools.items()) if where == scope and not pool.stopped}
 
 
-def forget_all() -> None:
-    """Stop the pools of every scope at once, and know them no more; who uses their names next makes new ones."""
-    with _declaring:
-        known = list(_pools.values())
-        _pools.clear()
-    for pool in known:
-        pool.stop(ended=True)
-        pool.cut_off()
-
-
 def attach(name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True) -> LocalPool:
     """The pool for one more handle, as Attachment is in shared mode."""
     ours = {option: value for option, value in given.items() if option not in options.OF_THE_HANDLE}
@@ -517,3 +507,13 @@ def forked() -> None:
     for pool in list(_pools.values()):
         pool.forked()
     _pools.clear()
+
+
+def forget_all() -> None:
+    """Stop the pools of every scope at once, and know them no more; who uses their names next makes new ones."""
+    with _declaring:
+        known = list(_pools.values())
+        _pools.clear()
+    for pool in known:
+        pool.stop(ended=True)
+        pool.cut_off()

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import fcntl
 import gc
-import math
 import os
 import platform
 import secrets
@@ -103,17 +102,6 @@ class Registry:
         self._arbiter.call(stop)
         self._arbiter.end(at_once=True)
 
-    def _with(self, name: str, use: Callable[[ServedPool], T]) -> T:
-        def run() -> T:
-            pool = self._arbiter.pools.get(name)
-            if pool is None or pool.stopped:
-                raise PoolNotFound(
-                    f"there is no pool {name!r}; pools here: {', '.join(sorted(self._arbiter.names())) or 'none'}"
-                )
-            return use(pool)
-
-        return self._arbiter.call(run)
-
     def about(self) -> dict[str, Any]:
         """The arbiter's process: pid, incarnation, version, layout, Python, limit of open files, age in seconds."""
         return self._arbiter.call(lambda: _about(self._arbiter))
@@ -138,6 +126,21 @@ class Registry:
     def keys(self, name: str) -> list[dict[str, Any]]:
         """The keys in use: where they lead, slots by state, and how many wait."""
         return self._with(name, _keys)
+
+    def _with(self, name: str, use: Callable[[ServedPool], T]) -> T:
+        def run() -> T:
+            pool = self._arbiter.pools.get(name)
+            if pool is None or pool.stopped:
+                raise PoolNotFound(
+                    f"there is no pool {name!r}; pools here: {', '.join(sorted(self._arbiter.names())) or 'none'}"
+                )
+            return use(pool)
+
+        return self._arbiter.call(run)
+
+
+def _facts(pool: ServedPool) -> dict[str, Any]:
+    return {"name": pool.name, "options": pool.options.as_dict(), "arbiter_pid": os.getpid()}
 
 
 def _about(served: Arbiter) -> dict[str, Any]:
@@ -205,10 +208,6 @@ def _keys(pool: ServedPool) -> list[dict[str, Any]]:
 def _key_name(pool: ServedPool, key: int) -> str:
     """Where a key leads, or its number, if nobody who knows has said so."""
     return pool.key_names.get(key, f"#{key:016x}")
-
-
-def _facts(pool: ServedPool) -> dict[str, Any]:
-    return {"name": pool.name, "options": pool.options.as_dict(), "arbiter_pid": os.getpid()}
 
 
 class RegistryProxy(multiprocess.managers.BaseProxy):  # type: ignore[misc]
@@ -316,7 +315,7 @@ def serve(directory: str, ready: Callable[[], None]) -> None:
     Raises:
         StartFailed: Another arbiter serves the scope, or none can; NotSupported: see mutex.prove.
     """
-    if not _serve(directory, ready, math.inf):
+    if not _serve(directory, ready, _FOR_EVER):
         raise StartFailed(f"another arbiter serves {directory} already")
 
 
@@ -333,7 +332,7 @@ def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     key = secrets.token_bytes(32)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _unlink(dirfd, scope.ARBITER_SOCKET, scope.REGISTRY_SOCKET)
-    served = Arbiter(listener, key, min(linger, _FOR_EVER))
+    served = Arbiter(listener, key, linger)
     _serve_registry(served, dirfd, key)
     listener.bind(scope.inside(dirfd, scope.ARBITER_SOCKET))
     listener.listen(512)

@@ -1,4 +1,4 @@
-"""The page on operations says what there is, and the examples beside it are what it says."""
+"""The page on the command line says what there is, and the examples beside it are what it says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.system.cli import command
 
 pytest.importorskip("typer", reason="the command line needs the package typer (extra cli)")
 
-PAGE = (ROOT / "docs" / "operations.md").read_text()
+PAGE = (ROOT / "docs" / "command_line.md").read_text()
 DOCKER = ROOT / "examples" / "docker"
 
 
