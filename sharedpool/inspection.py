@@ -5,9 +5,12 @@ It never starts an arbiter and changes nothing. Facts are plain data, as the reg
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+from collections.abc import Iterator
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
 from . import scope
 from .errors import ArbiterLost, NotSupported, PoolNotFound
@@ -45,7 +48,14 @@ def overview(app: str | None = None) -> list[dict[str, Any]]:
         from . import local
 
         return [_local_overview(pool) for _, pool in sorted(local.pools().items())]
-    return cast(list[dict[str, Any]], ask(directory(app), "overview"))
+    found = ask(directory(app), "overview")
+    return [{**facts, "stats": stats_of(facts["stats"])} for facts in found]
+
+
+def stats_of(numbers: dict[str, Any]) -> PoolStats:
+    """PoolStats of what an arbiter told, which may be of an older or a newer version and know other counters."""
+    known = {field.name for field in dataclasses.fields(PoolStats)}
+    return PoolStats(**{name: value for name, value in numbers.items() if name in known})
 
 
 def _local_overview(pool: Any) -> dict[str, Any]:
@@ -75,19 +85,30 @@ def ask(where: str, method: str, *arguments: Any) -> Any:
         PoolNotFound, StartFailed.
     """
     greet(where)
-    from multiprocess.managers import RemoteError
-
     from . import manager
 
-    try:
+    with of_another_version(where, method):
         answer = manager.call(where, method, *arguments, start=False)
+    if answer is None:
+        raise NoArbiter(f"the arbiter in {where} has just ended")
+    return answer
+
+
+@contextlib.contextmanager
+def of_another_version(where: str, method: str) -> Iterator[None]:
+    """An arbiter that does not know a method says so in a traceback; here it becomes a sentence.
+
+    Raises:
+        NotSupported: It does not know the method.
+    """
+    from multiprocess.managers import RemoteError
+
+    try:
+        yield
     except RemoteError as error:
         if "not in exposed" not in str(error):
             raise
         raise NotSupported(f"the arbiter in {where} is of another version: it has no {method!r}") from error
-    if answer is None:
-        raise NoArbiter(f"the arbiter in {where} has just ended")
-    return answer
 
 
 def greet(where: str) -> None:

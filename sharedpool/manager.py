@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import os
@@ -107,7 +108,7 @@ class Registry:
         return self._arbiter.call(lambda: _about(self._arbiter))
 
     def overview(self) -> list[dict[str, Any]]:
-        """Every pool: its PoolStats under "stats", its options, whether it is paused, the longest wait and lease."""
+        """Every pool: the numbers of PoolStats, its options, whether it is paused, the longest wait and lease."""
 
         def look() -> list[dict[str, Any]]:
             pools = self._arbiter.pools
@@ -162,7 +163,7 @@ def _overview(pool: ServedPool) -> dict[str, Any]:
     now, w, geometry = time.monotonic_ns(), pool.words, pool.segment.geometry
     leases = view.leases(w, geometry)
     return {
-        "stats": view.stats(w, geometry, pool.name),
+        "stats": dataclasses.asdict(view.stats(w, geometry, pool.name)),  # not pickled: versions may differ
         "options": pool.options.as_dict(),
         "paused": bool(w[layout.GATE] & layout.PAUSED),
         "longest_wait": view.longest_wait(w, now) / 1e9,

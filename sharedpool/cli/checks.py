@@ -87,7 +87,7 @@ class PoolFacts:
 
 def _pools(where: str) -> list[PoolFacts]:
     found = []
-    for facts in inspection.ask(where, "overview"):
+    for facts in inspection.overview():
         stats, asked = facts["stats"], time.clock_gettime(time.CLOCK_BOOTTIME)
         workers = inspection.ask(where, "workers", stats.name)
         found.append(PoolFacts(stats.name, stats.max_connections, workers, asked))

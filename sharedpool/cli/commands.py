@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .. import control, inspection, metrics, options, pool, scope
-from ..errors import NotSupported, OptionError, SharedPoolError
+from ..errors import NotSupported, OptionError, PoolNotFound, SharedPoolError
 from ..inspection import NoArbiter
 from . import show
 from .exits import Exit, exit_for
@@ -292,12 +292,15 @@ def _require(name: str) -> None:
     Raises:
         NoArbiter, ArbiterLost, PoolNotFound, OptionError.
     """
-    inspection.ask(inspection.directory(), "stats", options.check_pool_name(name))
+    names = inspection.ask(inspection.directory(), "names")
+    if options.check_pool_name(name) not in names:
+        raise PoolNotFound(f"there is no pool {name!r}; pools here: {', '.join(names) or 'none'}")
 
 
 def _change(function: str, name: str, **given: Any) -> Any:
     _require(name)
-    return getattr(control, function)(name, **given)
+    with inspection.of_another_version(inspection.directory(), function):
+        return getattr(control, function)(name, **given)
 
 
 def parse_key(text: str | None) -> tuple[str, int, str] | None:

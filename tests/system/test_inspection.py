@@ -71,7 +71,7 @@ def test_the_overview_has_the_longest_wait_and_lease(two: list[Worker], scope: S
     two[0].attach(max_connections=1)
     label = two[0].checkout(tcp)
     (facts,) = ask(scope, "overview")
-    assert (facts["stats"].in_use, facts["longest_wait"], facts["paused"]) == (1, 0.0, False)
+    assert (facts["stats"]["in_use"], facts["longest_wait"], facts["paused"]) == (1, 0.0, False)
     (waiting,) = line_up(two[0], [(two[1], tcp)])
     (facts,) = ask(scope, "overview")
     assert 0 < facts["longest_wait"] <= facts["longest_lease"] < 60
@@ -100,6 +100,12 @@ def test_an_arbiter_that_does_not_know_a_method_is_of_another_version(
     worker.use(tcp)
     with pytest.raises(NotSupported, match="another version"):
         ask(scope, "of_the_future")
+
+
+def test_numbers_of_an_arbiter_of_another_version_are_read_as_far_as_they_are_known() -> None:
+    told = {"name": "api", "max_connections": 5, "in_use": 2, "counter_of_the_future": 7}
+    stats = inspection.stats_of(told)
+    assert (stats.name, stats.in_use, stats.opens) == ("api", 2, 0)
 
 
 def test_an_arbiter_that_does_not_answer_is_not_one_that_is_not_there(
