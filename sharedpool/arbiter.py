@@ -312,6 +312,8 @@ class Arbiter:
             self._fetch(client, pool, message)
         elif kind is Kind.DECLARE:
             self._declare(client, pool, message)
+        elif kind is Kind.KEY_NAME:
+            pool.name_key(message.generation, message.body.get("name"))
         elif kind is Kind.CLOSE:
             pool.begin_closing(message.slot, self._clock())
         elif kind is Kind.FORGET:

@@ -79,7 +79,7 @@ from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import COUNTERS, PoolStats
 from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
-from .wire import Kind, Message
+from .wire import LONGEST_NAME, Kind, Message
 
 _NEVER: Final = 0x4000_0000_0000_0000
 #: checkout_timeout=0: no waiting in the queue; what needs no waiting is done with the other time-outs.
@@ -171,6 +171,11 @@ class Attachment:
         if self.words[WATCH]:
             self._tell(Kind.WATCH)
 
+    def _tell_name(self, route: Route) -> None:
+        """The table knows keys as numbers only; who looks at the pool from outside wants to read where they lead."""
+        with contextlib.suppress(SharedPoolError):
+            self.channel.tell(Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}))
+
     def route(self, transport: str, host: str, port: int) -> Route:
         """The route for an address; equal addresses give the same one.
 
@@ -187,6 +192,7 @@ class Attachment:
             key = segment.key_of(self.segment.secret, address)
             known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky)
             known = self.routes.setdefault(address, known)
+            self._tell_name(known)
         return known
 
     # --- checkout -----------------------------------------------------------------------------------------------------
@@ -651,9 +657,10 @@ class Attachment:
     def _note_places(self, wanted: bool) -> None:
         """With a lease_timeout every checkout notes who called it. Without one the method itself is in its place."""
         if wanted:
-            self.__dict__["checkout"] = self._checkout_noting
+            setattr(self, "checkout", self._checkout_noting)  # noqa: B010 - a compiled method is no plain attribute
         else:
-            self.__dict__.pop("checkout", None)
+            with contextlib.suppress(AttributeError):
+                delattr(self, "checkout")
             self.places.clear()
 
     def _checkout_noting(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:

@@ -54,7 +54,7 @@ class PoolServer(ServedPool):
         self.declared = wanted.as_dict()
         self.declared_by = declared_by
         self._alive = True
-        self._log.info("pool %r started by process %d (max %d)", self.name, declared_by, wanted.max_connections)
+        self._log.debug("pool %r started by process %d (max %d)", self.name, declared_by, wanted.max_connections)
 
     def handle_call(self, request: str, *arguments: Any) -> Any:
         """Answer a question: count, info, max_connections, stats, timeout.

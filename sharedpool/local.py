@@ -568,6 +568,13 @@ class LocalPool:
         self.notices.tell(json.loads(text))
         return 1
 
+    def cut_off(self) -> None:
+        """End what is being closed, without waiting for its remote."""
+        with self._lock:
+            for slot in list(self._closing):
+                slot.give_up = 0.0
+                self._look(slot)
+
     def detach(self) -> None:
         """One handle less. With the last one leases end, and idle connections are closed: nobody else can have them."""
         with _declaring:
@@ -668,3 +675,13 @@ def forked() -> None:
     for pool in list(_pools.values()):
         pool.forked()
     _pools.clear()
+
+
+def forget_all() -> None:
+    """Stop the pools of every scope at once, and know them no more; who uses their names next makes new ones."""
+    with _declaring:
+        known = list(_pools.values())
+        _pools.clear()
+    for pool in known:
+        pool.stop(ended=True)
+        pool.cut_off()

@@ -6,11 +6,14 @@ it to declare and inspect pools, never to lease.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import logging
 import os
+import platform
 import secrets
 import signal
 import socket
@@ -23,7 +26,7 @@ from typing import Any, TypeVar, cast
 import multiprocess.managers
 import multiprocess.process
 
-from . import calls, launch, mutex, scope, segment
+from . import calls, launch, layout, mutex, scope, segment, view
 from .arbiter import Arbiter
 from .errors import DrainTimeout, PoolNotFound, RegistryTimeout, SharedPoolError, StartFailed
 from .genserver import PoolServer
@@ -35,11 +38,14 @@ from .stats import PoolStats
 T = TypeVar("T")
 
 _DEFAULT_LINGER = 10.0
+#: Thirty years in seconds, which still fit into nanoseconds of 64 bits.
+_FOR_EVER = 1e9
 #: The loop must not wait 5 ms for a registry thread that pickles.
 _SWITCH_INTERVAL = 0.0005
 #: A call of the registry may take so long, s, and what it asks of a pool whose mutex is busy, too.
 _CALL_SECONDS = 10.0
 _PATIENCE = 2.0
+_STARTED = time.monotonic_ns()
 
 
 class Registry:
@@ -155,6 +161,31 @@ class Registry:
         self._arbiter.call(stop)
         self._arbiter.end(at_once=True)
 
+    def about(self) -> dict[str, Any]:
+        """The arbiter's process: pid, incarnation, version, layout, Python, limit of open files, age in seconds."""
+        return self._arbiter.call(lambda: _about(self._arbiter))
+
+    def overview(self) -> list[dict[str, Any]]:
+        """Every pool: the numbers of PoolStats, its options, whether it is paused, the longest wait and lease."""
+
+        def look() -> list[dict[str, Any]]:
+            pools = self._arbiter.pools
+            return [_overview(pools[name]) for name in sorted(self._arbiter.names())]
+
+        return self._arbiter.call(look)
+
+    def workers(self, name: str) -> list[dict[str, Any]]:
+        """The attached processes: pid, row, seconds since it attached, leases, counters."""
+        return self._with(name, _workers)
+
+    def leases(self, name: str) -> list[dict[str, Any]]:
+        """The leases in force, the longest first: slot, pid, row, age in seconds, key."""
+        return self._with(name, _leases)
+
+    def keys(self, name: str) -> list[dict[str, Any]]:
+        """The keys in use: where they lead, slots by state, and how many wait."""
+        return self._with(name, _keys)
+
     def _with(self, name: str, use: Callable[[PoolServer], T]) -> T:
         def run() -> T:
             pool = self._arbiter.pools.get(name)
@@ -194,16 +225,91 @@ def _check_drained(pool: PoolServer, drain: Drain, seconds: float) -> None:
         )  # fmt: skip
 
 
+def _about(served: Arbiter) -> dict[str, Any]:
+    import resource
+
+    return {
+        "pid": os.getpid(),
+        "incarnation": served.incarnation,
+        "version": getattr(sys.modules[__package__], "__version__", "unknown"),  # not imported: it loads a worker
+        "layout": layout.LAYOUT,
+        "python": platform.python_version(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "age": (time.monotonic_ns() - _STARTED) / 1e9,
+    }
+
+
+def _overview(pool: PoolServer) -> dict[str, Any]:
+    now, w, geometry = time.monotonic_ns(), pool.words, pool.segment.geometry
+    leases = view.leases(w, geometry)
+    return {
+        "stats": dataclasses.asdict(view.stats(w, geometry, pool.name)),  # not pickled: versions may differ
+        "options": pool.options.as_dict(),
+        "paused": bool(w[layout.GATE] & layout.PAUSED),
+        "longest_wait": view.longest_wait(w, now) / 1e9,
+        "longest_lease": (now - leases[0].since) / 1e9 if leases else 0.0,
+    }
+
+
+def _workers(pool: PoolServer) -> list[dict[str, Any]]:
+    now, w, geometry = time.monotonic_ns(), pool.words, pool.segment.geometry
+    leases = collections.Counter(lease.row for lease in view.leases(w, geometry))
+    return [
+        {
+            "pid": view.row_pid(w, row),
+            "row": row,
+            "age": (now - w[layout.HEADER + layout.ROW * row + layout.ROW_SINCE]) / 1e9,
+            "leases": leases[row],
+            "counters": view.row_counters(w, row),
+        }
+        for row in view.live_rows(w, geometry)
+    ]
+
+
+def _leases(pool: PoolServer) -> list[dict[str, Any]]:
+    now, w, geometry = time.monotonic_ns(), pool.words, pool.segment.geometry
+    return [
+        {
+            "slot": lease.index,
+            "pid": lease.pid,
+            "row": lease.row,
+            "age": (now - lease.since) / 1e9,
+            "key": _key_name(pool, w[geometry.slot_base + layout.SLOT * lease.index + layout.KEY]),
+        }
+        for lease in view.leases(w, geometry)
+    ]
+
+
+def _keys(pool: PoolServer) -> list[dict[str, Any]]:
+    found = view.keys(pool.words, pool.segment.geometry)
+    rows = [{"key": _key_name(pool, key), **numbers} for key, numbers in found.items()]
+    return sorted(rows, key=lambda row: str(row["key"]))
+
+
+def _key_name(pool: PoolServer, key: int) -> str:
+    """Where a key leads, or its number, if nobody who knows has said so."""
+    return pool.key_names.get(key, f"#{key:016x}")
+
+
 class RegistryProxy(multiprocess.managers.BaseProxy):  # type: ignore[misc]
     """The registry's methods, as a caller sees them."""
 
     _exposed_ = (
         "start_pool", "stop_pool", "find_pool", "stats", "start_link", "pool_call", "pool_cast", "names", "ping",
         "pause", "resume", "drain", "kill", "reset_stats", "stop",
+        "about", "overview", "workers", "leases", "keys",
     )  # fmt: skip
 
     def call(self, method: str, *arguments: Any) -> Any:
         return self._callmethod(method, arguments)
+
+    def close(self) -> None:
+        """Let go of the server's reference and of the connection, which proxies keep per thread and address.
+
+        An error keeps its proxy alive, in a cycle, and the same address may be another arbiter's at the next call.
+        """
+        self._close()
 
 
 class SharedPoolManager(multiprocess.managers.BaseManager):  # type: ignore[misc]
@@ -245,7 +351,11 @@ def _call(directory: str, key: bytes, method: str, *arguments: Any) -> Any:
         manager = SharedPoolManager(scope.inside(fd, scope.REGISTRY_SOCKET), authkey=key, serializer=calls.SERIALIZER)
         with _authkey(key):
             manager.connect()
-            return cast(Any, manager).registry().call(method, *arguments)
+            registry = cast(Any, manager).registry()
+            try:
+                return registry.call(method, *arguments)
+            finally:
+                registry.close()
     finally:
         os.close(fd)
 
@@ -267,8 +377,10 @@ def _authkey(key: bytes) -> Iterator[None]:
 
 def main(directory: str, ready: int) -> None:
     """Be the arbiter of a scope until nobody needs it. The exit code is never 3 or 4, which gunicorn reads."""
+    code = 0
     try:
-        code = _serve(directory, ready)
+        if not _serve(directory, lambda: _say_ready(ready), _linger()):
+            _say_ready(ready)  # somebody else leads: whoever started us finds that one
     except SharedPoolError as error:
         os.write(2, f"{type(error).__name__}: {error}".encode())
         code = 1
@@ -278,20 +390,36 @@ def main(directory: str, ready: int) -> None:
     os._exit(code)
 
 
-def _serve(directory: str, ready: int) -> int:
+def serve(directory: str, ready: Callable[[], None]) -> None:
+    """Be the arbiter of a scope in the foreground, clients or not, until SIGTERM or SIGINT.
+
+    A signal drains: it goes when its last client has, after 90 s at the latest; a second signal ends it at once.
+
+    Args:
+        directory: The scope's runtime directory.
+        ready: Called once it answers.
+
+    Raises:
+        StartFailed: Another arbiter serves the scope, or none can; NotSupported: see mutex.prove.
+    """
+    if not _serve(directory, ready, _FOR_EVER):
+        raise StartFailed(f"another arbiter serves {directory} already")
+
+
+def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
+    """Be the arbiter until it is time to go; False if somebody else is."""
     _reset_signals()
     mutex.prove()  # before any thread: it forks
     raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     leader = _lead(directory)
     if leader is None:
-        _say_ready(ready)  # somebody else leads: whoever started us finds that one
-        return 0
+        return False
     dirfd = scope.open_directory(directory)
     key = secrets.token_bytes(32)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _unlink(dirfd, scope.ARBITER_SOCKET, scope.REGISTRY_SOCKET)
-    served = Arbiter(listener, key, _linger())
+    served = Arbiter(listener, key, linger)
     _log_to(served)
     _serve_registry(served, dirfd, key)
     listener.bind(scope.inside(dirfd, scope.ARBITER_SOCKET))
@@ -300,13 +428,13 @@ def _serve(directory: str, ready: int) -> int:
         signal.signal(number, lambda *_: served.end())
     signal.set_wakeup_fd(-1)
     gc.freeze()
-    _say_ready(ready)
+    ready()
     try:
         while True:
             served.run()
             if _leave(directory, dirfd, listener):
                 os.close(leader)
-                return 0
+                return True
             served.stay()
     finally:
         served.terminate("the arbiter ends")
@@ -315,7 +443,8 @@ def _serve(directory: str, ready: int) -> int:
 def _log_to(served: Arbiter) -> None:
     """What the arbiter logs goes to the workers' logging; its own process has no place for it."""
     logger = logging.getLogger("sharedpool")
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     logger.addHandler(served.records)
 
 

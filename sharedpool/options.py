@@ -287,8 +287,18 @@ def _once(found: dict[str, Any], option: str, value: Any, source: str) -> None:
 
 
 def _from_text(option: str, text: str, variable: str) -> Any:
-    rule = RULES[ALIASES.get(option, option)]
-    source = f"the environment's {variable}"
+    return from_text(option, text, f"the environment's {variable}")
+
+
+def from_text(option: str, text: str, source: str) -> Any:
+    """The value of an option that was written as text, in the environment or on a command line.
+
+    Raises:
+        OptionError: As check.
+    """
+    rule = RULES.get(ALIASES.get(option, option))
+    if rule is None:
+        return check(option, text, source)  # which raises
     try:
         value = rule.read(text)
     except (ValueError, TypeError):

@@ -212,6 +212,16 @@ class Pool(Generic[T]):
         if _last_handle(self, attached):
             attached.detach()
 
+    @property
+    def attached(self) -> Attached | None:
+        """This process's side of the pool, or None before the first use; for tests and tools, not for users."""
+        return self._attached
+
+    @property
+    def app(self) -> str | None:
+        """The scope's name, if the handle was made with one."""
+        return self._app
+
     def __enter__(self) -> Self:
         return self
 
@@ -436,6 +446,12 @@ def _bad_url(url: str, why: str) -> OptionError:
 
 
 _pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Detach every handle of this process, in whatever scope; each attaches anew at its next use."""
+    for pool in list(_pools):
+        pool.close()
 
 
 def _after_fork_in_child() -> None:

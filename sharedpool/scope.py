@@ -66,6 +66,27 @@ def is_private(directory: str) -> bool:
     return os.path.basename(os.path.dirname(directory)).startswith(_PRIVATE)
 
 
+def known(environ: Mapping[str, str]) -> list[str]:
+    """The runtime directories of this user that are there now, wherever scopes are made by default, and the given one.
+
+    A scope whose SHAREDPOOL_DIR is not in this environment cannot be found.
+    """
+    runtime = f"/run/user/{os.geteuid()}"  # also where XDG_RUNTIME_DIR is not set: sudo, cron, su
+    roots = [*_roots(environ), *_roots({"XDG_RUNTIME_DIR": runtime})]
+    found = [path for root in dict.fromkeys(roots) for path in _scopes_below(root)]
+    if environ.get("SHAREDPOOL_DIR"):
+        found.append(directory_for(environ, make=False))
+    return [path for path in dict.fromkeys(found) if os.path.isdir(path)]
+
+
+def _scopes_below(root: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return []
+    return [os.path.join(root, name, *([_SUBDIRECTORY] * name.startswith(_PRIVATE))) for name in names]
+
+
 def _for_app(environ: Mapping[str, str], app: str, *, make: bool) -> str:
     if make:
         return _first_usable(environ, lambda root: prepare(os.path.join(prepare(root), app)))

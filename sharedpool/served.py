@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from . import segment as segments
+from . import view
 from .drivers.sockets import Ending, goodbye
 from .errors import OptionError
 from .layout import (
@@ -89,7 +90,7 @@ from .policies import Drain, Policies
 from .stats import ARBITER_COUNTERS, COUNTERS
 from .table import DONE, STALE, NoLease
 from .view import all_counters, row_pid, stats, steal_after
-from .wire import Kind, Message
+from .wire import LONGEST_NAME, Kind, Message, WireError
 
 ROWS: Final = 1024
 CELLS: Final = 16_384
@@ -105,6 +106,9 @@ SWEEP_EVERY: Final = 1_000_000_000
 _LOOKS_UP: Final = 1_000_000_000
 #: That the cap is reached is said so often, ns.
 _SAY_EVERY: Final = 60_000_000_000
+
+#: So many names of keys are kept: 32,768 connections can lead to as many addresses, a little text each.
+MOST_KEY_NAMES: Final = 40_000
 
 _TRIES: Final = 40
 _CLOSE_WAIT: Final = 8
@@ -184,6 +188,7 @@ class ServedPool:
         self.words = self.table.words
         self.held: dict[int, Held] = {}
         self.closings: dict[int, Closing] = {}
+        self.key_names: dict[int, str] = {}
         self.reaping: set[int] = set()
         self._watch = watch
         self._unwatch = unwatch
@@ -446,6 +451,16 @@ class ServedPool:
             return self.table.swap(at, word, word | DOOMED, _NOBODY, 0, 0, since)
 
         self._insist(attempt)
+
+    def name_key(self, key: int, name: object) -> None:
+        """What a key stands for, for those who look at the pool; when too many are known, only those in the table."""
+        if not isinstance(name, str) or len(name) > LONGEST_NAME:
+            raise WireError(f"a key's name of {len(str(name))} characters; a string of up to {LONGEST_NAME} is allowed")
+        if len(self.key_names) >= MOST_KEY_NAMES and key not in self.key_names:
+            used = view.keys(self.words, self.segment.geometry)
+            self.key_names = {key: text for key, text in self.key_names.items() if key in used}
+        if key in self.key_names or len(self.key_names) < MOST_KEY_NAMES:
+            self.key_names[key] = name
 
     # --- closing ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""For tests: a scope of their own, an arbiter that is driven step by step, a clock that only moves when told to.
+"""For tests: local mode, no lease left, no permit left; a scope of their own, an arbiter driven step by step, a clock
+that only moves when told to.
 
 Shipped, so that drivers and integrations outside this package can be tested the same way. Nothing in the library
 imports this module.
@@ -7,20 +8,38 @@ imports this module.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from . import control, options
+from . import control, inspection, local, options, view
 from .arbiter import Arbiter
+from .attachment import Attachment
+from .errors import PoolNotFound, PoolTimeout
 from .invariants import check, violations
-from .layout import FREE_SLOT, GATE, HIGH, IDLE, LEASED, OPENING, opening_word, tag_of, with_state
+from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, OPENING, opening_word, tag_of, with_state
+from .lease import Lease
+from .local import LocalPool
+from .pool import Permit, Pool, close_all, mode
 from .served import ServedPool
 from .table import DONE, NoLease, Table
 
-__all__ = ["FakeClock", "SteppedArbiter", "SteppedWorker", "check", "scope", "violations"]
+__all__ = [
+    "FakeClock",
+    "SteppedArbiter",
+    "SteppedWorker",
+    "assert_no_leases",
+    "check",
+    "exhausted",
+    "local_mode",
+    "scope",
+    "violations",
+]
 
 _VARIABLES: Final = ("SHAREDPOOL_DIR", "SHAREDPOOL_APP", "SHAREDPOOL_MODE")
 
@@ -47,6 +66,133 @@ def scope(mode: str = "shared") -> Iterator[str]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+@contextlib.contextmanager
+def local_mode() -> Iterator[None]:
+    """Local mode for the block: pools of this process only, new in it and gone after it, whatever it leaves behind.
+
+    Handles that this process has attached are detached before and after it, those made at import, too; each attaches
+    anew at its next use. Leases that are left in the block end with it: their connections are closed.
+    """
+    _start_anew()
+    with scope("local"):
+        try:
+            yield
+        finally:
+            _start_anew()
+
+
+def _start_anew() -> None:
+    close_all()
+    local.forget_all()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Lease:
+    """A lease in force, for a message: where it leads, for how many seconds, and who has it."""
+
+    where: str
+    age: float
+    pid: int
+    thread: int
+
+    def __str__(self) -> str:
+        who = f"process {self.pid}"
+        if self.pid == os.getpid():
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            who += f" (this one), thread {names.get(self.thread, 'that has ended')!r}"
+        return f"{self.where} for {self.age:.2f} s by {who}"
+
+
+def assert_no_leases(pool: Pool[Any] | Permit, wait: float = 0.0) -> None:
+    """Every lease of the pool has been given back, by this process and by all others of its scope.
+
+    Args:
+        pool: The handle of a pool, or a permit.
+        wait: So many seconds the leases have for coming back.
+
+    Raises:
+        AssertionError: Some are in force; it names where each leads, its age, and its process and thread.
+    """
+    handle = pool.pool if isinstance(pool, Permit) else pool
+    limit = time.monotonic() + wait
+    while found := _leases_of(handle):
+        if time.monotonic() >= limit:
+            listed = "".join(f"\n  {lease}" for lease in found)
+            raise AssertionError(f"pool {handle.name!r} has {len(found)} leases in force:{listed}")
+        time.sleep(0.005)
+
+
+def _leases_of(pool: Pool[Any]) -> list[_Lease]:
+    attached = pool.attached
+    if isinstance(attached, LocalPool):
+        return _local_leases(attached)
+    if isinstance(attached, Attachment):
+        return _shared_leases(attached)
+    if mode() == "local":  # nobody else could have any
+        return []
+    try:
+        found = inspection.ask(inspection.directory(pool.app), "leases", pool.name)
+    except PoolNotFound:
+        return []
+    return [_Lease(lease["key"], lease["age"], lease["pid"], 0) for lease in found]
+
+
+def _local_leases(pool: LocalPool) -> list[_Lease]:
+    pool.stats()  # which looks after forgotten leases
+    now, leased = time.monotonic(), [slot for slot in list(pool.slots) if slot.state == "in_use"]
+    return [_Lease(slot.route.where, now - slot.since, os.getpid(), slot.thread) for slot in leased]
+
+
+def _shared_leases(attached: Attachment) -> list[_Lease]:
+    attached.tidy()  # ends what was forgotten
+    w, now = attached.words, time.monotonic_ns()
+    names = {route.key: route.where for route in list(attached.routes.values())}
+    found = []
+    for lease in view.leases(w, attached.segment.geometry):
+        at = attached.table.slot_at(lease.index)
+        entry = attached.entries.get(at)
+        thread = attached.permits.get(at, 0) if entry is None else entry.thread
+        key = w[at + KEY]
+        found.append(_Lease(names.get(key, f"#{key:016x}"), (now - lease.since) / 1e9, lease.pid, thread))
+    return found
+
+
+@contextlib.contextmanager
+def exhausted(pool: Pool[Any] | Permit, wait: float = 5.0) -> Iterator[None]:
+    """All of the pool's cap is taken for the block, so that a checkout in it has to wait: PoolTimeout, TooManyWaiting.
+
+    Takes permits, and opens no connection. Idle connections are closed for it, as for every waiter.
+
+    Args:
+        pool: The handle of a pool, or a permit.
+        wait: So many seconds taking the whole cap may last.
+
+    Raises:
+        AssertionError: It could not be taken in this time.
+    """
+    handle = pool.pool if isinstance(pool, Permit) else pool
+    limit = time.monotonic() + wait
+    taken: list[Lease[Any]] = []
+    try:
+        while not _all_leased(handle):
+            left = limit - time.monotonic()
+            if left <= 0:
+                raise AssertionError(f"pool {handle.name!r} could not be exhausted in {wait} s: {handle.stats()}")
+            with contextlib.suppress(PoolTimeout):  # somebody's lease came in between: look again
+                name = f"exhausted-{len(taken)}"  # keys of their own: a limit per key does not stop it
+                taken.append(handle.checkout(name, 0, "permit", checkout_timeout=min(left, 0.1)))
+        yield
+    finally:
+        for lease in taken:
+            if lease.in_force:
+                lease.checkin()
+
+
+def _all_leased(pool: Pool[Any]) -> bool:
+    stats = pool.stats()
+    return stats.in_use >= stats.max_connections
 
 
 class FakeClock:

@@ -7,9 +7,17 @@ from typing import Final
 
 from .layout import (
     ARBITER_ROW,
+    CELL,
+    CELL_HIGH,
+    CELL_KEY,
+    CELL_SINCE,
+    CELL_WAITING,
     CONNECT_TIME,
     FIRST_ROW,
+    FREE,
+    GRANTED,
     HAND,
+    HEAD,
     HEADER,
     HIGH,
     IDLE,
@@ -116,6 +124,37 @@ def leases(w: memoryview[int], geometry: Geometry) -> list[LeaseView]:
             since = w[geometry.slot_base + SLOT * index + SINCE]
             found.append(LeaseView(index, row, row_pid(w, row), since))
     return sorted(found, key=lambda lease: lease.since)
+
+
+def longest_wait(w: memoryview[int], now: int) -> int:
+    """How long the head of the queue has waited, ns; 0 if nobody waits."""
+    head = w[HEAD]
+    return max(0, now - w[head + CELL_SINCE]) if head else 0
+
+
+def keys(w: memoryview[int], geometry: Geometry) -> dict[int, dict[str, int]]:
+    """How many slots of each key are in which state (named as in PoolStats), and how many wait for it."""
+    found: dict[int, dict[str, int]] = {}
+    cells = geometry.cell_base
+    for index, word in enumerate(slot_words(w, geometry)):
+        state = word & STATE
+        if state == FREE or state >= len(STATE_NAMES):
+            continue
+        if state == GRANTED:  # a bare grant is for what its waiter wants, whatever lay in the slot before
+            key = w[cells + CELL * holder_of(word) + CELL_KEY]
+        else:
+            key = w[geometry.slot_base + SLOT * index + KEY]
+        _tally(found, key, "in_use" if state == LEASED else STATE_NAMES[state])
+    for cell, word in enumerate(w[cells : cells + CELL * w[CELL_HIGH] : CELL].tolist()):
+        if word & STATE == CELL_WAITING:
+            _tally(found, w[cells + CELL * cell + CELL_KEY], "waiting")
+    return found
+
+
+def _tally(found: dict[int, dict[str, int]], key: int, state: str) -> None:
+    if key not in found:
+        found[key] = dict.fromkeys(("in_use", "idle", "opening", "granted", "closing", "waiting"), 0)
+    found[key][state] += 1
 
 
 def count_idle(w: memoryview[int], geometry: Geometry, key: int) -> int:

@@ -17,6 +17,8 @@ from .errors import SharedPoolError
 
 #: Longest message in bytes.
 LONGEST = 60_000
+#: Longest name of a key in characters: an address, and no more.
+LONGEST_NAME = 300
 
 _HEAD = struct.Struct("<HHIQQ")  # kind, spare, request, slot, generation
 
@@ -49,6 +51,7 @@ class Kind(enum.IntEnum):
     ABANDONED = 20  # arbiter, on the event channel: this lease of yours has lasted longer than lease_timeout
     LOG = 21  # arbiter, on the event channel: a record for your logging
     OPTIONS = 22  # arbiter, on the event channel: the pool's options have changed
+    KEY_NAME = 23  # worker: what a key (in the place of the generation) stands for; no reply
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from sharedpool.options import (
     check_pool_name,
     check_seconds,
     differing,
+    from_text,
     given,
     make,
 )
@@ -214,8 +215,8 @@ def test_names_of_apps_that_are_refused(name: object) -> None:
         check_app_name(name)
 
 
-def test_what_differs_is_what_is_the_pools_and_not_in_force_already() -> None:
-    old = make({"max_connections": 5})
+def test_what_differs_is_what_is_the_pools_and_not_known_already() -> None:
+    old = make({"max_connections": 5}).as_dict()
     values = {"max_connections": 5, "max_idle": None, "idle_timeout": 3.0, "steal_after": 0.1, "connect_timeout": 1.0}
     assert differing(old, values) == {"idle_timeout": 3.0, "steal_after": 0.1}
 
@@ -230,3 +231,12 @@ def test_a_wrong_duration_in_a_call_is_refused_by_its_name(value: Any) -> None:
     with pytest.raises(OptionError, match="'wait' has the value"):
         check_seconds("wait", value)
     assert check_seconds("wait", 0) == 0.0
+
+
+def test_an_option_is_read_from_text_as_from_the_environment() -> None:
+    assert from_text("max_connections", "7", "the command line") == 7
+    assert from_text("timeout", "none", "the command line") is None
+    with pytest.raises(OptionError, match=r"'max_connections' has the value 'many' \(from the command line\)"):
+        from_text("max_connections", "many", "the command line")
+    with pytest.raises(OptionError, match=r"unknown option 'colour'"):
+        from_text("colour", "red", "the command line")

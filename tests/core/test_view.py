@@ -7,6 +7,8 @@ import pytest
 from sharedpool import view
 from sharedpool.layout import (
     ARBITER_ROW,
+    CELL_KEY,
+    CELL_SINCE,
     CONNECT_TIME,
     HAND,
     HEADER,
@@ -120,3 +122,40 @@ def test_the_longest_wait_before_a_connection_is_stolen(given: int, measured: in
     world = World()
     world.words[STEAL_AFTER], world.words[CONNECT_TIME] = given, measured
     assert view.steal_after(world.words) == expected
+
+
+def test_keys_count_slots_by_state_and_who_waits() -> None:
+    world = World(maximum=6, slots=8)
+    world.leased(ONE)
+    world.idle(TWO, B)
+    world.opening(THREE)
+    closing = world.leased(TWO)
+    world.close(closing)
+    world.waiting(ONE)
+    found = view.keys(world.words, world.geometry)
+    assert {state: number for state, number in found[A].items() if number} == {
+        "in_use": 1, "opening": 1, "closing": 1, "waiting": 1,
+    }  # fmt: skip
+    assert {state: number for state, number in found[B].items() if number} == {"idle": 1}
+    assert set(found) == {A, B}
+
+
+def test_a_grant_counts_for_the_key_that_its_waiter_wants() -> None:
+    world = World(maximum=2, slots=2)
+    at = world.leased(ONE)
+    cell = world.waiting(TWO)
+    world.grant(at, cell)
+    wanted = world.words[cell + CELL_KEY]
+    world.words[at + KEY] = C  # what a bare permit's slot was used for before says nothing
+    assert view.keys(world.words, world.geometry)[wanted]["granted"] == 1
+    assert C not in view.keys(world.words, world.geometry)
+
+
+def test_the_longest_wait_is_that_of_the_head_of_the_queue() -> None:
+    world = World(maximum=1, slots=1)
+    world.leased(ONE)
+    assert view.longest_wait(world.words, 10**12) == 0
+    cell = world.waiting(TWO)
+    world.waiting(THREE)
+    since = world.words[cell + CELL_SINCE]
+    assert view.longest_wait(world.words, since + 5) == 5
