@@ -22,12 +22,12 @@ from typing import Any, Final, TypeVar
 
 import psutil
 
-from . import fdpass, options, segment, wire
+from . import fdpass, options, segment, succession, view, wire
 from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, StartFailed
 from .genserver import PoolServer
-from .layout import INCARNATION
+from .layout import HEADER, INCARNATION, ROW, ROW_NONCE
 from .records import Records
-from .served import Later
+from .served import Later, options_in
 from .wire import Kind, Message, WireError
 
 T = TypeVar("T")
@@ -68,6 +68,7 @@ class Client:
     born: float = 0.0
     orphaned: int = 0
     attached: int = 0
+    expected: bool = False
 
 
 class Arbiter:
@@ -78,6 +79,7 @@ class Arbiter:
         authkey: What the registry's callers are told.
         linger: Seconds without any client after which it wants to end.
         clock: Gives the time in monotonic ns.
+        scope: What tells this scope's segments from those of others.
     """
 
     def __init__(
@@ -86,12 +88,15 @@ class Arbiter:
         authkey: bytes,
         linger: float,
         clock: Callable[[], int] = time.monotonic_ns,
+        scope: str = "",
     ) -> None:
         self.listener = listener
         self._clock = clock
         self.pools: dict[str, PoolServer] = {}
         self.incarnation = 1
         self._authkey = authkey
+        self._scope = scope
+        self._unanswered: list[tuple[Client, Message]] = []
         self._linger = linger
         self._epoll = select.epoll()
         self._clients: set[Client] = set()
@@ -134,6 +139,12 @@ class Arbiter:
         for pool in list(self.pools.values()):
             due = min(due, self._turn_of(pool, now))
         due = min(due, self._look_after_processes(now))
+        if self._unanswered:
+            unanswered, self._unanswered = self._unanswered, []
+            for client, message in unanswered:
+                if client.pool is not None:
+                    self._fetch(client, client.pool, message)
+            due = min(due, now + 2_000_000)
         if self._accept_at:
             due = min(due, self._accept_again(now))
         self._ship_records()
@@ -293,6 +304,8 @@ class Arbiter:
             self._hello(client, message, sock)
         elif sock is not None and kind is Kind.REGISTER and client.pool is not None:
             client.pool.register(client.row, message.slot, message.generation, sock)
+        elif sock is not None and kind is Kind.HOLDS and client.pool is not None:
+            client.pool.holds(client.row, message.slot, message.generation, sock)
         elif sock is not None:
             sock.close()
             raise WireError(f"a descriptor with a {kind.name}")
@@ -322,6 +335,8 @@ class Arbiter:
             self._gone(client)
         elif kind is Kind.WATCH:
             pool.look_for_grants()
+        elif kind is Kind.REGISTERED:
+            pool.registered(client.row, self._clock())
         else:
             raise WireError(f"a {kind.name} that does not belong here")
 
@@ -336,6 +351,9 @@ class Arbiter:
 
     def _fetch(self, client: Client, pool: PoolServer, message: Message) -> None:
         found = pool.fetch(client.row, message.slot, message.generation)
+        if found is None and pool.expected:  # whoever holds it has not said so yet
+            self._unanswered.append((client, message))
+            return
         kind = Kind.GONE if found is None else Kind.CONNECTION
         answer = Message(kind, message.request, message.slot, message.generation)
         self._reply(client, answer, None if found is None else found.fileno())
@@ -413,7 +431,10 @@ class Arbiter:
             self._by_fd[client.pidfd] = lambda events: self._died(client)
         self._clients.discard(other)
         assert client.pool is not None
-        return {"row": client.row, "nonce": client.nonce, "arbiter_pid": os.getpid(), "options": {}, "warnings": []}
+        return {
+            "row": client.row, "nonce": client.nonce, "arbiter_pid": os.getpid(), "options": {}, "warnings": [],
+            "register": client.row in client.pool.expected,
+        }  # fmt: skip
 
     def declare(
         self, name: str, given: dict[str, Any], pid: int, *,
@@ -454,13 +475,34 @@ class Arbiter:
             raise PoolOptionsDiffer(
                 f"pool {name!r} was stopped and still has connections; 'move' and 'order' stay until then"
             )
-        pool = PoolServer(
+        pool = self._serve(name, wanted, pid)
+        pool.words[INCARNATION] = self.incarnation
+        return pool
+
+    def _serve(self, name: str, wanted: options.PoolOptions, pid: int, **more: Any) -> PoolServer:
+        pool = self.pools[name] = PoolServer(
             name, wanted, pid, publish=self._publish, watch=self._watch_remote, unwatch=self._unwatch_remote,
             tell_closed=self._tell_closed, tell=self._tell, drain=self._drain_pool, clock=self._clock,
+            scope=self._scope, **more,
         )  # fmt: skip
-        pool.words[INCARNATION] = self.incarnation
-        self.pools[name] = pool
         return pool
+
+    def inherit(self, name: str, inherited: segment.Segment) -> None:
+        """Go on with the pool of an arbiter that was killed: its limits, counters and queue are in its table.
+
+        Its workers come back by themselves, and tell what they hold.
+        """
+        w, geometry = inherited.words, inherited.geometry
+        pool = self._serve(name, options_in(w), 0, inherited=inherited)
+        self.incarnation = max(self.incarnation, w[INCARNATION] + 1)
+        w[INCARNATION] = self.incarnation
+        for row in view.live_rows(w, geometry):
+            nonce = w[HEADER + ROW * row + ROW_NONCE]
+            client = Client(None, view.row_pid(w, row), pool=pool, row=row, nonce=nonce, expected=True)
+            pool.expected.add(row)
+            self._clients.add(client)
+            self._watch_process(client)
+        pool.registered(0, self._clock())
 
     def _change(self, pool: PoolServer, values: dict[str, Any], pid: int, update: bool, attaching: bool) -> list[str]:
         """Apply options that differ; gives a warning for each."""
@@ -567,7 +609,10 @@ class Arbiter:
     def _look_after_processes(self, now: int) -> int:
         due = now + _BEAT_EVERY
         for client in list(self._clients):
-            if client.orphaned:
+            if client.expected:
+                if client.pool is not None and not succession.has(client.pid, self._scope, client.pool.name):
+                    self._guarded(functools.partial(self._ended, client), 0)  # exec'd, or a stranger with its pid
+            elif client.orphaned:
                 if now - client.orphaned >= _RETURN_TIME:
                     self._guarded(functools.partial(self._ended, client), 0)
                 due = min(due, client.orphaned + _RETURN_TIME)

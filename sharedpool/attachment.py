@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import socket
 import threading
+import time
 import types
 import weakref
 from collections import deque
+from collections.abc import Callable, Iterator
 from sys import _getframe
 from threading import get_ident
 from time import monotonic_ns
 from typing import Any, Final
 
-from . import drivers, events, fdpass, segment, view, wire
+from . import drivers, events, fdpass, launch, segment, view, wire
 from .channel import Channel
 from .drivers.sockets import end
 from .errors import (
@@ -36,6 +39,7 @@ from .errors import (
 from .events import OURS
 from .held import Entry, Patience, Route
 from .layout import (
+    BEAT,
     CAN_MOVE,
     CELL_SINCE,
     CLOSE_TIMEOUT,
@@ -66,6 +70,7 @@ from .layout import (
     USED,
     VER,
     VERSION,
+    WAITING_COUNT,
     WATCH,
     generation_of,
     holder_of,
@@ -81,11 +86,19 @@ from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
 from .wire import LONGEST_NAME, Kind, Message
 
+log = logging.getLogger("sharedpool")
+
 _NEVER: Final = 0x4000_0000_0000_0000
 #: checkout_timeout=0: no waiting in the queue; what needs no waiting is done with the other time-outs.
 _AT_ONCE: Final = 0
 #: A fetch from the arbiter takes 50 us; it gets so long even at the end of a deadline, ns.
 _FETCH: Final = 100_000_000
+#: Registering a connection waits so long for a successor, even at the end of a deadline, ns.
+_REGISTER: Final = 100_000_000
+#: An arbiter beats once a second; this is long, ns.
+_HUNG: Final = 2_000_000_000
+#: Seconds between two attempts to find or start an arbiter.
+_AGAIN: Final = 0.2
 #: From an idle slot's word to its lease by the same process: the next state, the next serial.
 _TO_LEASED: Final = 1 + SERIAL_ONE
 #: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
@@ -111,7 +124,11 @@ class Attachment:
         self.inert = False
         self.lost = False
         self.notices = Notices(name)
-        self.channel = Channel(directory, name, given, declares=declares, update=update)
+        self.channel = Channel(
+            directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self)
+        )
+        self.opening: dict[int, tuple[int, socket.socket]] = {}
+        self._beat = 0
         self.welcome, descriptor = self.channel.attach(seconds)
         self.segment = segment.attach(descriptor)
         self.row: int = self.welcome["row"]
@@ -391,7 +408,9 @@ class Attachment:
         def register(sock: socket.socket) -> None:
             nonlocal registered
             registered = True
-            self.channel.tell(Message(Kind.REGISTER, 0, index, generation), sock.fileno())
+            self.opening[index] = (generation, sock)
+            until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
+            self.channel.deliver(Message(Kind.REGISTER, 0, index, generation), sock.fileno(), until)
 
         began = monotonic_ns()
         try:
@@ -407,6 +426,8 @@ class Attachment:
             self.count("open_failures")
             self._give_up(lease, refused=isinstance(error, ConnectFailed), registered=registered)
             raise
+        finally:
+            self.opening.pop(index, None)
         self._smooth(monotonic_ns() - began)
         self.count("opens")
         lease._entry = entry
@@ -675,13 +696,27 @@ class Attachment:
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
+        if self.words[GATE] & STOPPED or launch.exiting():  # no successor is needed
+            self.lost = True
+            return None
         try:
             return self.channel.come_back(events)
         except AttachRefused:
             self.cut_off()
-        except (SharedPoolError, OSError):
-            self.lost = True
-        return None
+            return None
+        except (SharedPoolError, OSError) as error:
+            log.warning("pool %r: no arbiter answers, trying again: %s", self.name, error)
+            return events
+
+    def look_after_arbiter(self) -> None:
+        """One that is needed and has not stirred for 2 s, twice in a row as seen from here, is killed and succeeded."""
+        w = self.words
+        beat = w[BEAT]
+        needed = w[WAITING_COUNT] or self.channel.busy
+        if needed and beat == self._beat and monotonic_ns() - beat > _HUNG:
+            log.warning("pool %r: the arbiter does not stir, and is killed for a successor", self.name)
+            self.channel.kill_arbiter()
+        self._beat = beat
 
     def detach(self) -> None:
         """Leave the pool: idle connections stay with the arbiter, leases are ended."""
@@ -732,6 +767,36 @@ class Attachment:
                 entry.real = -1
 
 
+def _holdings(attachment: Attachment) -> Iterator[tuple[Message, int | None]]:
+    """What a successor has to know: every connection that this process has, cached and half open ones too."""
+    index_of = attachment.table.slot_index
+    for entry in list(attachment.entries.values()):
+        copy = _copy(lambda entry=entry: entry.real)  # type: ignore[misc]
+        if copy >= 0:
+            yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation), copy
+    for index, (generation, sock) in list(attachment.opening.items()):
+        copy = _copy(sock.fileno)
+        if copy >= 0:
+            yield Message(Kind.HOLDS, 0, index, generation), copy
+    for route in list(attachment.routes.values()):
+        yield Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}), None
+
+
+def _copy(number: Callable[[], int]) -> int:
+    """A duplicate of a descriptor that another thread may close, or -1: its number may be a stranger's by then."""
+    real = number()
+    if real < 0:
+        return -1
+    try:
+        copy = os.dup(real)
+    except OSError:
+        return -1
+    if number() != real:  # it is forgotten before it is closed
+        os.close(copy)
+        return -1
+    return copy
+
+
 _checkout: Final = Attachment.checkout
 #: Compiled methods have no frames.
 _ABOVE_THE_HANDLE: Final = 2 if isinstance(_checkout, types.FunctionType) else 1
@@ -763,14 +828,20 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
             found = attachment.come_back(events)
             if found is None:
                 return
-            events.close()
-            events = found
+            if found is events:
+                del attachment
+                time.sleep(_AGAIN)
+            else:
+                events.close()
+                events = found
             continue
         with contextlib.suppress(SharedPoolError):
             if data:
                 attachment.on_event(wire.unpack(data))
             if attachment.chores:
                 attachment.tidy()
+            if data is None:
+                attachment.look_after_arbiter()
         del attachment
 
 

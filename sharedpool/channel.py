@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import socket
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 from . import errors, fdpass, launch, segment, wire
 from .errors import ArbiterLost, AttachRefused, FileLimit, SharedPoolError
 from .wire import Kind, Message
+
+#: Between two attempts to reach an arbiter, ns.
+_PAUSE: Final = 5_000_000
+#: A successor reads at least one message within this, s.
+_TELL_SECONDS: Final = 30.0
 
 
 class Channel:
     """The request channel of one process and pool.
 
     Every request has a number and every reply repeats it; a reply that nobody awaits any more is closed with the
-    descriptor it brought. Any abnormal end closes the channel, and the next request opens a new one.
+    descriptor it brought. Any abnormal end closes the channel, and the next request opens a new one, to a successor
+    if the arbiter is dead.
+
+    Args:
+        directory: The scope's runtime directory.
+        pool: The pool's name.
+        given: Options for the hello.
+        declares: Whether they make the pool.
+        update: Whether options that differ are applied.
+        holdings: Gives what a successor has to know, each message with a descriptor that is closed after it was sent.
     """
 
-    def __init__(self, directory: str, pool: str, given: dict[str, Any], *, declares: bool, update: bool) -> None:
+    def __init__(
+        self, directory: str, pool: str, given: dict[str, Any], *,
+        declares: bool, update: bool, holdings: Callable[[], Iterator[tuple[Message, int | None]]],
+    ) -> None:  # fmt: skip
         self._directory = directory
         self._hello = {
             "pool": pool,
@@ -35,6 +55,9 @@ class Channel:
         self._request = 0
         self._socket: socket.socket | None = None
         self.events: socket.socket | None = None
+        self.arbiter_pid = 0
+        self._left = False
+        self._holdings = holdings
 
     def attach(self, seconds: float) -> tuple[dict[str, Any], int]:
         """Say hello; gives what the arbiter answered, and the segment's descriptor.
@@ -42,22 +65,15 @@ class Channel:
         Raises:
             StartFailed, ArbiterLost, AttachRefused, PoolNotFound, PoolOptionsDiffer, OptionError.
         """
-        body, descriptor = self._greet(seconds, start=True)
+        body, descriptor = self._greet(seconds)
         self._hello.update(row=body["row"], nonce=body["nonce"], options={})
         return body, descriptor
 
-    def _greet(self, seconds: float, *, start: bool) -> tuple[dict[str, Any], int]:
+    def _greet(self, seconds: float) -> tuple[dict[str, Any], int]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             message = Message(Kind.HELLO, body=self._hello)
-            if start:
-                channel, answer, descriptor = launch.greet(self._directory, message, seconds, theirs.fileno())
-            else:
-                found = launch.connect(self._directory)
-                if found is None:
-                    raise ArbiterLost("no arbiter answers in " + self._directory)
-                channel = found
-                answer, descriptor = launch.ask(channel, message, seconds, theirs.fileno())
+            channel, answer, descriptor = launch.greet(self._directory, message, seconds, theirs.fileno())
         except BaseException:
             ours.close()
             raise
@@ -67,31 +83,99 @@ class Channel:
             ours.close()
             channel.close()
             raise _refusal(answer)
+        try:
+            if answer.body.get("register"):
+                self._tell_holdings(channel)
+        except BaseException:
+            os.close(descriptor)
+            ours.close()
+            channel.close()
+            raise
         channel.setblocking(False)  # who only tells the arbiter something never waits for it
+        self.arbiter_pid = int(answer.body["arbiter_pid"])
         self._socket, self.events = channel, ours
         return dict(answer.body), descriptor
 
-    def tell(self, message: Message, descriptor: int | None = None, seconds: float = 1.0) -> None:
-        """Send a message that has no answer.
+    def _tell_holdings(self, channel: socket.socket) -> None:
+        """A successor learns every descriptor that this process has: no slot is free before all have told."""
+        channel.settimeout(_TELL_SECONDS)
+        try:
+            for message, descriptor in self._holdings():
+                try:
+                    fdpass.send(channel, wire.pack(message), descriptor, wait=True)
+                finally:
+                    if descriptor is not None:
+                        os.close(descriptor)
+            fdpass.send(channel, wire.pack(Message(Kind.REGISTERED)), wait=True)
+        except OSError as error:
+            raise ArbiterLost(f"a successor could not be told what this process holds: {error}") from error
+
+    def tell(self, message: Message) -> None:
+        """Send a message that has no answer, if that needs no waiting.
 
         Raises:
             ArbiterLost: It could not be sent.
         """
         channel = self._socket
         if channel is None:
-            if not self._lock.acquire(timeout=seconds):
-                raise ArbiterLost("the channel to the arbiter stayed busy")
-            try:
-                channel = self._socket or self._reopen(seconds)
-            finally:
-                self._lock.release()
+            raise ArbiterLost(f"there is no arbiter just now that could be told {message.kind.name}")
         try:
-            fdpass.send(channel, wire.pack(message), descriptor)
+            fdpass.send(channel, wire.pack(message))
         except BlockingIOError as error:  # it does not read just now; the channel is whole
             raise ArbiterLost(f"the arbiter does not listen to {message.kind.name}") from error
         except OSError as error:
-            self._broken()
             raise ArbiterLost(f"the arbiter cannot be told {message.kind.name}: {error}") from error
+
+    def deliver(self, message: Message, descriptor: int, limit: int) -> None:
+        """Send a message with a descriptor; waits for a successor if the arbiter is dead, and for one that is busy.
+
+        Args:
+            message: It has no answer.
+            descriptor: What goes with it.
+            limit: Until when to try, monotonic ns; once it is tried in any case.
+
+        Raises:
+            ArbiterLost: It could not be sent in time.
+            StartFailed: No successor could be started.
+        """
+        while True:
+            channel = self._socket
+            try:
+                if channel is None:
+                    with self._locked(limit):
+                        channel = self._socket or self._reopen(limit)
+                fdpass.send(channel, wire.pack(message), descriptor)
+                return
+            except BlockingIOError as error:
+                if time.monotonic_ns() >= limit:
+                    raise ArbiterLost(f"the arbiter does not listen to {message.kind.name}") from error
+                assert channel is not None
+                _await(channel, min(limit, time.monotonic_ns() + _PAUSE), select.POLLOUT)
+            except (OSError, ArbiterLost) as error:
+                self._forget(channel)
+                if time.monotonic_ns() >= limit:
+                    raise ArbiterLost(f"the arbiter cannot be told {message.kind.name}: {error}") from error
+                time.sleep(_PAUSE / 1e9)
+
+    @contextlib.contextmanager
+    def _locked(self, limit: int) -> Iterator[None]:
+        """The channel for this thread alone.
+
+        Raises:
+            ArbiterLost: It stayed busy until the deadline.
+        """
+        left = (limit - time.monotonic_ns()) / 1e9
+        if not self._lock.acquire(timeout=min(max(left, 0.0), 3600.0)):
+            raise ArbiterLost("the channel to the arbiter stayed busy until the deadline")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is waiting for an answer."""
+        return self._lock.locked()
 
     def declare(self, given: dict[str, Any], *, update: bool, seconds: float = 10.0) -> list[str]:
         """Options of another handle; gives the warnings.
@@ -100,7 +184,7 @@ class Channel:
             PoolOptionsDiffer, OptionError, ArbiterLost.
         """
         with self._lock:
-            channel = self._socket or self._reopen(seconds)
+            channel = self._socket or self._reopen(time.monotonic_ns() + int(seconds * 1e9))
             self._request = self._request + 1 & 0xFFFF_FFFF
             message = Message(Kind.DECLARE, self._request, body={"options": given, "update": update})
             try:
@@ -124,29 +208,26 @@ class Channel:
         Raises:
             ArbiterLost: It could not be asked, or did not answer in time.
         """
-        left = (limit - time.monotonic_ns()) / 1e9
-        if left <= 0 or not self._lock.acquire(timeout=min(left, 3600.0)):
-            raise ArbiterLost("the channel to the arbiter stayed busy until the deadline")
-        try:
-            return self._fetch(slot, generation, limit)
-        except fdpass.PassError as error:
-            self._broken()
-            raise FileLimit(f"a connection could not be taken over: {error}") from error
-        except OSError as error:
-            self._broken()
-            raise ArbiterLost(f"the arbiter did not hand over a connection: {error}") from error
-        except BaseException:
-            self._broken()
-            raise
-        finally:
-            self._lock.release()
+        with self._locked(limit):
+            while True:
+                try:
+                    return self._fetch(slot, generation, limit)
+                except fdpass.PassError as error:
+                    self._broken()
+                    raise FileLimit(f"a connection could not be taken over: {error}") from error
+                except (OSError, ArbiterLost) as error:
+                    self._broken()
+                    if time.monotonic_ns() >= limit:
+                        raise ArbiterLost(f"the arbiter did not hand over a connection: {error}") from error
+                except BaseException:
+                    self._broken()
+                    raise
+                time.sleep(_PAUSE / 1e9)
 
     def _fetch(self, slot: int, generation: int, limit: int) -> int | None:
         self._request = self._request + 1 & 0xFFFF_FFFF
         message = Message(Kind.FETCH, self._request, slot, generation)
-        channel = self._socket
-        if channel is None:
-            channel = self._reopen(max(0.1, (limit - time.monotonic_ns()) / 1e9))
+        channel = self._socket or self._reopen(limit)
         fdpass.send(channel, wire.pack(message))
         while True:
             _await(channel, limit)
@@ -159,27 +240,53 @@ class Channel:
             if descriptor is not None:  # of a request that was given up
                 os.close(descriptor)
 
-    def _reopen(self, seconds: float) -> socket.socket:
-        """Come back for the same row after the channel broke."""
-        _, descriptor = self._greet(seconds, start=False)
+    def _reopen(self, limit: int) -> socket.socket:
+        """Come back for the same row after the channel broke, to a successor if need be."""
+        if self._left:
+            raise ArbiterLost("this process has left the pool")
+        _, descriptor = self._greet(max(0.1, (limit - time.monotonic_ns()) / 1e9))
         os.close(descriptor)  # mapped already
         assert self._socket is not None
         return self._socket
 
-    def come_back(self, events: socket.socket, seconds: float = 1.0) -> socket.socket:
+    def come_back(self, events: socket.socket, seconds: float = 30.0) -> socket.socket:
         """The event channel `events` ended: gives the one that took its place.
 
         Raises:
             AttachRefused: The row is no longer this process's.
-            ArbiterLost: No arbiter answers.
+            StartFailed, ArbiterLost: No arbiter answers.
         """
         with self._lock:
             if self.events is events:
                 self._broken()
-                self._reopen(seconds)
+                self._reopen(time.monotonic_ns() + int(seconds * 1e9))
             if self.events is None:
                 raise ArbiterLost("this process has left the pool")
             return self.events
+
+    def kill_arbiter(self) -> None:
+        """End an arbiter that has stopped working, so that it can be succeeded; it loses nothing by design.
+
+        The kernel tells who is at the other end of the channel; as long as that has not ended, it is still he.
+        """
+        channel = self._socket
+        if channel is None:
+            return
+        with contextlib.suppress(OSError):
+            pid, _, _ = fdpass.credentials(channel)
+            process = os.pidfd_open(pid)
+            try:
+                poller = select.poll()
+                poller.register(channel, 0)
+                if not poller.poll(0):  # neither HUP nor ERR
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+            finally:
+                os.close(process)
+
+    def _forget(self, channel: socket.socket | None) -> None:
+        """This one is broken; another one, which somebody has opened meanwhile, is not."""
+        if channel is not None and self._socket is channel:
+            self._broken()
 
     def _broken(self) -> None:
         channel, self._socket = self._socket, None
@@ -188,20 +295,21 @@ class Channel:
 
     def close(self) -> None:
         """Close both channels; the row ends with them."""
+        self._left = True
         self._broken()
         events, self.events = self.events, None
         if events is not None:
             events.close()
 
 
-def _await(channel: socket.socket, limit: int) -> None:
-    """Wait until something can be read, or until `limit`, monotonic ns.
+def _await(channel: socket.socket, limit: int, what: int = select.POLLIN) -> None:
+    """Wait until something can be read (or written), or until `limit`, monotonic ns.
 
     Raises:
         TimeoutError: Nothing came.
     """
     poller = select.poll()
-    poller.register(channel, select.POLLIN)
+    poller.register(channel, what)
     left = max(0, limit - time.monotonic_ns())
     if not poller.poll(min(3_600_000, left // 1_000_000 + 1)):
         raise TimeoutError("nothing came in time")

@@ -41,10 +41,16 @@ class PoolServer(ServedPool):
         publish: Callable[[PoolServer, Message], int], **hooks: Any,
     ) -> None:  # fmt: skip
         super().__init__(name, wanted, declared_by, **hooks)
+        self.declared: dict[str, Any] = {}
         self._publish = publish
         self._log = logging.getLogger(f"sharedpool.pool.{name}")
         self._alive = False
-        self.init(wanted, declared_by)
+        if hooks.get("inherited") is None:
+            self.init(wanted, declared_by)
+        else:
+            self.declared = wanted.as_dict()
+            self._alive = not self.stopped
+            self._log.warning("pool %r: the arbiter was killed; this one goes on with it", name)
 
     # --- the six ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +96,7 @@ class PoolServer(ServedPool):
         """What the loop saw: ("DOWN", row), a process has gone; ("remote_ended", slot), the other side has closed."""
         if len(message) == 2 and message[0] == "DOWN":
             self.reap(message[1], self._clock())
+            self.registered(message[1], self._clock())
         elif len(message) == 2 and message[0] == "remote_ended":
             self.remote_ended(message[1], self._clock())
         else:

@@ -42,6 +42,11 @@ def note_exit() -> None:
     _exiting = True
 
 
+def exiting() -> bool:
+    """Whether this process is on its way out."""
+    return _exiting
+
+
 def reach(directory: str, seconds: float) -> socket.socket:
     """A channel to the scope's arbiter, which is started if none answers.
 

@@ -60,6 +60,7 @@ EPOCH: Final = 16
 # --- RULES ------------------------------------------------------------------------------------------------------------
 CAN_MOVE: Final = 1
 STICKY: Final = 2  # sticky order also for what can move
+RECLAIM: Final = 1 << 8  # an abandoned lease is taken away
 STRICT: Final = 4  # first come, first served also for what cannot move
 
 # --- rows: word | nonce | since | … | counters ------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 import multiprocess.managers
 import multiprocess.process
 
-from . import calls, launch, layout, mutex, scope, segment, view
+from . import calls, launch, layout, mutex, scope, segment, succession, view
 from .arbiter import Arbiter
 from .errors import DrainTimeout, PoolNotFound, RegistryTimeout, SharedPoolError, StartFailed
 from .genserver import PoolServer
@@ -419,8 +419,11 @@ def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     key = secrets.token_bytes(32)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _unlink(dirfd, scope.ARBITER_SOCKET, scope.REGISTRY_SOCKET)
-    served = Arbiter(listener, key, linger)
+    identity = succession.scope_id(directory)
+    served = Arbiter(listener, key, linger, scope=identity)
     _log_to(served)
+    for name, inherited in succession.segments(identity).items():
+        served.inherit(name, inherited)
     _serve_registry(served, dirfd, key)
     listener.bind(scope.inside(dirfd, scope.ARBITER_SOCKET))
     listener.listen(512)

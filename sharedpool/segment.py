@@ -133,7 +133,12 @@ def key_of(secret: bytes, address: tuple[str, str, int]) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
-def create(pool: str, geometry: Geometry) -> Segment:
+def name(scope: str, pool: str) -> str:
+    """What the kernel shows as the memfd's name."""
+    return f"sharedpool:{scope}:{pool}"
+
+
+def create(pool: str, geometry: Geometry, scope: str = "") -> Segment:
     """Make a segment, all of its memory allocated: a hole on a full tmpfs would be SIGBUS in somebody's worker.
 
     Raises:
@@ -141,7 +146,7 @@ def create(pool: str, geometry: Geometry) -> Segment:
     """
     size = _HEADER_BYTES + geometry.size
     try:
-        fd = os.memfd_create(f"sharedpool:{pool}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(name(scope, pool), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
         raise StartFailed(f"no shared memory for pool {pool!r}: memfd_create: {error}") from error
     try:

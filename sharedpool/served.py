@@ -59,6 +59,7 @@ from .layout import (
     OPENING,
     OVER,
     PAUSED,
+    RECLAIM,
     ROW,
     ROW_COUNTERS,
     ROW_DEAD,
@@ -139,6 +140,27 @@ class Closing:
     look: int
 
 
+def options_in(w: memoryview[int]) -> PoolOptions:
+    """The options that are in force in a table: what `apply` wrote down."""
+    rules = w[RULES]
+
+    def seconds(at: int) -> float | None:
+        return w[at] / 1e9 if w[at] else None
+
+    return PoolOptions(
+        max_connections=w[MAX],
+        idle_timeout=seconds(IDLE_TIMEOUT),
+        close_timeout=seconds(CLOSE_TIMEOUT) or 1.0,
+        steal_after=NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
+        move=bool(rules & CAN_MOVE),
+        order="sticky" if rules & STICKY else "fifo" if rules & STRICT else "auto",
+        max_idle=None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
+        max_lifetime=seconds(MAX_LIFETIME),
+        lease_timeout=seconds(LEASE_TIMEOUT),
+        reclaim=bool(rules & RECLAIM),
+    )
+
+
 def nanoseconds(seconds: float | None) -> int:
     """Seconds as the table keeps them; None, no limit, is 0."""
     return 0 if seconds is None else max(1, int(seconds * 1e9))
@@ -165,6 +187,12 @@ class ServedPool:
         tell: Called with rows (None: all) and an event for their processes.
         drain: Reads whatever the workers have sent: a registration may be under way.
         clock: Gives the time in monotonic ns.
+        scope: What tells this scope's segments from those of others.
+        inherited: The segment of an arbiter that was killed.
+
+    Attributes:
+        expected: The rows of live processes that have not yet told an heir what they hold. Until they all have,
+            nobody knows which connections are still open, and no slot becomes free.
     """
 
     def __init__(
@@ -179,11 +207,16 @@ class ServedPool:
         tell: Callable[[ServedPool, set[int] | None, Message], None],
         drain: Callable[[ServedPool], None],
         clock: Callable[[], int],
+        scope: str = "",
+        inherited: segments.Segment | None = None,
     ) -> None:
         self.name = name
         self.options = options
         self.declared_by = declared_by
-        self.segment = segments.create(name, geometry_for(options.max_connections))
+        self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
+        self.expected: set[int] = set()
+        self._unbacked = False
+        self._inherited_at = 0 if inherited is None else clock()
         self.table = self.segment.table(ARBITER_ROW)
         self.words = self.table.words
         self.held: dict[int, Held] = {}
@@ -208,7 +241,10 @@ class ServedPool:
             self.table, slots=self.slots, close=self._close, doom=self._doom, registered=self._registered,
             shut=self._shut, abandoned=self._abandoned, reclaims=lambda: self.options.reclaim,
         )  # fmt: skip
-        self.apply(options)
+        if inherited is None:
+            self.apply(options)
+        else:
+            self._take_over()
 
     # --- doing one thing ----------------------------------------------------------------------------------------------
 
@@ -273,7 +309,11 @@ class ServedPool:
         w[IDLE_TIMEOUT] = nanoseconds(options.idle_timeout)
         w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
         w[STEAL_AFTER] = 0 if options.steal_after is NOT_GIVEN else nanoseconds(options.steal_after)  # type: ignore[arg-type]
-        w[RULES] = (CAN_MOVE if options.move else 0) | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
+        w[RULES] = (
+            (CAN_MOVE if options.move else 0)
+            | (RECLAIM if options.reclaim else 0)
+            | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
+        )
         w[MAX_IDLE] = MASK64 if options.max_idle is None else options.max_idle
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
@@ -368,6 +408,41 @@ class ServedPool:
         self.held[index] = Held(generation, sock, {row})
         self.words[self.table.slot_at(index) + OPENED] = self._clock()  # of this connection, not of its permit
         self._watch(self, index, sock)
+
+    def holds(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
+        """A worker holds this connection, as it tells an heir. Whose slot was given to another connection is ended."""
+        held = self.held.get(index)
+        if held is not None and held.generation == generation:
+            held.rows.add(row)
+            sock.close()
+        else:
+            self.register(row, index, generation, sock)
+
+    def registered(self, row: int, now: int) -> None:
+        """A row (0: none) has told all that it holds, or has gone. After the last one, what nobody holds goes."""
+        if not self._inherited_at or (row and row not in self.expected):
+            return
+        self.expected.discard(row)
+        if self.expected:
+            return
+        self._unbacked = True
+        with contextlib.suppress(Later):
+            self._give_up_unbacked(now)
+
+    def _give_up_unbacked(self, now: int) -> None:
+        """Idle connections that nobody holds went with the arbiter that did."""
+        for index, at, word in self.slots():
+            if word & STATE == IDLE and not self._registered(index, generation_of(word)):
+                self._close(at, word, "reaped", now)
+        self._unbacked = False
+        self._sweep(now)
+
+    def _take_over(self) -> None:
+        """Begin where a killed arbiter was: rows that it was reaping, and a section that it may have left half done."""
+        self.table.repair()
+        for row in range(FIRST_ROW, self.segment.geometry.rows):
+            if self.words[HEADER + ROW * row] & STATE == ROW_DEAD:
+                self.reaping.add(row)
 
     def forget(self, index: int, generation: int | None = None) -> None:
         """Let go of a descriptor."""
@@ -492,6 +567,16 @@ class ServedPool:
         if held is not None and held.generation == generation:
             ending = Ending(held.sock)
             ending.begin()
+        elif self.expected:  # somebody may hold it; found again by the sweep
+            return
+        else:
+            began = self.words[self.table.slot_at(index) + SINCE]
+            give_up = began + self.words[CLOSE_TIMEOUT]
+            if (
+                began <= self._inherited_at and now < give_up
+            ):  # its end cannot be seen any more
+                self.closings[index] = Closing(None, generation, give_up, give_up)
+                return
         self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now)
         self._look(index, now)
 
@@ -730,6 +815,8 @@ class ServedPool:
             self._end(index, now)
         if self._ended:
             due = min(due, now + 1_000_000)
+        if self._unbacked:
+            self._give_up_unbacked(now)
         if now >= self._expire_at:
             self._expire_at = self._expire(now)
         due = min(due, self.policies.turn(now))

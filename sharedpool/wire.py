@@ -51,6 +51,8 @@ class Kind(enum.IntEnum):
     ABANDONED = 20  # arbiter, on the event channel: this lease of yours has lasted longer than lease_timeout
     LOG = 21  # arbiter, on the event channel: a record for your logging
     OPTIONS = 22  # arbiter, on the event channel: the pool's options have changed
+    HOLDS = 26  # worker, to a successor: it holds this connection [the socket]; no reply
+    REGISTERED = 27  # worker, to a successor: it has told all that it holds; no reply
     KEY_NAME = 23  # worker: what a key (in the place of the generation) stands for; no reply
 
 

@@ -27,7 +27,7 @@ def arbiter() -> Iterator[SteppedArbiter]:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="sharedpool")
+    caplog.set_level(logging.DEBUG, logger="sharedpool")
     return caplog
 
 

@@ -1,0 +1,271 @@
+"""An arbiter is killed or stops: its work goes on, a successor takes over, and there is never a second cap."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from itertools import count
+
+import pytest
+
+from tests.support import commands, processes
+from tests.support.backend import Backend, Target
+from tests.support.scope import Scope
+from tests.support.waiting import wait_until
+from tests.support.workers import Harness, Worker
+from tests.system.lineup import line_up
+
+
+def kill_arbiter(scope: Scope) -> int:
+    """SIGKILL; gives its pid when it is dead."""
+    pid = scope.arbiter()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not processes.alive(pid))
+    return pid
+
+
+def successor(worker: Worker, old: int) -> int:
+    """The next arbiter, once it answers."""
+
+    def answers() -> int:
+        answer = worker.call(commands.library, "ping", thread="ping")
+        return answer["pid"] if answer and answer["pid"] != old else 0
+
+    return int(wait_until(answers, deadline=20))
+
+
+def test_its_pools_go_on_with_their_limits_counters_and_connections(
+    two: list[Worker], scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one, other = two
+    one.attach(max_connections=2, idle_timeout=77.0)
+    other.attach(max_connections=2, idle_timeout=77.0)
+    held = one.checkout(tcp)
+    other.use(tcp)
+    before = one.stats()
+    old = kill_arbiter(scope)
+    new = successor(one, old)
+    info = wait_until(lambda: one.call(commands.library, "find_pool", "default"))
+    assert (info.arbiter_pid, info.options.max_connections, info.options.idle_timeout) == (new, 2, 77.0)
+    after = one.stats()
+    assert (after.opens, after.max_connections, after.in_use, after.idle) == (before.opens, 2, 1, 1)
+    assert one.exchange(held) == 1
+    assert other.use(tcp) == 2
+    assert backend.accepted == 2
+
+
+def test_own_idle_connections_and_handoffs_need_no_arbiter(
+    two: list[Worker], scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one, other = two
+    one.attach(max_connections=1)
+    one.use(tcp)
+    other.use(tcp)
+    held = one.checkout(tcp)
+    (waiting,) = line_up(other, [(other, tcp)])
+    old = kill_arbiter(scope)
+    one.checkin(held)
+    assert other.exchange(waiting.result()) == 1
+    assert backend.accepted == 1
+    successor(one, old)
+
+
+def test_opening_waits_for_the_successor(two: list[Worker], scope: Scope, backend: Backend, tcp: Target) -> None:
+    one, other = two
+    one.attach(max_connections=3)
+    held = [one.checkout(tcp)]
+    other.stats()
+    old = kill_arbiter(scope)
+    held.append(one.checkout(tcp))
+    assert other.use(tcp) == 3
+    assert sorted(one.exchange(label) for label in held) == [1, 2]
+    assert backend.peak == 3
+    successor(one, old)
+
+
+def test_a_takeover_waits_for_the_successor(two: list[Worker], scope: Scope, backend: Backend, tcp: Target) -> None:
+    one, other = two
+    other.attach(max_connections=1)
+    other.stats()
+    one.use(tcp)
+    old = kill_arbiter(scope)
+    assert other.use(tcp) == 1
+    assert backend.accepted == 1
+    successor(one, old)
+
+
+def test_who_attaches_afterwards_shares_the_same_cap(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one = harness.start()
+    one.attach(max_connections=2)
+    labels = [one.checkout(tcp) for _ in range(2)]
+    old = kill_arbiter(scope)
+    newcomer = harness.start()
+    newcomer.attach(max_connections=2)
+    (waiting,) = line_up(one, [(newcomer, tcp)])
+    assert backend.peak == 2
+    one.checkin(labels[0])
+    assert newcomer.exchange(waiting.result()) in (1, 2)
+    assert newcomer.stats().processes == 2
+    successor(one, old)
+
+
+def test_while_a_worker_that_is_stopped_has_not_told_what_it_holds_its_connections_count(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    sleeper, other = harness.start_many(2)
+    sleeper.attach(max_connections=2)
+    other.stats()
+    sleeper.use(tcp)  # idle, and its only other holder is the arbiter that is about to die
+    sleeper.stop()
+    old = kill_arbiter(scope)
+    successor(other, old)
+    assert other.use(backend.listen("other")) == 2  # another key: there is room for it
+    assert other.stats().idle == 2
+    sleeper.resume()
+    assert sleeper.use(tcp) == 1
+    assert (backend.peak, backend.accepted) == (2, 2)
+
+
+def test_workers_that_died_with_it_are_reaped(harness: Harness, scope: Scope, backend: Backend, tcp: Target) -> None:
+    victim, survivor = harness.start_many(2)
+    survivor.attach(max_connections=1)
+    survivor.stats()
+    victim.checkout(tcp)
+    (waiting,) = line_up(survivor, [(survivor, tcp)])
+    arbiter = scope.arbiter()
+    os.kill(arbiter, signal.SIGKILL)
+    victim.kill()
+    survivor.exchange(waiting.result())
+    survivor.wait_stats(processes=1, in_use=1, closing=0)
+    assert backend.peak == 1
+
+
+def test_what_only_the_dead_arbiter_held_is_given_up(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    """Idle connections of a dead worker, which the arbiter had adopted, go with it; their permits don't."""
+    gone, other = harness.start_many(2)
+    other.attach(max_connections=1)
+    other.stats()
+    gone.use(tcp)
+    gone.kill()
+    other.wait_stats(idle=1, processes=1)
+    old = kill_arbiter(scope)
+    backend.wait_open(0)
+    assert other.use(tcp) == 2
+    successor(other, old)
+
+
+def test_connections_that_were_being_closed_become_free(
+    two: list[Worker], scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one, other = two
+    one.attach(max_connections=1)
+    other.stats()
+    label = one.checkout(tcp)
+    arbiter = scope.arbiter()
+    os.kill(arbiter, signal.SIGSTOP)  # so that nothing gets closed to the end
+    one.discard(label)
+    (waiting,) = line_up(one, [(other, tcp)])
+    os.kill(arbiter, signal.SIGKILL)
+    assert other.exchange(waiting.result()) == 2
+    assert backend.peak == 1
+
+
+def test_one_that_is_stopped_and_needed_is_killed_and_succeeded(
+    two: list[Worker], scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one, other = two
+    one.attach(max_connections=1)
+    other.stats()
+    label = one.checkout(tcp)
+    arbiter = scope.arbiter()
+    os.kill(arbiter, signal.SIGSTOP)
+    one.discard(label)
+    waiting = other.begin_checkout(tcp, checkout_timeout=None)
+    assert other.exchange(waiting.result()) == 2
+    assert not processes.alive(arbiter)
+    assert scope.arbiter() != arbiter
+    assert backend.peak == 1
+
+
+def test_a_grant_under_way_arrives(two: list[Worker], scope: Scope, backend: Backend, tcp: Target) -> None:
+    one, other = two
+    one.attach(max_connections=1)
+    other.stats()
+    label = one.checkout(tcp)
+    (waiting,) = line_up(one, [(other, tcp)])
+    other.stop()
+    old = kill_arbiter(scope)
+    one.checkin(label)
+    other.resume()
+    assert other.exchange(waiting.result()) == 1
+    successor(one, old)
+
+
+def test_a_worker_that_became_another_program_gives_up_what_it_had(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    changed, other = harness.start_many(2)
+    other.attach(max_connections=1)
+    other.stats()
+    changed.checkout(tcp)
+    (waiting,) = line_up(other, [(other, tcp)])
+    old = kill_arbiter(scope)
+    changed.begin(execute, sys.executable, "-c", "import sys; sys.stdin.read()")
+    other.exchange(waiting.result())
+    other.wait_stats(processes=1)
+    changed.kill()
+    successor(other, old)
+
+
+def execute(state: object, *command: str) -> None:
+    os.execv(command[0], command)
+
+
+@pytest.mark.parametrize("repeat", range(3))
+def test_killed_again_and_again_under_load_nothing_fails(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target, repeat: int
+) -> None:
+    workers = harness.start_many(4)
+    for worker in workers:
+        worker.attach(max_connections=2, checkout_timeout=30.0)
+        worker.stats()
+    running = [worker.begin(commands.requests_until_told, [tcp], thread="load") for worker in workers]
+    old = 0
+    for number in count(1):
+        new = successor(workers[0], old)
+        done = workers[0].stats().checkouts
+        wait_until(lambda done=done: workers[0].stats().checkouts > done + 50)  # type: ignore[misc]
+        os.kill(new, signal.SIGKILL)
+        old = new
+        if number == 4:
+            break
+    successor(workers[0], old)
+    for worker in workers:
+        worker.call(commands.tell_to_stop)
+    for pending in running:
+        load = pending.result()
+        assert load.errors == []
+        assert load.done > 0
+    workers[0].wait_stats(in_use=0, waiting=0, opening=0, closing=0, processes=4)
+    assert backend.peak <= 2
+
+
+def test_a_scope_without_workers_has_nothing_to_inherit(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    first = harness.start()
+    first.attach(max_connections=1)
+    first.use(tcp)
+    old = kill_arbiter(scope)
+    first.kill()
+    backend.wait_open(0)
+    second = harness.start()
+    second.attach(max_connections=4)
+    assert second.use(tcp) == 2
+    assert second.stats().max_connections == 4
+    successor(second, old)
