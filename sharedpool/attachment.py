@@ -797,7 +797,7 @@ def _copy(number: Callable[[], int]) -> int:
     return copy
 
 
-_checkout: Final = Attachment.checkout
+_checkout: Final = vars(Attachment)["checkout"]
 #: Compiled methods have no frames.
 _ABOVE_THE_HANDLE: Final = 2 if isinstance(_checkout, types.FunctionType) else 1
 
