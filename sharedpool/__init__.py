@@ -14,6 +14,7 @@ from .control import (
     start_pool,
     stop,
     stop_pool,
+    worker_stats,
 )
 from .drivers import Driver
 from .drivers import permit as _permit_driver
@@ -40,7 +41,7 @@ from .errors import (
 from .lease import Lease
 from .options import PoolInfo, PoolOptions
 from .pool import Permit, Pool
-from .stats import PoolStats
+from .stats import Histogram, KeyStats, PoolStats
 
 __all__ = [
     "ArbiterLost",
@@ -49,6 +50,8 @@ __all__ = [
     "ConnectTimeout",
     "Driver",
     "FileLimit",
+    "Histogram",
+    "KeyStats",
     "Lease",
     "LeaseError",
     "NotSupported",
@@ -75,6 +78,7 @@ __all__ = [
     "start_pool",
     "stop",
     "stop_pool",
+    "worker_stats",
 ]
 
 __version__ = "0.1.0.dev0"

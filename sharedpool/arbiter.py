@@ -26,6 +26,7 @@ from . import fdpass, options, segment, wire
 from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, StartFailed
 from .layout import INCARNATION
 from .served import Later, ServedPool
+from .stats import REASONS
 from .wire import Kind, Message, WireError
 
 T = TypeVar("T")
@@ -399,13 +400,14 @@ class Arbiter:
         return pool, self._change(pool, values, pid, update)
 
     def _make(self, pool: ServedPool | None, name: str, wanted: options.PoolOptions, pid: int) -> ServedPool:
-        if pool is not None and (pool.options.move, pool.options.order) == (wanted.move, wanted.order):
+        if pool is not None and all(getattr(pool.options, name) == getattr(wanted, name) for name in options.FIXED):
             pool.apply(wanted)
             pool.declared_by = pid
             return pool
         if pool is not None:
             raise PoolOptionsDiffer(
-                f"pool {name!r} was stopped and still has connections; 'move' and 'order' stay until then"
+                f"pool {name!r} was stopped and still has connections; until they have gone, these stay:"
+                f" {', '.join(sorted(options.FIXED))}"
             )
         pool = ServedPool(
             name, wanted, pid, watch=self._watch_remote, unwatch=self._unwatch_remote,
@@ -525,8 +527,9 @@ class Arbiter:
     def _unwatch_remote(self, sock: socket.socket) -> None:
         self._unwatch(sock.fileno())
 
-    def _tell_closed(self, pool: ServedPool, rows: Iterable[int], slot: int, generation: int) -> None:
-        data = wire.pack(Message(Kind.CLOSED, 0, slot, generation))
+    def _tell_closed(self, pool: ServedPool, rows: Iterable[int], slot: int, generation: int, reason: str) -> None:
+        number = REASONS.index(reason) + 1 if reason in REASONS else 0
+        data = wire.pack(Message(Kind.CLOSED, number, slot, generation))
         for client in self._rows(pool):
             if client.row in rows and client.events is not None:
                 with contextlib.suppress(OSError):  # full or gone: it finds out by itself

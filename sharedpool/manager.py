@@ -76,7 +76,11 @@ class Registry:
 
     def stats(self, name: str) -> PoolStats:
         """A pool's numbers; PoolNotFound if there is none."""
-        return self._with(name, lambda pool: view.stats(pool.words, pool.segment.geometry, name))
+        return self._with(name, lambda pool: view.stats(pool.words, pool.segment.geometry, name, time.monotonic_ns()))
+
+    def worker_stats(self, name: str) -> dict[int, dict[str, Any]]:
+        """What each attached process has counted, by pid; PoolNotFound if there is no such pool."""
+        return self._with(name, lambda pool: view.workers(pool.words, pool.segment.geometry))
 
     def names(self) -> list[str]:
         """The pools there are."""
@@ -116,7 +120,7 @@ def _facts(pool: ServedPool) -> dict[str, Any]:
 class RegistryProxy(multiprocess.managers.BaseProxy):  # type: ignore[misc]
     """The registry's methods, as a caller sees them."""
 
-    _exposed_ = ("start_pool", "stop_pool", "find_pool", "stats", "names", "ping", "stop")
+    _exposed_ = ("start_pool", "stop_pool", "find_pool", "stats", "worker_stats", "names", "ping", "stop")
 
     def call(self, method: str, *arguments: Any) -> Any:
         return self._callmethod(method, arguments)

@@ -133,13 +133,16 @@ RULES: Final[Mapping[str, _Rule]] = {
     "steal_after": _Seconds(zero=True),
     "move": _Flag(),
     "order": _Choice(("auto", "fifo", "sticky")),
+    "min_idle": _Count(0, MOST_CONNECTIONS),
+    "check": _Choice(("poll", "none", "active")),
+    "check_after": _Seconds(zero=True),
 }
 
 #: hackney's names.
 ALIASES: Final[Mapping[str, str]] = {"pool_size": "max_connections", "timeout": "idle_timeout"}
 
 #: Laid down when the pool is made; every other host-wide option can change while it runs.
-FIXED: Final = frozenset({"move", "order"})
+FIXED: Final = frozenset({"move", "order", "check"})
 
 #: These belong to the handle that gives them, not to the pool, so they never differ.
 OF_THE_HANDLE: Final = frozenset({"checkout_timeout", "connect_timeout"})
@@ -160,6 +163,12 @@ class PoolOptions:
         move: False: only permits move between processes, never a socket.
         order: "fifo": first come, first served over all processes; "sticky": a process's own waiters first, up to
             steal_after; "auto": fifo for what can move, sticky for what can't.
+        min_idle: So many connections exist of every key that a process has named by `Pool.prewarm`, over all processes
+            together; they are opened in the background, as far as the cap allows and nobody waits.
+        check: What is asked of an idle connection before it is leased. "poll": whether it has ended or says what nobody
+            asked; "none": nothing; "active": as "poll" and, where the transport's driver has a check of its own (tcp
+            and unix have none), that one too, for connections that were idle for longer than check_after.
+        check_after: Seconds.
     """
 
     max_connections: int = 50
@@ -170,6 +179,9 @@ class PoolOptions:
     steal_after: float | NotGiven = NOT_GIVEN
     move: bool = True
     order: str = "auto"
+    min_idle: int = 0
+    check: str = "poll"
+    check_after: float = 30.0
 
     @property
     def patience(self) -> float | None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from . import counting, view
 from . import segment as segments
 from .drivers.sockets import Ending
 from .errors import OptionError
 from .layout import (
+    ACTIVE,
     ARBITER_ROW,
     BARE,
     BEAT,
@@ -28,6 +31,7 @@ from .layout import (
     CELL_ROW_SHIFT,
     CELL_SINCE,
     CELL_WAITING,
+    CHECK_AFTER,
     CLOSE_TIMEOUT,
     CLOSING,
     DOOMED,
@@ -49,11 +53,13 @@ from .layout import (
     KEY,
     LEASED,
     MAX,
+    MIN_IDLE,
+    OPENED,
     OPENING,
     OVER,
     PAUSED,
     ROW,
-    ROW_COUNTERS,
+    ROW_CLOSES,
     ROW_DEAD,
     ROW_FREE,
     ROW_LIVE,
@@ -67,7 +73,7 @@ from .layout import (
     STICKY,
     STOPPED,
     STRICT,
-    TOTALS_ROW,
+    UNPOLLED,
     USED,
     WAITING_COUNT,
     WATCH,
@@ -77,9 +83,11 @@ from .layout import (
     with_state,
 )
 from .options import NOT_GIVEN, PoolOptions
-from .stats import ARBITER_COUNTERS, COUNTERS
+from .stats import ARBITER_COUNTERS, REASONS
 from .table import DONE, STALE, NoLease
 from .view import steal_after
+
+log = logging.getLogger("sharedpool.arbiter")
 
 ROWS: Final = 1024
 CELLS: Final = 16_384
@@ -119,6 +127,8 @@ class Closing:
     generation: int
     give_up: int
     look: int
+    opened: bool  # whether there was a connection at all
+    reason: str
 
 
 def nanoseconds(seconds: float | None) -> int:
@@ -143,7 +153,7 @@ class ServedPool:
         declared_by: The pid of who made it.
         watch: Called with a descriptor whose end of stream is to be reported to `remote_ended`.
         unwatch: Undoes `watch`.
-        tell_closed: Called with rows, a slot and a generation: drop what you hold of it.
+        tell_closed: Called with rows, a slot, a generation and the reason: drop what you hold of it.
         drain: Reads whatever the workers have sent: a registration may be under way.
         clock: Gives the time in monotonic ns.
     """
@@ -156,7 +166,7 @@ class ServedPool:
         *,
         watch: Callable[[ServedPool, int, socket.socket], None],
         unwatch: Callable[[socket.socket], None],
-        tell_closed: Callable[[ServedPool, set[int], int, int], None],
+        tell_closed: Callable[[ServedPool, set[int], int, int, str], None],
         drain: Callable[[ServedPool], None],
         clock: Callable[[], int],
     ) -> None:
@@ -242,7 +252,13 @@ class ServedPool:
         w[IDLE_TIMEOUT] = nanoseconds(options.idle_timeout)
         w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
         w[STEAL_AFTER] = 0 if options.steal_after is NOT_GIVEN else nanoseconds(options.steal_after)  # type: ignore[arg-type]
-        w[RULES] = (CAN_MOVE if options.move else 0) | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
+        w[MIN_IDLE] = options.min_idle
+        w[CHECK_AFTER] = nanoseconds(options.check_after)
+        w[RULES] = (
+            (CAN_MOVE if options.move else 0)
+            | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
+            | {"poll": 0, "none": UNPOLLED, "active": ACTIVE}[options.check]
+        )
         flags = w[GATE] & PAUSED
         self._insist(lambda: self.table.set_limit(options.max_connections, flags))
         self.options = options
@@ -291,7 +307,7 @@ class ServedPool:
             return
         old = self.held.get(index)
         if old is not None and old.generation != generation:  # opened anew on the same permit
-            self._tell_closed(self, old.rows - {row}, index, old.generation)
+            self._tell_closed(self, old.rows - {row}, index, old.generation, "ended")
         self.forget(index)
         self.held[index] = Held(generation, sock, {row})
         self._watch(self, index, sock)
@@ -350,7 +366,7 @@ class ServedPool:
     def _close(self, at: int, word: int, reason: str, now: int, old_cell: int = 0) -> bool:
         """A slot -> CLOSING, and begin."""
         since = self.words[at + SINCE]
-        counter = self.table.counter(_COUNTER[reason])
+        counter = self.table.row_at + ROW_CLOSES + REASONS.index(reason)
         done = self._settle(lambda: self.table.close(at, word, since, old_cell, counter, now))
         if done:
             self.begin_closing(self.table.slot_index(at), now)
@@ -375,7 +391,9 @@ class ServedPool:
         if held is not None and held.generation == generation:
             ending = Ending(held.sock)
             ending.begin()
-        self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now)
+        at = self.table.slot_at(index)
+        opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, at)
+        self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now, opened, reason)
         self._look(index, now)
 
     def _look(self, index: int, now: int) -> None:
@@ -387,19 +405,22 @@ class ServedPool:
                 closing.look = min(closing.give_up, now + nanoseconds(ending.pause()))
                 return
             ending.force()
-            self._count("closed_unconfirmed")
+            if closing.opened:
+                self._count("closed_unconfirmed")
         held = self.held.get(index)
         if held is not None and held.generation == closing.generation:
             rows = held.rows
             self.forget(index)
-            self._tell_closed(self, rows, index, closing.generation)
+            self._tell_closed(self, rows, index, closing.generation, closing.reason)
         closing.ending = None
         closing.look = now
         at = self.table.slot_at(index)
         word = self.words[at]
         if word & STATE == CLOSING and generation_of(word) == closing.generation:
             self._pass_on(at, word, 0, now)
-        self._count("closed")
+        if closing.opened:
+            self._count("closed")
+            log.debug("pool %r: slot %d: closed a connection: %s", self.name, index, closing.reason)
         del self.closings[index]
 
     def _pass_on(self, at: int, word: int, old_cell: int, now: int) -> None:
@@ -491,7 +512,8 @@ class ServedPool:
         waits = w[head]  # before its key: with another ticket it may wait for something else
         bare = word & BARE
         if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & (OVER | PAUSED | STOPPED)):
-            self._close(at, word, "revoked", now, cell)
+            if self._close(at, word, "revoked", now, cell):
+                self._count("revoked")
             return
         if gate & (OVER | PAUSED | STOPPED):
             return
@@ -531,10 +553,7 @@ class ServedPool:
         for _, at, slot_word in self.slots():
             if slot_word & STATE != GRANTED and holder_of(slot_word) == row:
                 self._reap_slot(at, slot_word, now)
-        for index in range(len(COUNTERS)):
-            total = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS + index
-            w[total] = w[total] + w[row_at + ROW_COUNTERS + index]
-            w[row_at + ROW_COUNTERS + index] = 0
+        counting.fold(w, row)
         self._insist(lambda: self.table.set_row(row, w[row_at], ROW_FREE, 0, now))
 
     def _reap_cell(self, cell: int, now: int) -> None:
@@ -565,7 +584,10 @@ class ServedPool:
                 self._count("adopted")
         elif state in (IDLE, LEASED, OPENING):
             for _ in range(_TRIES):  # its word may get DOOMED meanwhile
-                if self._close(at, self.words[at], "reaped", now) or self.words[at] & STATE == CLOSING:
+                done = self._close(at, self.words[at], "reaped", now)
+                if done:
+                    self._count("reaped")
+                if done or self.words[at] & STATE == CLOSING:
                     return
 
     # --- time ---------------------------------------------------------------------------------------------------------
