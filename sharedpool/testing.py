@@ -94,6 +94,8 @@ class SteppedWorker:
         done = self.table.take_free(at, w[at], new, w[GATE], lease, key, attempts, self._arbiter.clock())
         assert done == DONE, "the cap is reached, or somebody waits"
         ours, theirs = socket.socketpair()
+        if at in self._ends:
+            self._ends[at].close()
         self._ends[at] = theirs
         self._pool.register(self.table.row, self.table.slot_index(at), new >> 24 & 0xFFF_FFFF, ours)
         w, seen = self.table.words, new

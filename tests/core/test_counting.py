@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from typing import Any
@@ -30,7 +31,7 @@ def test_every_count_has_its_place_in_a_row() -> None:
     assert ROW_COUNTERS + max(len(COUNTERS), len(ARBITER_COUNTERS)) <= ROW_CLOSES
     assert ROW_CLOSES + len(REASONS) <= ROW_WAIT_SECONDS
     starts = (ROW_WAIT_SECONDS, ROW_CONNECT_SECONDS, ROW_LEASE_SECONDS, ROW)
-    assert all(there - here == len(BOUNDS) + 2 for here, there in zip(starts, starts[1:], strict=False))
+    assert all(there - here == len(BOUNDS) + 2 for here, there in itertools.pairwise(starts))
     assert ROW_EVICTED == ROW_CLOSES + REASONS.index("evicted")
     assert len(set(REASONS)) == len(REASONS)
 
