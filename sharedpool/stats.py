@@ -67,6 +67,7 @@ _DISCARDS = ("discarded", "unclean", "doomed", "dropped", "late")
 #: Reasons that are numbers of their own, too.
 _FLAT = (
     "over_limit", "stopped", "expired", "remote_closed", "reclaimed", "max_lifetime", "drained", "killed", "over_idle",
+    "reclaimed_leases",
 )  # fmt: skip
 
 #: The upper bounds of all histograms' buckets, seconds; one more bucket has what is above.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from sharedpool import counting, stats, view
+from sharedpool import counting, invariants, stats, view
 from sharedpool.counting import Durations, bucket_of, fold
 from sharedpool.layout import (
     HEADER,
+    PAUSED,
     ROW,
     ROW_CLOSES,
     ROW_CONNECT_SECONDS,
@@ -24,7 +27,8 @@ from sharedpool.layout import (
 )
 from sharedpool.stats import ARBITER_COUNTERS, BOUNDS, COUNTERS, REASONS, Histogram
 
-from .tables import ONE, TWO, Breaker, BreakingWords, Broken, World
+from .tables import ONE, THREE, TWO, A, B, Breaker, BreakingWords, Broken, World
+from .test_table_machine import TableMachine
 
 
 def test_every_count_has_its_place_in_a_row() -> None:
@@ -113,3 +117,39 @@ def test_closes_are_counted_over_all_rows_and_some_are_numbers_of_their_own() ->
 def test_what_holders_closed_to_the_end_counts_as_closed() -> None:
     found = stats.from_counts("x", 1, {}, {"closed": 3, "replaced": 2}, 0, 0)
     assert (found.closed, found.replaced) == (5, 2)
+
+
+def some_step(machine: TableMachine, chance: random.Random) -> None:
+    """Whatever a worker, a remote or the arbiter may do; mostly checkouts and checkins."""
+    number, row, key = chance.randrange(8), chance.choice([ONE, TWO, THREE]), chance.choice([A, B])
+    steps: list[Callable[[], None]] = [
+        lambda: machine.checkout(row=row, key=key, connects=chance.random() < 0.9),
+        lambda: machine.connect(number=number, fails=chance.random() < 0.2),
+        lambda: machine.checkin(number=number, clean=chance.random() < 0.8),
+        lambda: machine.take_grant(number=number),
+        lambda: machine.end_closing(number=number),
+        lambda: machine.find_it_ended(number=number),
+        lambda: machine.serve(),
+        lambda: machine.revoke(number=number),
+        lambda: machine.stir(number=number),
+        lambda: machine.expire(number=number),
+        lambda: machine.doom(number=number),
+        lambda: machine.give_up_waiting(number=number),
+        lambda: machine.limit(maximum=chance.randint(1, 6), flags=chance.choice([0, 0, 0, PAUSED])),
+        lambda: machine.die_and_be_reaped(row=row),
+    ]
+    chance.choices(steps, weights=[8, 8, 8, 6, 4, 2, 2, 1, 2, 1, 1, 1, 1, 1])[0]()
+
+
+def test_connections_opened_and_closed_add_up_over_long_runs() -> None:
+    reached: set[str] = set()
+    for seed in range(5):
+        chance, machine = random.Random(seed), TableMachine()
+        for step in range(600):
+            some_step(machine, chance)
+            wrong = list(invariants.connections_add_up(machine.table))
+            assert not wrong, f"seed {seed}, step {step}: {wrong}"
+        for row in (ONE, TWO, THREE):
+            reached |= {name for name, count in view.row_closes(machine.world.words, row).items() if count}
+        machine.teardown()
+    assert reached >= {"evicted", "discarded", "ended"}, "the runs have to get there"
