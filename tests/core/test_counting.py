@@ -129,7 +129,7 @@ def some_step(machine: TableMachine, chance: random.Random) -> None:
         lambda: machine.take_grant(number=number),
         lambda: machine.end_closing(number=number),
         lambda: machine.find_it_ended(number=number),
-        lambda: machine.serve(),
+        machine.serve,
         lambda: machine.revoke(number=number),
         lambda: machine.stir(number=number),
         lambda: machine.expire(number=number),

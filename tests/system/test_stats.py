@@ -97,6 +97,28 @@ def test_checkouts_and_closes_add_up_over_workers_threads_and_deaths(
     assert after.lease_seconds.count == done - 1  # whose holder was killed has no end
 
 
+def test_what_was_opened_and_closed_adds_up_whoever_is_killed_at_whatever_moment(
+    harness: Harness, backend: Backend, tcp: Target, unix: Target
+) -> None:
+    observer = harness.start()
+    observer.attach(max_connections=3)
+    observer.stats()
+    chance = random.Random(7)
+    for _ in range(4):
+        workers = harness.start_many(4)
+        begun = [worker.begin(ways_to_use, [tcp, unix], 100_000, chance.random()) for worker in workers]
+        before = observer.stats().checkouts
+        enough = before + chance.randrange(20, 200)
+        wait_until(lambda: observer.stats().checkouts >= enough)  # noqa: B023
+        for worker in workers:
+            worker.kill()
+        stats = at_rest(observer, in_use=0, processes=1)
+        assert stats.opened - stats.closed == stats.connections == stats.idle == backend.open
+        assert sum(stats.closes.values()) == stats.closed
+        assert stats.checkouts >= enough
+        assert len(begun) == len(workers)
+
+
 def test_a_checkout_that_found_its_connection_ended_counts_once(worker: Worker, backend: Backend, tcp: Target) -> None:
     """It is an open, not a reuse as well."""
     worker.use(tcp)
