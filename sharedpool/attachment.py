@@ -61,7 +61,6 @@ from .layout import (
     ROW_CONNECT_SECONDS,
     ROW_LEASE_SECONDS,
     ROW_SCRAP,
-    ROW_WAIT_SECONDS,
     RULES,
     SERIAL_ONE,
     SINCE,
@@ -136,10 +135,11 @@ class Attachment:
         other.close()
         self._counters = {counter: self.table.counter(index) for index, counter in enumerate(COUNTERS)}
         self._reuses = self._counters["reuses"]
+        self._takeovers = self._counters["takeovers"]
+        self._handoffs = self._counters["handoffs"]
         self._scrap = self.table.row_at + ROW_SCRAP
         self._lease_bucket = self.table.row_at + ROW_LEASE_SECONDS
         self._lease_sum = self._lease_bucket + SUM
-        self._wait_seconds = Durations(self.words, self.table.row_at + ROW_WAIT_SECONDS)
         self._connect_seconds = Durations(self.words, self.table.row_at + ROW_CONNECT_SECONDS)
         self._lease_seconds = Durations(self.words, self._lease_bucket)
         self._polls = not self.words[RULES] & UNPOLLED
@@ -148,7 +148,7 @@ class Attachment:
         self._on_checkin = self.hooks.of("checkin")
         self._warmer: Warmer | None = None
         self.room = WaitingRoom(
-            self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch, self._waited
+            self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch, self.hooks
         )
         discarded = self.table.row_at + ROW_CLOSES + REASONS.index("discarded")
         self.returns = Returns(self.table, self.segment, self._tell_close, discarded, self.room.longest_for)
@@ -169,13 +169,6 @@ class Attachment:
         w, at = self.words, self._counters[name]
         if not self.inert:
             w[at] = w[at] + 1
-
-    def _waited(self, nanoseconds: int) -> None:
-        """A checkout has been in the queue."""
-        if not self.inert:
-            self._wait_seconds.add(nanoseconds)
-        if self.hooks.of("wait"):
-            self.hooks.tell("wait", nanoseconds / 1e9)
 
     def stats(self) -> PoolStats:
         """The pool's numbers over all processes."""
@@ -268,7 +261,7 @@ class Attachment:
         while True:
             lease: Lease[Any] = Lease(self, None, 0)
             try:
-                way, idle = self._acquire(route, lease, limit, refused)
+                counter, idle = self._acquire(route, lease, limit, refused)
             except OutOfTime:
                 self.count("timeouts")
                 raise self._timeout(route) from None
@@ -292,7 +285,8 @@ class Attachment:
                 if route.checks is None or idle <= self.words[CHECK_AFTER] or self._passes(route, lease, entry):
                     entry.thread = get_ident()
                     lease.conn = entry.conn
-                    self.count(way)
+                    w = self._words
+                    w[counter] = w[counter] + 1
                     return lease
                 reason = "check_failed"
             return self._renew(route, lease, entry, limit, connect_timeout, reason)
@@ -306,11 +300,11 @@ class Attachment:
             self.hooks.log.debug("the check of a connection to %s failed: %r", route.where, error)
             return False
 
-    def _acquire(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> tuple[str, int]:
+    def _acquire(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> tuple[int, int]:
         """Get a slot into the lease: LEASED with a connection or as a permit, or OPENING.
 
         Returns:
-            The counter of how a connection was got, and how long it had been idle, ns.
+            The place where leases are counted that came about this way, and how long the connection was idle, ns.
 
         Raises:
             OutOfTime, PoolStopped, TooManyWaiting.
@@ -320,7 +314,7 @@ class Attachment:
         patience: Patience | None = None
         while True:
             gate, ver, now = w[GATE], w[VER], monotonic_ns()
-            way, idle = "handoffs", 0
+            counter, idle = self._handoffs, 0
             if gate & STOPPED:
                 raise PoolStopped(f"pool {self.name!r} was stopped")
             straight = not gate & GATE_FLAGS
@@ -330,7 +324,7 @@ class Attachment:
             if straight or (route.sticky and self._may_stick(gate, now)):
                 at, seen = self._find_idle(route, refused, own_only=not straight)
             if at:
-                way = "reuses" if holder_of(seen) == self.row else "takeovers"
+                counter = self._reuses if holder_of(seen) == self.row else self._takeovers
                 idle = now - self.words[at + SINCE]
                 lease.place = at
                 result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, self._scrap, now)
@@ -339,7 +333,7 @@ class Attachment:
             else:
                 result = self.room.wait(route, lease, gate, ver, limit, now)
             if result == DONE:
-                return way, idle
+                return counter, idle
             if result == BUSY:
                 patience = patience or Patience(limit or now + _GIVE_BACK)
                 if not patience.wait():

@@ -8,8 +8,10 @@ from time import monotonic_ns
 from typing import Any, Final
 
 from . import view
+from .counting import SUM, bucket_of
 from .errors import PoolStopped, TooManyWaiting
 from .held import Patience, Route
+from .hooks import Hooks
 from .layout import (
     BARE,
     CELL_HIGH,
@@ -37,6 +39,7 @@ from .layout import (
     OPENING,
     OVER,
     ROW_SCRAP,
+    ROW_WAIT_SECONDS,
     SERIAL_ONE,
     STATE,
     STOPPED,
@@ -85,7 +88,7 @@ class WaitingRoom:
         counters: Places of the counters "waits", "attempts", "unwanted", by name.
         tell_close: Called with a slot's number and generation after it went CLOSING.
         tell_watch: Called when the arbiter wants to know that somebody waits.
-        waited: Called with how long a checkout was in the queue, ns, whether it was served or not.
+        hooks: Those of on_wait are told how long a checkout was in the queue, whether it was served or not.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class WaitingRoom:
         counters: dict[str, int],
         tell_close: Callable[[int, int], None],
         tell_watch: Callable[[], None],
-        waited: Callable[[int], None],
+        hooks: Hooks,
     ) -> None:
         self._table = table
         self.words = self._words = table.words
@@ -106,7 +109,10 @@ class WaitingRoom:
         self._counters = counters
         self._tell_close = tell_close
         self._tell_watch = tell_watch
-        self._waited = waited
+        self._hooks = hooks
+        self._on_wait = hooks.of("wait")
+        self._wait_bucket = table.row_at + ROW_WAIT_SECONDS
+        self._wait_sum = self._wait_bucket + SUM
         self._free: list[Waiter] = []
         self._waiting: set[Waiter] = set()
         self._owned = CELL_OWNED | table.row << CELL_ROW_SHIFT
@@ -177,6 +183,16 @@ class WaitingRoom:
                 self._free.append(waiter)
             if joined:
                 self._waited(monotonic_ns() - now)
+
+    def _waited(self, took: int) -> None:
+        """A checkout has been in the queue for so long, ns."""
+        w = self._words
+        at = self._wait_bucket + bucket_of(took)
+        w[at] = w[at] + 1
+        at = self._wait_sum
+        w[at] = w[at] + took
+        if self._on_wait:
+            self._hooks.tell("wait", took / 1e9)
 
     def _look_at(self, slots: int) -> None:
         """`_any_idle` covers the slots ever used, not all of them: 4 kB of cold memory cost a wait 1 us."""
