@@ -29,6 +29,7 @@ from .control import (
     stop,
     stop_pool,
     timeout,
+    worker_stats,
 )
 from .drivers import Driver
 from .drivers import permit as _permit_driver
@@ -57,7 +58,7 @@ from .errors import (
 from .lease import Lease
 from .options import PoolInfo, PoolOptions
 from .pool import Permit, Pool
-from .stats import PoolStats
+from .stats import Histogram, KeyStats, PoolStats
 from .supervise import ChildSpec, child_spec
 
 __all__ = [
@@ -69,6 +70,8 @@ __all__ = [
     "DrainTimeout",
     "Driver",
     "FileLimit",
+    "Histogram",
+    "KeyStats",
     "Lease",
     "LeaseError",
     "NotSupported",
@@ -112,6 +115,7 @@ __all__ = [
     "stop",
     "stop_pool",
     "timeout",
+    "worker_stats",
 ]
 
 __version__ = "0.1.0.dev0"

@@ -28,6 +28,7 @@ from .genserver import PoolServer
 from .layout import HEADER, INCARNATION, ROW, ROW_NONCE
 from .records import Records
 from .served import Later, options_in
+from .stats import REASONS
 from .wire import Kind, Message, WireError
 
 T = TypeVar("T")
@@ -468,12 +469,13 @@ class Arbiter:
         return pool, self._change(pool, values, pid, update, attaching)
 
     def _make(self, pool: PoolServer | None, name: str, wanted: options.PoolOptions, pid: int) -> PoolServer:
-        if pool is not None and (pool.options.move, pool.options.order) == (wanted.move, wanted.order):
+        if pool is not None and all(getattr(pool.options, fixed) == getattr(wanted, fixed) for fixed in options.FIXED):
             pool.init(wanted, pid)
             return pool
         if pool is not None:
             raise PoolOptionsDiffer(
-                f"pool {name!r} was stopped and still has connections; 'move' and 'order' stay until then"
+                f"pool {name!r} was stopped and still has connections; until they have gone, these stay:"
+                f" {', '.join(sorted(options.FIXED))}"
             )
         pool = self._serve(name, wanted, pid)
         pool.words[INCARNATION] = self.incarnation
@@ -640,8 +642,9 @@ class Arbiter:
     def _unwatch_remote(self, sock: socket.socket) -> None:
         self._unwatch(sock.fileno())
 
-    def _tell_closed(self, pool: PoolServer, rows: Iterable[int], slot: int, generation: int) -> None:
-        data = wire.pack(Message(Kind.CLOSED, 0, slot, generation))
+    def _tell_closed(self, pool: PoolServer, rows: Iterable[int], slot: int, generation: int, reason: str) -> None:
+        number = REASONS.index(reason) + 1 if reason in REASONS else 0
+        data = wire.pack(Message(Kind.CLOSED, number, slot, generation))
         for client in self._rows(pool):
             if client.row in rows and client.events is not None:
                 with contextlib.suppress(OSError):  # full or gone: it finds out by itself

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from . import drivers, events, fdpass, launch, segment, view, wire
 from .channel import Channel
+from .counting import SUM, Durations, bucket_of
 from .drivers.sockets import end
 from .errors import (
     ArbiterLost,
@@ -38,10 +39,13 @@ from .errors import (
 )
 from .events import OURS
 from .held import Entry, Patience, Route
+from .hooks import Hooks
 from .layout import (
+    ACTIVE,
     BEAT,
     CAN_MOVE,
     CELL_SINCE,
+    CHECK_AFTER,
     CLOSE_TIMEOUT,
     CONNECT_TIME,
     DOOMED,
@@ -56,17 +60,24 @@ from .layout import (
     LEASED,
     MASK64,
     MAX,
+    MIN_IDLE,
     OPENING,
     OVER,
     PAUSED,
+    ROW_CLOSES,
+    ROW_CONNECT_SECONDS,
+    ROW_LEASE_SECONDS,
+    ROW_SCRAP,
     RULES,
     SERIAL_ONE,
     SERIAL_SHIFT,
+    SINCE,
     STATE,
     STAYS,
     STICKY,
     STOPPED,
     STRICT,
+    UNPOLLED,
     USED,
     VER,
     VERSION,
@@ -81,9 +92,10 @@ from .lease import Lease
 from .native import FILENO, Call
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
-from .stats import COUNTERS, PoolStats
+from .stats import COUNTERS, REASONS, KeyStats, PoolStats, from_closes
 from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
+from .warming import Opening, Warmer
 from .wire import LONGEST_NAME, Kind, Message
 
 log = logging.getLogger("sharedpool")
@@ -103,6 +115,8 @@ _AGAIN: Final = 0.2
 _TO_LEASED: Final = 1 + SERIAL_ONE
 #: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
 _GIVE_BACK: Final = 50_000_000
+#: Leases no longer than this are in the first bucket, ns.
+_SHORT: Final = 500_000
 
 
 class Attachment:
@@ -146,10 +160,23 @@ class Attachment:
         other.close()
         self._counters = {counter: self.table.counter(index) for index, counter in enumerate(COUNTERS)}
         self._reuses = self._counters["reuses"]
-        self.room = WaitingRoom(self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch)
-        self.returns = Returns(
-            self.table, self.segment, self._tell_close, self._counters["discards"], self.room.longest_for
+        self._takeovers = self._counters["takeovers"]
+        self._handoffs = self._counters["handoffs"]
+        self._scrap = self.table.row_at + ROW_SCRAP
+        self._lease_bucket = self.table.row_at + ROW_LEASE_SECONDS
+        self._lease_sum = self._lease_bucket + SUM
+        self._connect_seconds = Durations(self.words, self.table.row_at + ROW_CONNECT_SECONDS)
+        self._lease_seconds = Durations(self.words, self._lease_bucket)
+        self._polls = not self.words[RULES] & UNPOLLED
+        self.hooks = Hooks(name)
+        self.on_checkout = self.hooks.of("checkout")
+        self._on_checkin = self.hooks.of("checkin")
+        self._warmer: Warmer | None = None
+        self.room = WaitingRoom(
+            self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch, self.hooks
         )
+        discarded = self.table.row_at + ROW_CLOSES + REASONS.index("discarded")
+        self.returns = Returns(self.table, self.segment, self._tell_close, discarded, self.room.longest_for)
         self.room.returns = self.returns
         _attachments.add(self)
         self._note_places(bool(self.words[LEASE_TIMEOUT]))
@@ -164,17 +191,24 @@ class Attachment:
         return self.inert
 
     def count(self, name: str) -> None:
-        """One more of a counter of this process; its row has no other writer."""
+        """One more of a counter of this process; its row has no other writer, until it has left the pool."""
         w, at = self.words, self._counters[name]
-        w[at] = w[at] + 1
+        if not self.inert:
+            w[at] = w[at] + 1
 
     def stats(self) -> PoolStats:
         """The pool's numbers over all processes."""
-        return view.stats(self.words, self.segment.geometry, self.name)
+        return view.stats(self.words, self.segment.geometry, self.name, monotonic_ns())
 
     def own_counters(self) -> dict[str, int]:
         """What this process has counted."""
-        return view.row_counters(self.words, self.row)
+        closes = view.row_closes(self.words, self.row)
+        return {**view.row_counters(self.words, self.row), **from_closes(closes)}
+
+    def key_stats(self) -> dict[str, KeyStats]:
+        """Connections by state, and waiters, of every address that this process has used, over all processes."""
+        known = view.keys(self.words, self.segment.geometry)
+        return {route.where: known.get(route.key, KeyStats()) for route in list(self.routes.values())}
 
     def _tell(self, kind: Kind, slot: int = 0, generation: int = 0) -> None:
         """A hint to the arbiter; it finds out by itself within a second if this does not arrive."""
@@ -207,7 +241,8 @@ class Attachment:
             moves = driver.moves and bool(rules & CAN_MOVE)
             sticky = bool(rules & STICKY) or not (moves or rules & STRICT)
             key = segment.key_of(self.segment.secret, address)
-            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky)
+            checks = getattr(driver, "check", None) if rules & ACTIVE else None
+            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky, checks=checks)
             known = self.routes.setdefault(address, known)
             self._tell_name(known)
         return known
@@ -226,7 +261,7 @@ class Attachment:
         if self.chores:
             self.tidy()
         stack = route.stack
-        if stack:
+        if stack and route.checks is None:
             try:
                 entry = stack.pop()
             except IndexError:  # another thread was faster
@@ -236,15 +271,18 @@ class Attachment:
             at = entry.at
             lease: Lease[Any] = Lease(self, entry, at)
             new = seen + _TO_LEASED & MASK64
-            if self.table.take_idle(at, seen, new, self.gate, lease, self._reuses, monotonic_ns()) == DONE:
+            w = self._words
+            if self.table.take_idle(at, seen, new, self.gate, lease, self._scrap, monotonic_ns()) == DONE:
                 gate = entry.gate
                 conn = entry.conn
-                if not gate.quiet(0) and FILENO[conn] == entry.number and +gate >= 0:
+                if not (self._polls and gate.quiet(0)) and FILENO[conn] == entry.number and +gate >= 0:
                     entry.thread = get_ident()
                     lease.conn = conn
+                    counter = self._reuses
+                    w[counter] = w[counter] + 1
                     return lease
-                return self._renew(route, lease, entry, _limit(patience), connect_timeout)
-            if self._words[at] == seen:
+                return self._renew(route, lease, entry, _limit(patience), connect_timeout, "ended")
+            if w[at] == seen:
                 route.push(entry)
         return self._checkout_slowly(route, _limit(patience), connect_timeout)
 
@@ -253,7 +291,7 @@ class Attachment:
         while True:
             lease: Lease[Any] = Lease(self, None, 0)
             try:
-                self._acquire(route, lease, limit, refused)
+                counter, idle = self._acquire(route, lease, limit, refused)
             except OutOfTime:
                 self.count("timeouts")
                 raise self._timeout(route) from None
@@ -263,6 +301,7 @@ class Attachment:
             if not route.driver.connects:
                 self.permits[at] = get_ident()
                 lease.conn = None
+                self.count("opens")
                 return lease
             entry = self.entries.get(at)
             if entry is None or entry.generation != generation_of(word) or entry.version != self._words[at + VERSION]:
@@ -271,14 +310,31 @@ class Attachment:
                     continue
             lease._entry = entry
             gate = entry.gate
-            if not gate.quiet(0) and FILENO[entry.conn] == entry.number and +gate >= 0:
-                entry.thread = get_ident()
-                lease.conn = entry.conn
-                return lease
-            return self._renew(route, lease, entry, limit, connect_timeout)
+            reason = "ended"
+            if not (self._polls and gate.quiet(0)) and FILENO[entry.conn] == entry.number and +gate >= 0:
+                if route.checks is None or idle <= self.words[CHECK_AFTER] or self._passes(route, lease, entry):
+                    entry.thread = get_ident()
+                    lease.conn = entry.conn
+                    w = self._words
+                    w[counter] = w[counter] + 1
+                    return lease
+                reason = "check_failed"
+            return self._renew(route, lease, entry, limit, connect_timeout, reason)
 
-    def _acquire(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> None:
+    def _passes(self, route: Route, lease: Lease[Any], entry: Entry) -> bool:
+        """The driver's active check of a connection that was idle for long; an error is a refusal."""
+        assert route.checks is not None
+        try:
+            return bool(route.checks(entry.conn))
+        except Exception as error:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
+            self.hooks.log.debug("the check of a connection to %s failed: %r", route.where, error)
+            return False
+
+    def _acquire(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> tuple[int, int]:
         """Get a slot into the lease: LEASED with a connection or as a permit, or OPENING.
+
+        Returns:
+            The place where leases are counted that came about this way, and how long the connection was idle, ns.
 
         Raises:
             OutOfTime, PoolStopped, TooManyWaiting.
@@ -288,6 +344,7 @@ class Attachment:
         patience: Patience | None = None
         while True:
             gate, ver, now = w[GATE], w[VER], monotonic_ns()
+            counter, idle = self._handoffs, 0
             if gate & STOPPED:
                 raise PoolStopped(f"pool {self.name!r} was stopped")
             straight = not gate & GATE_FLAGS
@@ -297,16 +354,16 @@ class Attachment:
             if straight or (route.sticky and self._may_stick(gate, now)):
                 at, seen = self._find_idle(route, refused, own_only=not straight)
             if at:
-                mine = holder_of(seen) == self.row
-                counter = self._counters["reuses" if mine else "takeovers"]
+                counter = self._reuses if holder_of(seen) == self.row else self._takeovers
+                idle = now - self.words[at + SINCE]
                 lease.place = at
-                result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, counter, now)
+                result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, self._scrap, now)
             elif straight and w[USED] < w[MAX]:
                 result = self._take_free(route, lease, gate, now)
             else:
                 result = self.room.wait(route, lease, gate, ver, limit, now)
             if result == DONE:
-                return
+                return counter, idle
             if result == BUSY:
                 patience = patience or Patience(limit or now + _GIVE_BACK)
                 if not patience.wait():
@@ -320,7 +377,7 @@ class Attachment:
             return self.table.missed(0)
         connects = route.driver.connects
         new = opening_word(seen, self.row, OPENING if connects else LEASED)
-        counter = self._counters["attempts" if connects else "opens"]
+        counter = self._counters["attempts"] if connects else self._scrap
         lease.place = at
         return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
 
@@ -370,7 +427,7 @@ class Attachment:
             return None
         if descriptor is None:
             lease.word = 0
-            self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK)
+            self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, "gone")
             return None
         self.count("fetches")
         conn = route.driver.adopt(descriptor, b"")
@@ -395,8 +452,11 @@ class Attachment:
             old.let_go()
         return entry
 
-    def _open(self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float) -> Lease[Any]:
-        """Open the connection that the lease has a permit for.
+    def _open(
+        self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float,
+        way: str = "opens", opening: Opening | None = None,
+    ) -> Lease[Any]:  # fmt: skip
+        """Open the connection that the lease has a permit for; `opening` may break it off.
 
         Raises:
             ConnectFailed, ConnectTimeout: The permit has been passed on.
@@ -408,6 +468,8 @@ class Attachment:
         def register(sock: socket.socket) -> None:
             nonlocal registered
             registered = True
+            if opening is not None:
+                opening.begin(sock)
             self.opening[index] = (generation, sock)
             until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
             self.channel.deliver(Message(Kind.REGISTER, 0, index, generation), sock.fileno(), until)
@@ -416,6 +478,8 @@ class Attachment:
         try:
             seconds = connect_timeout if limit == _AT_ONCE else min(connect_timeout, (limit - began) / 1e9)
             conn = route.driver.open(route.host, route.port, seconds, register)
+            if opening is not None:
+                opening.end()
             try:
                 entry = self._keep(route, at, lease.word, conn)
             except BaseException:
@@ -428,8 +492,11 @@ class Attachment:
             raise
         finally:
             self.opening.pop(index, None)
-        self._smooth(monotonic_ns() - began)
-        self.count("opens")
+        took = monotonic_ns() - began
+        self._smooth(took)
+        self._connect_seconds.add(took)
+        self.count(way)
+        self.hooks.tell("open", route.where)
         lease._entry = entry
         lease.conn = entry.conn
         entry.thread = get_ident()
@@ -444,14 +511,14 @@ class Attachment:
             if (seen ^ word) & ~DOOMED:
                 raise LeaseError("the slot was taken away while its connection was being opened")
             new = seen & ~STATE | LEASED | route.stays
-            result = self.table.swap(at, seen, new, lease, word, 0, monotonic_ns())
+            result = self.table.connected(at, seen, new, lease, word, self._counters["opened"], monotonic_ns())
             if result == DONE:
                 lease.word = new & ~DOOMED
                 return
             if result == BUSY:
                 patience.wait()
 
-    def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool) -> None:
+    def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool, reason: str = "") -> None:
         """An opening failed. Refused: there is no connection, the permit goes on at once; else it is closed first."""
         word, lease.word = lease.word, 0
         at = lease.place
@@ -461,7 +528,7 @@ class Attachment:
                     self._tell(Kind.FORGET, self.table.slot_index(at), generation_of(word))
                 result = self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK)
             else:
-                result = self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK)
+                result = self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason)
             if result == LATER:
                 self.chores.append((at, word, None, False))
 
@@ -471,7 +538,9 @@ class Attachment:
         known = w[CONNECT_TIME]
         w[CONNECT_TIME] = known + (took - known) // 8 if known else took
 
-    def _renew(self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float) -> Lease[Any]:
+    def _renew(
+        self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float, reason: str
+    ) -> Lease[Any]:
         """The connection just leased has ended, or says what nobody asked: end it, and open anew on the same permit."""
         w, at = self.words, lease.place
         if self.entries.get(at) is entry:
@@ -484,19 +553,23 @@ class Attachment:
         finally:
             entry.let_go()
             sock.close()
+            self._was_closed(route, reason)
+        counter = self._counters["replaced"]
         patience = Patience(limit or monotonic_ns() + _GIVE_BACK)
         while confirmed:
             seen, word = w[at], lease.word
             if (seen ^ word) & ~DOOMED:
                 break
             new = opening_word(seen, self.row)
-            result = self.table.swap(at, seen, new, lease, word, 0, monotonic_ns())
+            result = self.table.reopen(
+                at, seen, new, lease, word, self.returns.reasons[reason], counter, monotonic_ns()
+            )
             if result == DONE:
                 self.count("attempts")
                 return self._open(route, lease, limit, connect_timeout)
             if result == BUSY and not patience.wait():
                 break
-        self._give_up(lease, refused=False, registered=True)
+        self._give_up(lease, refused=False, registered=True, reason=reason)
         return self._checkout_slowly(route, limit, connect_timeout)
 
     # --- giving back --------------------------------------------------------------------------------------------------
@@ -510,8 +583,19 @@ class Attachment:
         word = lease.word
         if not word or self.inert:
             raise self._not_in_force(lease)
+        if self._on_checkin:
+            self.hooks.tell("checkin", lease)
         lease.word = 0
         entry = lease._entry
+        w = self._words
+        now = monotonic_ns()
+        took = now - w[lease.place + SINCE]
+        bucket = self._lease_bucket
+        if not 0 <= took <= _SHORT:
+            bucket, took = self._long_lease(took)
+        w[bucket] = w[bucket] + 1
+        bucket = self._lease_sum
+        w[bucket] = w[bucket] + took
         try:
             if entry is None:
                 self._return_permit(lease.place, word)
@@ -519,12 +603,12 @@ class Attachment:
             route = entry.route
             conn = entry.conn
             if not route.clean(conn) or FILENO[conn] != entry.number or -entry.gate < 0:
-                self._close(entry, word)  # closed, detached or replaced by the user, or not clean
+                self._close(entry, word, "unclean")
                 return
             gate = self.gate
-            if self._words[GATE] == gate:
+            if w[GATE] == gate:
                 new = word - 1
-                if self.table.put_idle(entry.at, word, new, gate, route.tag, monotonic_ns()) == DONE:
+                if self.table.put_idle(entry.at, word, new, gate, route.tag, now) == DONE:
                     entry.word = new
                     if not entry.stacked:
                         entry.stacked = True
@@ -538,12 +622,18 @@ class Attachment:
                 self.chores.append((lease.place, word, entry, False))
             raise
 
+    def _long_lease(self, took: int) -> tuple[int, int]:
+        """The place of a duration's bucket, and the duration; of another's lease it may be below 0."""
+        took = max(0, took)
+        return self._lease_bucket + bucket_of(took), took
+
     def _return(self, entry: Entry, word: int) -> None:
         result = self.returns.connection(entry.at, word, entry.route, monotonic_ns() + _GIVE_BACK)
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
         elif result == CLOSED:
             self._drop_entry(entry)
+            self._was_closed(entry.route, view.reason(self.words, entry.at))
         elif result != GIVEN:
             entry.word = result
             entry.route.push(entry)
@@ -562,24 +652,33 @@ class Attachment:
         word = lease.word
         if not word or self.inert:
             raise self._not_in_force(lease)
+        if self._on_checkin:
+            self.hooks.tell("checkin", lease)
         lease.word = 0
         entry = lease._entry
+        self._lease_seconds.add(monotonic_ns() - self.words[lease.place + SINCE])
         try:
             if entry is None:
                 self._return_permit(lease.place, word)
             else:
-                self._close(entry, word)
+                self._close(entry, word, "discarded")
         except BaseException as error:
             if not isinstance(error, LeaseError):
                 self.chores.append((lease.place, word, entry, False))
             raise
 
-    def _close(self, entry: Entry, word: int) -> None:
+    def _close(self, entry: Entry, word: int, reason: str) -> None:
         """Close a leased connection; its permit goes on once the remote has closed, too."""
-        result = self.returns.closed(entry.at, word, monotonic_ns() + _GIVE_BACK)
+        result = self.returns.closed(entry.at, word, monotonic_ns() + _GIVE_BACK, reason)
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
         self._drop_entry(entry)
+        self._was_closed(entry.route, reason)
+
+    def _was_closed(self, route: Route, reason: str) -> None:
+        """A connection that this process held has been closed, by whomever: says why."""
+        self.hooks.log.debug("closed a connection to %s: %s", route.where, reason)
+        self.hooks.tell("close", reason)
 
     def _drop_entry(self, entry: Entry) -> None:
         if self.entries.get(entry.at) is entry:
@@ -602,12 +701,15 @@ class Attachment:
                     continue  # ended otherwise
                 if forgotten:
                     self.count("dropped")
+                    self._lease_seconds.add(monotonic_ns() - self.words[at + SINCE])
+                reason = "dropped" if forgotten else "late"
                 if word & STATE == LEASED and at in self.permits:
                     self._return_permit(at, word)
-                elif self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK) == LATER:
+                elif self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason) == LATER:
                     self.chores.append((at, word, entry, False))
                 elif entry is not None:
                     self._drop_entry(entry)
+                    self._was_closed(entry.route, reason)
         except (IndexError, LeaseError, PoolStopped):
             pass
         finally:
@@ -654,6 +756,8 @@ class Attachment:
             if entry is not None and entry.generation == message.generation:
                 del self.entries[at]
                 entry.let_go()
+                number = message.request  # an event has none: it is the reason's here, from 1
+                self._was_closed(entry.route, REASONS[number - 1] if 0 < number <= len(REASONS) else "")
         elif message.kind is Kind.NOTIFY:
             self.notices.tell(message.body.get("message"))
         elif message.kind is Kind.ABANDONED:
@@ -674,6 +778,7 @@ class Attachment:
             thread = self.permits.get(at, 0) if entry is None else entry.thread
             found = events.abandoned(self.name, thread, self.places.get(at), message.body)
             events.report(found, self.on_abandoned)
+            self.hooks.tell("abandoned", found)
 
     def _note_places(self, wanted: bool) -> None:
         """With a lease_timeout every checkout notes who called it. Without one the method itself is in its place."""
@@ -685,7 +790,7 @@ class Attachment:
             self.places.clear()
 
     def _checkout_noting(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
-        lease = _checkout(self, route, patience, connect_timeout)
+        lease: Lease[Any] = _checkout(self, route, patience, connect_timeout)
         frame = _getframe(_ABOVE_THE_HANDLE)
         code = frame.f_code
         if OURS[code.co_filename]:
@@ -693,6 +798,58 @@ class Attachment:
         else:  # where_taken, without the call
             self.places[lease.place] = code, frame.f_lasti
         return lease
+
+    # --- prewarming ---------------------------------------------------------------------------------------------------
+
+    def prewarm(self, route: Route, count: int | None, connect_timeout: float) -> None:
+        """From now on see to it, in the background, that so many connections of a key exist.
+
+        Args:
+            route: The key.
+            count: How many; None: the pool's min_idle; 0: no longer.
+            connect_timeout: Seconds for opening each.
+        """
+        if self._warmer is None:
+            self._warmer = Warmer(self, self.name)
+        self._warmer.name(route, count, connect_timeout)
+
+    def missing(self, route: Route, count: int | None) -> int:
+        """How many connections of a key are missing: below 0, there are more."""
+        wanted = self.words[MIN_IDLE] if count is None else count
+        return wanted - view.count_existing(self.words, self.segment.geometry, route.key)
+
+    def crowded(self) -> bool:
+        """Whether somebody waits, or nothing new may begin."""
+        return self.inert or bool(self.words[GATE] & GATE_FLAGS)
+
+    def has_room(self) -> bool:
+        """Whether a permit is free that nobody waits for."""
+        w = self.words
+        return not self.crowded() and w[USED] < w[MAX]
+
+    def warm(self, route: Route, count: int | None, connect_timeout: float, opening: Opening) -> None:
+        """Open one connection of a key and leave it idle, if a permit is free that nobody waits for.
+
+        Whoever sees, with his permit in hand, more connections than are wanted gives it back: of several processes the
+        last one always does.
+        """
+        w = self.words
+        gate = w[GATE]
+        lease: Lease[Any] = Lease(self, None, 0)
+        if gate & GATE_FLAGS or not self.has_room():
+            return
+        if self._take_free(route, lease, gate, monotonic_ns()) != DONE:
+            return
+        if self.missing(route, count) < 0:
+            self._give_up(lease, refused=True, registered=False)
+            return
+        self._open(route, lease, _NEVER, connect_timeout, "prewarmed", opening)
+        entry, word = lease._entry, lease.word
+        lease.word = 0
+        if opening.broken or -entry.gate < 0:
+            self._close(entry, word, "unclean")
+        else:
+            self._return(entry, word)
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
@@ -724,6 +881,8 @@ class Attachment:
             return
         self.inert = True
         _attachments.discard(self)
+        if self._warmer is not None:
+            self._warmer.stop()
         self._leave_table()
         self._let_go()
         self._tell(Kind.DETACH)

@@ -178,6 +178,18 @@ def pool_stats(name: str = "default") -> PoolStats:
     return found
 
 
+def worker_stats(name: str = "default") -> dict[int, dict[str, Any]]:
+    """What each attached process has counted, host-wide, by pid: the counters of PoolStats, and "closes" by reason.
+
+    Raises:
+        PoolNotFound: There is no such pool.
+    """
+    found = _registry("worker_stats", options.check_pool_name(name), start=False)
+    if found is None:
+        raise PoolNotFound(f"there is no pool {name!r}: no arbiter runs in this scope")
+    return dict(found)
+
+
 def get_stats(name: str = "default") -> dict[str, int | str]:
     """Hackney's five numbers: name, max, in_use_count, free_count, queue_count.
 
@@ -570,6 +582,13 @@ class _LocalRegistry:
         if name not in known:
             raise PoolNotFound(f"there is no pool {name!r}; pools here: {', '.join(sorted(known)) or 'none'}")
         return known[name]
+
+    @staticmethod
+    def worker_stats(name: str) -> dict[int, dict[str, Any]]:
+        from . import local
+
+        stats, counters = _LocalRegistry.stats(name), local.pools()[name].own_counters()
+        return {os.getpid(): {"checkouts": stats.checkouts, **counters, "closes": stats.closes}}
 
     @staticmethod
     def stop_pool(name: str) -> None:

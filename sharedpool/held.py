@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any, Final
 
@@ -55,11 +56,17 @@ class Entry:
 
 
 class Route:
-    """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO)."""
+    """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO).
 
-    __slots__ = ("clean", "driver", "host", "key", "port", "stack", "stays", "sticky", "tag", "where")
+    `checks` is the driver's active check, where the pool wants it asked.
+    """
 
-    def __init__(self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool) -> None:
+    __slots__ = ("checks", "clean", "driver", "host", "key", "port", "stack", "stays", "sticky", "tag", "where")
+
+    def __init__(
+        self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool,
+        checks: Callable[[Any], bool] | None = None,
+    ) -> None:  # fmt: skip
         self.driver = driver
         self.host = host
         self.port = port
@@ -69,6 +76,7 @@ class Route:
         self.clean = driver.clean
         self.stays = 0 if moves else STAYS
         self.sticky = sticky
+        self.checks = checks
         self.where = f"{driver.name}://{host}:{port}" if port else f"{driver.name}:{host}"
 
     def push(self, entry: Entry) -> None:

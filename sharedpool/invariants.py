@@ -34,12 +34,15 @@ from .layout import (
     MAX,
     NEXT,
     NEXT_FREE,
+    OPENED,
     OPENING,
     OVER,
     PAUSED,
     PREV,
     QUEUED,
     ROW,
+    ROW_CLOSES,
+    ROW_COUNTERS,
     ROW_FREE,
     STATE,
     STAYS,
@@ -53,6 +56,7 @@ from .layout import (
     holder_of,
     tag_of,
 )
+from .stats import COUNTERS, REASONS
 from .table import Table
 
 Violations = Iterator[str]
@@ -240,6 +244,26 @@ def leases_are_single(table: Table, leases: Iterable[tuple[int, int]]) -> Violat
     there = sorted((at, word & ~0x10) for _, at, word in slots(table) if word & STATE in states)
     if known != there:
         yield f"leases known to holders: {known}, in the table: {there}"
+
+
+def connections_add_up(table: Table) -> Violations:
+    """Connections opened - connections closed for whatever reason = those leased, idle or granted now.
+
+    Not among ALL: a process that is killed inside a section may take one count with it.
+    """
+    w = table.words
+    offsets = range(ROW_CLOSES, ROW_CLOSES + len(REASONS))
+    rows = [HEADER + ROW * row for row in range(table.geometry.rows)]
+    opened = ROW_COUNTERS + COUNTERS.index("opened")
+    began = sum(w[at + opened] for at in rows if at != HEADER + ROW * ARBITER_ROW)
+    closed = sum(w[at + offset] for at in rows for offset in offsets)
+    alive = [at for _, at, word in slots(table) if word & STATE in (LEASED, IDLE, GRANTED) and not word & BARE]
+    there = sum(w[at + OPENED] != 0 for at in alive)
+    if began - closed != there:
+        yield f"{began} connections were opened and {closed} closed; there are {there}"
+    for at in alive:
+        if w[at] & STATE == IDLE and not w[at + OPENED]:
+            yield f"the idle slot {table.slot_index(at)} was never opened"
 
 
 def nobody_waits_in_vain(table: Table) -> Violations:

@@ -47,7 +47,11 @@ INCARNATION: Final = 21
 MAX_IDLE: Final = 22  # MASK64: no limit
 MAX_LIFETIME: Final = 23  # ns; 0: none
 LEASE_TIMEOUT: Final = 24  # ns; 0: none
-HEADER: Final = 32
+FOLD: Final = 30  # how many counters of ended rows were folded << 32 | the place of the one being folded; see counting
+FOLD_TOTAL: Final = 31  # what its total becomes
+MIN_IDLE: Final = 32  # connections of a named key that are to exist
+CHECK_AFTER: Final = 33  # ns; idle longer than this, a driver's active check is asked
+HEADER: Final = 64
 
 # --- GATE: epoch << 4 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
 QUEUED: Final = 1  # somebody waits (derived)
@@ -62,12 +66,20 @@ CAN_MOVE: Final = 1
 STICKY: Final = 2  # sticky order also for what can move
 RECLAIM: Final = 1 << 8  # an abandoned lease is taken away
 STRICT: Final = 4  # first come, first served also for what cannot move
+UNPOLLED: Final = 8  # check="none"
+ACTIVE: Final = 16  # check="active"
 
-# --- rows: word | nonce | since | … | counters ------------------------------------------------------------------------
-ROW: Final = 32
+# --- rows: word | nonce | since | scrap | counters | closes by reason | histograms ------------------------------------
+ROW: Final = 112
 ROW_NONCE: Final = 1
 ROW_SINCE: Final = 2
+ROW_SCRAP: Final = 3  # for sections that count where nothing is to be counted
 ROW_COUNTERS: Final = 4
+ROW_CLOSES: Final = 36  # by reason, in the order of stats.REASONS
+ROW_EVICTED: Final = 36  # the first of them, counted by `enqueue` itself
+ROW_WAIT_SECONDS: Final = 64  # histograms: 15 buckets, and the sum in ns
+ROW_CONNECT_SECONDS: Final = 80
+ROW_LEASE_SECONDS: Final = 96
 TOTALS_ROW: Final = 0  # what dead rows had counted
 ARBITER_ROW: Final = 1
 FIRST_ROW: Final = 2
@@ -75,14 +87,15 @@ ROW_FREE: Final = 0
 ROW_LIVE: Final = 1
 ROW_DEAD: Final = 2
 
-# --- slots: word | key | since | opened | state version | next free ---------------------------------------------------
+# --- slots: word | key | since | opened | state version | next free | cause -------------------------------------------
 SLOT: Final = 8
 SLOT_SHIFT: Final = 3
 KEY: Final = 1
 SINCE: Final = 2  # when the state began, monotonic ns
-OPENED: Final = 3
+OPENED: Final = 3  # when its connection was opened, monotonic ns; 0: it has none, or not yet
 VERSION: Final = 4  # of the session state that an export would carry
 NEXT_FREE: Final = 5
+CAUSE: Final = 6  # the counter in which its last close was counted: the reason
 
 FREE: Final = 0
 OPENING: Final = 1

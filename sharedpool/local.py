@@ -17,6 +17,7 @@ import select
 import socket
 import sys
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from threading import get_ident
 from time import monotonic, sleep
@@ -24,11 +25,31 @@ from typing import Any, Final
 
 from . import drivers, options
 from .drivers.sockets import Ending, goodbye
-from .errors import DrainTimeout, LeaseError, PoolNotFound, PoolOptionsDiffer, PoolStopped, PoolTimeout, file_limit
+from .errors import (
+    DrainTimeout,
+    LeaseError,
+    PoolNotFound,
+    PoolOptionsDiffer,
+    PoolStopped,
+    PoolTimeout,
+    SharedPoolError,
+    file_limit,
+)
+from .hooks import Hooks
 from .lease import Lease
 from .notices import Notices
 from .options import PoolOptions
-from .stats import ARBITER_COUNTERS, COUNTERS, PoolStats
+from .stats import (
+    ARBITER_COUNTERS,
+    BOUNDS,
+    COUNTERS,
+    REASONS,
+    Histogram,
+    KeyStats,
+    PoolStats,
+    from_closes,
+    from_counts,
+)
 
 log = logging.getLogger("sharedpool")
 
@@ -59,6 +80,7 @@ class _Slot:
 
     `state` is named as in the stats. `watch` is the pool's own descriptor of the connection, which the user cannot
     close; `number` is the one in `conn`. `word` is the lease's, while in force. `doomed`: the lease outlived its pool.
+    `way`: how its lease was counted. `idle`: for how long it was idle before, s.
     """
 
     route: LocalRoute
@@ -76,6 +98,8 @@ class _Slot:
     ending: Ending | None = None
     give_up: float = 0.0
     look: float = 0.0
+    idle: float = 0.0
+    way: str = ""
 
     def move(self, state: str) -> None:
         self.state, self.since = state, monotonic()
@@ -95,10 +119,12 @@ class _Slot:
             if self.conn is None:
                 driver.close(conn)
 
-    def reusable(self) -> bool:
+    def reusable(self, polled: bool = True) -> bool:
         """Whether somebody else may have the connection: still the one that was lent, clean, open and silent."""
         driver = self.route.driver
-        return driver.fileno(self.conn) == self.number and driver.clean(self.conn) and not _readable(self.number)
+        if driver.fileno(self.conn) != self.number or not driver.clean(self.conn):
+            return False
+        return not (polled and _readable(self.number))
 
     def leads_to(self, address: tuple[str, str, int] | None) -> bool:
         """Whether this is a connection, or becomes one, to the address; None: to any."""
@@ -109,6 +135,25 @@ class _Slot:
         """Close the pool's own descriptor, and only that."""
         if self.watch is not None:
             self.watch.close()
+
+
+class Durations:
+    """A histogram of seconds, under its pool's lock."""
+
+    __slots__ = ("_counts", "_sum")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more duration."""
+        self._counts[bisect_left(BOUNDS, seconds)] += 1
+        self._sum += seconds
+
+    def histogram(self) -> Histogram:
+        """What it is by now."""
+        return Histogram(tuple(self._counts), self._sum)
 
 
 def _readable(number: int) -> bool:
@@ -128,6 +173,7 @@ class _Waiter:
     bell: threading.Condition
     slot: _Slot | None = None
     stopped: bool = False
+    since: float = dataclasses.field(default_factory=monotonic)
 
 
 class LocalPool:
@@ -153,11 +199,26 @@ class LocalPool:
         self._dropped: collections.deque[tuple[_Slot, int]] = collections.deque()
         self._serial = 0
         self.counters = collections.Counter(dict.fromkeys((*COUNTERS, *ARBITER_COUNTERS), 0))
+        self.closes = collections.Counter(dict.fromkeys(REASONS, 0))
+        self._seconds = {name: Durations() for name in ("wait_seconds", "connect_seconds", "lease_seconds")}
+        self.hooks = Hooks(name)
+        self.on_checkout = self.hooks.of("checkout")
         self.welcome: Mapping[str, Any] = {}
 
     def own_counters(self) -> dict[str, int]:
         """What a worker counts."""
-        return {name: self.counters[name] for name in COUNTERS}
+        return {**{name: self.counters[name] for name in COUNTERS}, **from_closes(self.closes)}
+
+    def key_stats(self) -> dict[str, KeyStats]:
+        """Connections by state, and waiters, of every address in use."""
+        with self._lock:
+            self._tidy()
+            counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+            for slot in self.slots:
+                counts[slot.route.where][slot.state] += 1
+            for waiter in self._queue:
+                counts[waiter.route.where]["waiting"] += 1
+            return {where: KeyStats(**count) for where, count in counts.items()}
 
     def route(self, transport: str, host: str, port: int) -> LocalRoute:
         """The route for an address; equal addresses give equal ones."""
@@ -169,10 +230,16 @@ class LocalPool:
         with self._lock:
             self._tidy()
             states = collections.Counter(slot.state for slot in self.slots)
-            return PoolStats(
-                name=self.name, max_connections=self.options.max_connections, waiting=len(self._queue), processes=1,
-                **states, **self.counters,
-            )  # fmt: skip
+            more: dict[str, Any] = {name: durations.histogram() for name, durations in self._seconds.items()}
+            leased = [slot.since for slot in self.slots if slot.state == LEASED]
+            if leased:
+                more.update(longest_lease=monotonic() - min(leased), longest_lease_pid=os.getpid())
+            if self._queue:
+                more.update(longest_wait=monotonic() - self._queue[0].since, longest_wait_pid=os.getpid())
+            more["connections"] = sum(slot.watch is not None and slot.state != OPENING for slot in self.slots)
+            return from_counts(
+                self.name, self.options.max_connections, states, self.counters, len(self._queue), 1, self.closes, **more
+            )
 
     def checkout(self, route: LocalRoute, patience: float | None, connect_timeout: float) -> Lease[Any]:
         """A lease, in the order of asking: an idle connection, else a new one. Patience 0 is: not in the queue."""
@@ -190,8 +257,57 @@ class LocalPool:
         if slot.state == OPENING:
             left = limit - monotonic() if limit and patience else connect_timeout
             self._open(slot, lease, min(connect_timeout, left))
+        elif slot.idle > self.options.check_after and not self._passes(slot):
+            with self._lock:
+                if slot.word == lease.word:  # else the pool was closed meanwhile, and the connection with it
+                    slot.word = 0
+                    self._close(slot, "check_failed")
+                lease.word = 0
+                self.counters[slot.way] -= 1
+                self._serve()
+            return self.checkout(route, None if limit is None else max(0.0, limit - monotonic()), connect_timeout)
         lease.conn = slot.conn
         return lease
+
+    def _passes(self, slot: _Slot) -> bool:
+        """The driver's active check, where the pool wants it and there is one; an error is a refusal."""
+        check = getattr(slot.route.driver, "check", None) if self.options.check == "active" else None
+        if check is None:
+            return True
+        try:
+            return bool(check(slot.conn))
+        except Exception as error:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
+            self.hooks.log.debug("the check of a connection to %s failed: %r", slot.route.where, error)
+            return False
+
+    def prewarm(self, route: LocalRoute, count: int | None, connect_timeout: float) -> None:
+        """Open what is missing of a key now, as far as nobody waits and the cap allows; a failure is logged."""
+        wanted = self.options.min_idle if count is None else count
+        made: list[Lease[Any]] = []
+        try:
+            while self._missing(route, wanted):
+                lease: Lease[Any] = Lease(self, None, 0)
+                with self._lock:
+                    slot = _Slot(route)
+                    if self._queue or len(self.slots) >= self.options.max_connections or self.stopped:
+                        return
+                    self.slots.add(slot)
+                    self._begin(slot, lease)
+                self._open(slot, lease, connect_timeout, "prewarmed")
+                made.append(lease)
+        except SharedPoolError as error:
+            self.hooks.log.warning("prewarming %s: %s", route.where, error)
+        finally:
+            for lease in made:
+                with self._lock:
+                    word, lease.word = lease.word, 0
+                    if lease._entry.word == word:
+                        self._give_back(lease._entry, keep=True)
+
+    def _missing(self, route: LocalRoute, wanted: int) -> bool:
+        with self._lock:
+            self._tidy()
+            return sum(slot.route == route and slot.state != CLOSING for slot in self.slots) < wanted
 
     def _find(self, route: LocalRoute) -> _Slot | None:
         """An idle connection that is alive, else a permit for a new one, if there is any of the two."""
@@ -200,9 +316,10 @@ class LocalPool:
         idle = self._idle.get(route, [])
         while idle:
             slot = idle.pop()
-            if slot.reusable():
+            if slot.reusable(self.options.check != "none"):
+                slot.idle = monotonic() - slot.since
                 return slot
-            self._close(slot)
+            self._close(slot, "ended")
         if len(self.slots) >= self.options.max_connections:
             return None
         slot = _Slot(route)
@@ -213,7 +330,8 @@ class LocalPool:
         """A lease begins; without a connection it is to be opened first."""
         opens = slot.conn is None and slot.route.driver.connects
         if slot.conn is not None:
-            self.counters["handoffs" if slot.state == GRANTED else "reuses"] += 1
+            slot.way = "handoffs" if slot.state == GRANTED else "reuses"
+            self.counters[slot.way] += 1
         else:
             self.counters["attempts" if opens else "opens"] += 1
         slot.move(OPENING if opens else LEASED)
@@ -223,8 +341,9 @@ class LocalPool:
         lease._entry = slot
         slot.word = lease.word = self._serial
 
-    def _open(self, slot: _Slot, lease: Lease[Any], seconds: float) -> None:
+    def _open(self, slot: _Slot, lease: Lease[Any], seconds: float, way: str = "opens") -> None:
         """Open the connection that the lease has a permit for; after a failure the permit goes on."""
+        began = monotonic()
         try:
             slot.fill(seconds)
         except BaseException:
@@ -236,11 +355,15 @@ class LocalPool:
             raise
         with self._lock:
             slot.move(LEASED)
-            self.counters["opens"] += 1
+            slot.idle = 0.0
+            self.counters["opened"] += 1
+            self._seconds["connect_seconds"].add(monotonic() - began)
             if slot.word != lease.word:
                 lease.word = 0
                 self._give_back(slot, keep=False)
                 raise LeaseError("the pool was closed while this connection was being opened")
+            self.counters[way] += 1
+        self.hooks.tell("open", slot.route.where)
 
     def _wait(self, route: LocalRoute, limit: float | None) -> _Slot:
         """Queue until something is granted; whatever is raised, the place in the queue has been left."""
@@ -256,6 +379,9 @@ class LocalPool:
         except BaseException:
             self._leave(waiter)
             raise
+        finally:
+            self._seconds["wait_seconds"].add(monotonic() - waiter.since)
+            self.hooks.tell("wait", monotonic() - waiter.since)
         if waiter.slot is not None:
             return waiter.slot
         self._leave(waiter)
@@ -298,7 +424,7 @@ class LocalPool:
     def _make_room(self) -> bool:
         """Close the idle connection longest unused, wherever it leads, unless as many are closing as are waited for."""
         over = self.paused or len(self.slots) > self.options.max_connections
-        return not over and len(self._closing) < len(self._queue) and self._close_idle(1, "evictions")
+        return not over and len(self._closing) < len(self._queue) and self._close_idle(1, "evicted")
 
     def _timeout(self, route: LocalRoute) -> PoolTimeout:
         self.counters["timeouts"] += 1
@@ -334,28 +460,40 @@ class LocalPool:
         if self.inert:  # and its lock may be held for ever
             raise LeaseError("this lease belongs to the process that this one was forked from; check it in there")
         with self._lock:
-            word, lease.word = lease.word, 0
+            word = lease.word
             if not word or lease._entry.word != word:
+                lease.word = 0
                 raise LeaseError("this lease is not in force: it was checked in or discarded before")
-            self._give_back(lease._entry, keep=keep)
+        self.hooks.tell("checkin", lease)
+        with self._lock:
+            lease.word = 0
+            if lease._entry.word == word:
+                self._seconds["lease_seconds"].add(monotonic() - lease._entry.since)
+                self._give_back(lease._entry, keep=keep, reason="discarded")
 
-    def _give_back(self, slot: _Slot, *, keep: bool) -> None:
+    def _give_back(self, slot: _Slot, *, keep: bool, reason: str = "dropped") -> None:
         """Where a connection or a permit goes when its lease ends, or when nobody wants its grant."""
         slot.word = 0
         if slot.conn is None:
             self._free(slot)
-        elif slot.doomed or len(self.slots) > self.options.max_connections or not (keep and slot.reusable()):
-            self._close(slot, "discards")
+        elif not keep:
+            self._close(slot, reason)
+        elif slot.doomed or len(self.slots) > self.options.max_connections:
+            self._close(slot, "stopped" if slot.doomed else "over_limit")
+        elif not slot.reusable():
+            self._close(slot, "unclean")
         else:
             slot.move(IDLE)
             self._idle.setdefault(slot.route, []).append(slot)
         self._serve()
         self._trim()
 
-    def _close(self, slot: _Slot, reason: str | None = None) -> None:
+    def _close(self, slot: _Slot, reason: str) -> None:
         """Begin to close a connection; its permit is free once the remote has closed, too."""
         assert slot.watch is not None
-        self.counters.update([reason] if reason else [])
+        self.closes[reason] += 1
+        self.hooks.log.debug("closed a connection to %s: %s", slot.route.where, reason)
+        self.hooks.tell("close", reason)
         slot.ending = Ending(slot.watch)
         slot.ending.begin()
         slot.route.driver.close(slot.conn)
@@ -436,11 +574,10 @@ class LocalPool:
                 )  # fmt: skip
             if self.options.reclaim:
                 slot.word = 0
-                self.counters["reclaimed_leases"] += 1
                 if slot.conn is None:
                     self._free(slot)
                 else:
-                    self._close(slot)
+                    self._close(slot, "reclaimed_leases")
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
@@ -504,7 +641,7 @@ class LocalPool:
             left=len(left), pids=[os.getpid()],
         )  # fmt: skip
 
-    def _close_idle(self, most: int, reason: str | None = None) -> bool:
+    def _close_idle(self, most: int, reason: str) -> bool:
         """Close so many idle connections, those longest unused first; whether there was one."""
         idle = sorted((slot for slots in self._idle.values() for slot in slots), key=lambda slot: slot.since)
         chosen = idle[: max(0, most)]
@@ -530,7 +667,7 @@ class LocalPool:
                 waiter.stopped = True
                 waiter.bell.notify()
             self._queue.clear()
-            self._close_idle(len(self.slots))
+            self._close_idle(len(self.slots), "stopped")
             for slot in self.slots:
                 slot.doomed = True
 
@@ -585,8 +722,8 @@ class LocalPool:
             for slot in [slot for slot in self.slots if slot.state in (LEASED, OPENING)]:
                 slot.word = 0  # who is opening finds out afterwards
                 if slot.state == LEASED:
-                    self._give_back(slot, keep=False)
-            self._close_idle(len(self.slots))
+                    self._give_back(slot, keep=False, reason="reaped")
+            self._close_idle(len(self.slots), "reaped")
 
     def forked(self) -> None:
         """This is a child's copy: nothing is its own but its descriptors. Takes no lock."""

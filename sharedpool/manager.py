@@ -113,6 +113,10 @@ class Registry:
         """Tell a pool (PoolServer.handle_cast); what it gives, in a tuple."""
         return (self._with(name, lambda pool: pool.handle_cast(request, *arguments)),)
 
+    def worker_stats(self, name: str) -> dict[int, dict[str, Any]]:
+        """What each attached process has counted, by pid; PoolNotFound if there is no such pool."""
+        return self._with(name, lambda pool: view.workers(pool.words, pool.segment.geometry))
+
     def names(self) -> list[str]:
         """The pools there are."""
         return self._arbiter.call(lambda: sorted(self._arbiter.names()))
@@ -283,7 +287,7 @@ def _leases(pool: PoolServer) -> list[dict[str, Any]]:
 
 def _keys(pool: PoolServer) -> list[dict[str, Any]]:
     found = view.keys(pool.words, pool.segment.geometry)
-    rows = [{"key": _key_name(pool, key), **numbers} for key, numbers in found.items()]
+    rows = [{"key": _key_name(pool, key), **dataclasses.asdict(numbers)} for key, numbers in found.items()]
     return sorted(rows, key=lambda row: str(row["key"]))
 
 
@@ -298,7 +302,7 @@ class RegistryProxy(multiprocess.managers.BaseProxy):  # type: ignore[misc]
     _exposed_ = (
         "start_pool", "stop_pool", "find_pool", "stats", "start_link", "pool_call", "pool_cast", "names", "ping",
         "pause", "resume", "drain", "kill", "reset_stats", "stop",
-        "about", "overview", "workers", "leases", "keys",
+        "worker_stats", "about", "overview", "workers", "leases", "keys",
     )  # fmt: skip
 
     def call(self, method: str, *arguments: Any) -> Any:

@@ -142,13 +142,16 @@ RULES: Final[Mapping[str, _Rule]] = {
     "max_lifetime": _Seconds(none=True),
     "lease_timeout": _Seconds(none=True),
     "reclaim": _Flag(),
+    "min_idle": _Count(0, MOST_CONNECTIONS),
+    "check": _Choice(("poll", "none", "active")),
+    "check_after": _Seconds(zero=True),
 }
 
 #: hackney's names.
 ALIASES: Final[Mapping[str, str]] = {"pool_size": "max_connections", "timeout": "idle_timeout"}
 
 #: Laid down when the pool is made; every other host-wide option can change while it runs.
-FIXED: Final = frozenset({"move", "order"})
+FIXED: Final = frozenset({"move", "order", "check"})
 
 #: These belong to the handle that gives them, not to the pool, so they never differ.
 OF_THE_HANDLE: Final = frozenset({"checkout_timeout", "connect_timeout"})
@@ -175,6 +178,12 @@ class PoolOptions:
             opened together do not end together; None: never.
         lease_timeout: A lease held longer is abandoned: reported once, in the log and to the hooks; None: never.
         reclaim: True: the connection of an abandoned lease is shut down and its permit goes on.
+        min_idle: So many connections exist of every key that a process has named by `Pool.prewarm`, over all processes
+            together; they are opened in the background, as far as the cap allows and nobody waits.
+        check: What is asked of an idle connection before it is leased. "poll": whether it has ended or says what nobody
+            asked; "none": nothing; "active": as "poll" and, where the transport's driver has a check of its own (tcp
+            and unix have none), that one too, for connections that were idle for longer than check_after.
+        check_after: Seconds.
     """
 
     max_connections: int = 50
@@ -189,6 +198,9 @@ class PoolOptions:
     max_lifetime: float | None = None
     lease_timeout: float | None = None
     reclaim: bool = False
+    min_idle: int = 0
+    check: str = "poll"
+    check_after: float = 30.0
 
     @property
     def patience(self) -> float | None:

@@ -154,7 +154,7 @@ class Policies:
         soonest = now + limit - limit // 10
         for index, at, word in self._slots():
             state = word & STATE
-            if state not in (IDLE, LEASED, GRANTED) or word & (DOOMED | BARE):
+            if state not in (IDLE, LEASED, GRANTED) or word & (DOOMED | BARE) or not w[at + OPENED]:
                 continue
             generation = generation_of(word)
             until = w[at + OPENED] + lifetime_of(limit, index, generation)

@@ -18,10 +18,11 @@ from urllib.parse import unquote, urlsplit
 
 from . import options
 from .errors import NotSupported, OptionError, PoolStopped
+from .hooks import Callback, Hooks
 from .lease import Lease
 from .notices import Callbacks, Notices
 from .options import NOT_GIVEN, NotGiven
-from .stats import PoolStats
+from .stats import KeyStats, PoolStats
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -39,6 +40,8 @@ class Attached(Protocol):
 
     lost: bool
     notices: Notices
+    hooks: Hooks
+    on_checkout: list[Callback]
 
     @property
     def welcome(self) -> Mapping[str, Any]: ...
@@ -47,6 +50,8 @@ class Attached(Protocol):
     def checkout(self, route: Any, patience: float | None, connect_timeout: float) -> Lease[Any]: ...
     def stats(self) -> PoolStats: ...
     def own_counters(self) -> dict[str, int]: ...
+    def key_stats(self) -> dict[str, KeyStats]: ...
+    def prewarm(self, route: Any, count: int | None, connect_timeout: float) -> None: ...
     def detach(self) -> None: ...
 
 
@@ -139,7 +144,9 @@ class Pool(Generic[T]):
         self._lock = threading.Lock()
         self._attached: Attached | None = None
         self._routes: dict[tuple[str, str, int], Any] = {}
-        self._callbacks: Callbacks = {}
+        self._notices: Callbacks = {}
+        self._callbacks: list[tuple[str, Callback]] = []
+        self._warm: dict[tuple[str, str, int], int | None] = {}
         _pools.add(self)
 
     @property
@@ -161,8 +168,13 @@ class Pool(Generic[T]):
         with self._lock:
             if self._attached is None:
                 self._routes = {}
-                self._attached = self._attach(timeout)
-                self._attached.notices.join(self._callbacks)
+                attached = self._attach(timeout)
+                attached.notices.join(self._notices)
+                for event, callback in self._callbacks:
+                    attached.hooks.of(event).append(callback)
+                self._attached = attached
+                for (transport, host, port), count in self._warm.items():
+                    attached.prewarm(attached.route(transport, host, port), count, self._options.connect_timeout)
         return self
 
     def _attach(self, seconds: float) -> Attached:
@@ -208,7 +220,9 @@ class Pool(Generic[T]):
                 return
             self._attached = None
             self._routes = {}
-        attached.notices.part(self._callbacks)
+            for event, callback in self._callbacks:
+                _remove(attached.hooks.of(event), callback)
+        attached.notices.part(self._notices)
         if _last_handle(self, attached):
             attached.detach()
 
@@ -278,7 +292,10 @@ class Pool(Generic[T]):
         else:
             patience = options.check("checkout_timeout", checkout_timeout)
         try:
-            return attached.checkout(route, patience, connect)
+            lease = attached.checkout(route, patience, connect)
+            if attached.on_checkout:
+                attached.hooks.tell("checkout", lease)
+            return lease
         except PoolStopped as error:
             if error.waited or not attached.lost:
                 raise
@@ -333,11 +350,108 @@ class Pool(Generic[T]):
                 option="callback", value=callback, source="the call", allowed="a callable",
             )  # fmt: skip
         key = object()
-        self._callbacks[key] = callback
+        self._notices[key] = callback
         return functools.partial(self._unsubscribe, key)
 
     def _unsubscribe(self, key: object) -> None:
-        self._callbacks.pop(key, None)
+        self._notices.pop(key, None)
+
+    # --- keeping connections ready ------------------------------------------------------------------------------------
+
+    def prewarm(self, host: str, port: int = 0, transport: str | None = None, count: int | None = None) -> None:
+        """Name a key of which so many connections are to exist, over all processes together, whoever leases them.
+
+        A background thread of this process opens what is missing, now and whenever one has gone, as long as this
+        handle is attached. It takes no permit that anybody waits for, closes no other key's connection, and breaks an
+        opening off as soon as somebody queues. In local mode they are opened by this call, and only by it.
+
+        Args:
+            host: As for checkout.
+            port: As for checkout.
+            transport: As for checkout; not "permit", which has no connections.
+            count: How many. None: the pool's option min_idle; 0: no longer.
+
+        Raises:
+            OptionError: The address, the transport or the count is wrong.
+        """
+        if count is not None:
+            count = options.check("min_idle", count)
+        kind, where, number = transport or self.transport, host, port
+        if "://" in str(host):
+            kind, where, number = parse_url(host, port, transport)
+        attached = self._attached or self.open()._attached
+        assert attached is not None
+        route = attached.route(kind, where, number)
+        if not route.driver.connects:
+            raise OptionError(
+                f"option 'transport' has the value {kind!r}, of which there is nothing to keep ready; allowed is one"
+                " that connects", option="transport", value=kind, source="the call", allowed="one that connects",
+            )  # fmt: skip
+        self._warm[kind, where, number] = count
+        attached.prewarm(route, count, self._options.connect_timeout)
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def on(self, event: str, callback: Callback) -> Callable[[], None]:
+        """Have a callback called when something happens in this process, to whichever handle on this pool.
+
+        Its errors are logged on `sharedpool.pool.NAME` and change nothing. It runs in the thread where the thing
+        happens: keep it short. A handle's callbacks go with it when it is closed, and hold in forked children, too.
+
+        Args:
+            event: "open" (called with the address), "close" (the reason, see `sharedpool.stats.REASONS`), "checkout"
+                and "checkin" (the lease; also for `discard`), "wait" (seconds in the queue, once it is over),
+                "abandoned" (as the option lease_timeout says).
+            callback: Is called with that one argument.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            OptionError: There is no such event.
+        """
+        Hooks(self.name).of(event)
+        entry = (event, callback)
+        with self._lock:
+            self._callbacks.append(entry)
+            if self._attached is not None:
+                self._attached.hooks.of(event).append(callback)
+
+        def end() -> None:
+            with self._lock:
+                if entry in self._callbacks:
+                    self._callbacks.remove(entry)
+                    if self._attached is not None:
+                        _remove(self._attached.hooks.of(event), callback)
+
+        return end
+
+    def on_open(self, callback: Callable[[str], object]) -> Callable[[], None]:
+        """`on("open", …)`: this process opened a connection; called with the address, as in `tcp://host:port`."""
+        return self.on("open", callback)
+
+    def on_close(self, callback: Callable[[str], object]) -> Callable[[], None]:
+        """`on("close", …)`: a connection that this process held was closed; called with the reason.
+
+        It may come on the pool's event thread, where others decided it.
+        """
+        return self.on("close", callback)
+
+    def on_checkout(self, callback: Callable[[Lease[Any]], object]) -> Callable[[], None]:
+        """`on("checkout", …)`: called with the new lease, before its user has it."""
+        return self.on("checkout", callback)
+
+    def on_checkin(self, callback: Callable[[Lease[Any]], object]) -> Callable[[], None]:
+        """`on("checkin", …)`: called with the lease that is about to be given back or discarded, still in force."""
+        return self.on("checkin", callback)
+
+    def on_wait(self, callback: Callable[[float], object]) -> Callable[[], None]:
+        """`on("wait", …)`: a checkout has been in the queue; called with the seconds, also if it gave up."""
+        return self.on("wait", callback)
+
+    def on_abandoned(self, callback: Callback) -> Callable[[], None]:
+        """`on("abandoned", …)`: a lease of this process lasts longer than lease_timeout."""
+        return self.on("abandoned", callback)
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 
@@ -351,6 +465,20 @@ class Pool(Generic[T]):
         """What this process has counted: the counters of PoolStats by name; empty before the first use."""
         attached = self._attached
         return {} if attached is None else attached.own_counters()
+
+    def key_stats(self) -> dict[str, KeyStats]:
+        """Connections by state, and waiters, over all processes, of every address that this process has used.
+
+        By `tcp://host:port`. Counters are kept per pool and per worker, not per key.
+        """
+        attached = self._attached or self.open()._attached
+        assert attached is not None
+        return attached.key_stats()
+
+
+def _remove(callbacks: list[Callback], callback: Callback) -> None:
+    with contextlib.suppress(ValueError):
+        callbacks.remove(callback)
 
 
 class _Leasing(AbstractContextManager[T]):

@@ -32,6 +32,7 @@ from .layout import (
     OVER,
     PAUSED,
     QUEUED,
+    ROW_CLOSES,
     SINCE,
     STATE,
     STAYS,
@@ -40,6 +41,7 @@ from .layout import (
     with_state,
 )
 from .segment import Segment
+from .stats import REASONS
 from .table import BUSY, DONE, Table
 
 #: What a connection keeps of its slot's word when it is granted: serial, generation, and whether it stays.
@@ -57,7 +59,7 @@ class Returns:
         table: The table, as this process's row.
         segment: For the places where waiters sleep.
         tell_close: Called with a slot's number and generation after it went CLOSING.
-        discards: The place of the counter of leases given back closed.
+        discarded: The place where a close is counted for which no other reason is given.
         own_waiter: Gives the cell of this process that has waited longest for a key, and its word; or (0, 0).
     """
 
@@ -66,14 +68,15 @@ class Returns:
         table: Table,
         segment: Segment,
         tell_close: Callable[[int, int], None],
-        discards: int,
+        discarded: int,
         own_waiter: Callable[[int], tuple[int, int]],
     ) -> None:
         self._table = table
         self.words = self._words = table.words
         self._segment = segment
         self._tell_close = tell_close
-        self._discards = discards
+        self._discarded = discarded
+        self.reasons = {name: table.row_at + ROW_CLOSES + index for index, name in enumerate(REASONS)}
         self._own_waiter = own_waiter
         self._cells = table.cell_base
         self._wakers: dict[int, Any] = {}
@@ -126,7 +129,8 @@ class Returns:
             gate = w[GATE]
             now = monotonic_ns()
             if seen & DOOMED or gate & (OVER | STOPPED):
-                result = self._close(at, seen, now)
+                reason = "stopped" if gate & STOPPED else "over_limit" if gate & OVER else "doomed"
+                result = self._close(at, seen, now, self.reasons[reason])
                 outcome = CLOSED
             elif not gate & QUEUED or gate & PAUSED:
                 outcome = with_state(seen, IDLE) | route.stays
@@ -158,7 +162,7 @@ class Returns:
                     outcome = with_state(seen, IDLE) | route.stays
                     return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
         if not fits:
-            return self._close(at, seen, now), CLOSED
+            return self._close(at, seen, now, self.reasons["evicted"]), CLOSED
         return self._hand(at, seen, seen, head, waits, gate, now), GIVEN
 
     def _hand(self, at: int, word: int, seen: int, cell: int, waits: int, gate: int, now: int, bare: int = 0) -> int:
@@ -196,8 +200,14 @@ class Returns:
             if result == BUSY and not patience.wait():
                 return LATER
 
-    def closed(self, at: int, word: int, limit: int) -> int:
+    def closed(self, at: int, word: int, limit: int, reason: str = "") -> int:
         """End a lease by closing its connection; the permit goes on once the remote has closed, too.
+
+        Args:
+            at: Its slot.
+            word: The lease's word.
+            limit: Until when to try, monotonic ns.
+            reason: One of stats.REASONS.
 
         Returns:
             CLOSED or LATER.
@@ -206,15 +216,16 @@ class Returns:
             LeaseError: The slot is no longer this lease's.
         """
         patience = Patience(limit)
+        counter = self.reasons.get(reason, self._discarded)
         while True:
-            result = self._close(at, self._check(at, word), monotonic_ns())
+            result = self._close(at, self._check(at, word), monotonic_ns(), counter)
             if result == DONE:
                 return CLOSED
             if result == BUSY and not patience.wait():
                 return LATER
 
-    def _close(self, at: int, seen: int, now: int) -> int:
-        result = self._table.close(at, seen, self.words[at + SINCE], 0, self._discards, now)
+    def _close(self, at: int, seen: int, now: int, counter: int) -> int:
+        result = self._table.close(at, seen, self.words[at + SINCE], 0, counter, now)
         if result == DONE:
             self._tell_close(self._table.slot_index(at), generation_of(seen))
         return result

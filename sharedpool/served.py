@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from . import counting, view
 from . import segment as segments
-from . import view
 from .drivers.sockets import Ending, goodbye
 from .errors import OptionError
 from .layout import (
+    ACTIVE,
     ARBITER_ROW,
     BARE,
     BEAT,
@@ -30,6 +31,7 @@ from .layout import (
     CELL_ROW_SHIFT,
     CELL_SINCE,
     CELL_WAITING,
+    CHECK_AFTER,
     CLOSE_TIMEOUT,
     CLOSING,
     DOOMED,
@@ -55,12 +57,14 @@ from .layout import (
     MAX,
     MAX_IDLE,
     MAX_LIFETIME,
+    MIN_IDLE,
     OPENED,
     OPENING,
     OVER,
     PAUSED,
     RECLAIM,
     ROW,
+    ROW_CLOSES,
     ROW_COUNTERS,
     ROW_DEAD,
     ROW_FREE,
@@ -77,6 +81,7 @@ from .layout import (
     STOPPED,
     STRICT,
     TOTALS_ROW,
+    UNPOLLED,
     USED,
     WAITING_COUNT,
     WATCH,
@@ -88,10 +93,12 @@ from .layout import (
 )
 from .options import NOT_GIVEN, PoolOptions
 from .policies import Drain, Policies
-from .stats import ARBITER_COUNTERS, COUNTERS
+from .stats import ARBITER_COUNTERS, COUNTERS, REASONS
 from .table import DONE, STALE, NoLease
-from .view import all_counters, row_pid, stats, steal_after
+from .view import row_pid, stats, steal_after
 from .wire import LONGEST_NAME, Kind, Message, WireError
+
+log = logging.getLogger("sharedpool.arbiter")
 
 ROWS: Final = 1024
 CELLS: Final = 16_384
@@ -138,6 +145,8 @@ class Closing:
     generation: int
     give_up: int
     look: int
+    opened: bool  # whether there was a connection at all
+    reason: str
 
 
 def options_in(w: memoryview[int]) -> PoolOptions:
@@ -183,7 +192,7 @@ class ServedPool:
         declared_by: The pid of who made it.
         watch: Called with a descriptor whose end of stream is to be reported to `remote_ended`.
         unwatch: Undoes `watch`.
-        tell_closed: Called with rows, a slot and a generation: drop what you hold of it.
+        tell_closed: Called with rows, a slot, a generation and the reason: drop what you hold of it.
         tell: Called with rows (None: all) and an event for their processes.
         drain: Reads whatever the workers have sent: a registration may be under way.
         clock: Gives the time in monotonic ns.
@@ -203,7 +212,7 @@ class ServedPool:
         *,
         watch: Callable[[ServedPool, int, socket.socket], None],
         unwatch: Callable[[socket.socket], None],
-        tell_closed: Callable[[ServedPool, set[int], int, int], None],
+        tell_closed: Callable[[ServedPool, set[int], int, int, str], None],
         tell: Callable[[ServedPool, set[int] | None, Message], None],
         drain: Callable[[ServedPool], None],
         clock: Callable[[], int],
@@ -313,7 +322,10 @@ class ServedPool:
             (CAN_MOVE if options.move else 0)
             | (RECLAIM if options.reclaim else 0)
             | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
+            | {"poll": 0, "none": UNPOLLED, "active": ACTIVE}[options.check]
         )
+        w[MIN_IDLE] = options.min_idle
+        w[CHECK_AFTER] = nanoseconds(options.check_after)
         w[MAX_IDLE] = MASK64 if options.max_idle is None else options.max_idle
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
@@ -369,10 +381,12 @@ class ServedPool:
 
     def reset_stats(self) -> None:
         """Every counter starts from zero again for those who read it; the workers' own rows are theirs to write."""
-        w = self.words
-        row = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS
-        for index, value in enumerate(all_counters(w, self.segment.geometry).values()):
-            w[row + index] = (w[row + index] - value) & MASK64
+        w, geometry = self.words, self.segment.geometry
+        counted, _, _ = view.sums(w, geometry)
+        counted[COUNTERS.index("opened")] -= stats(w, geometry, self.name).connections  # what is open now was opened
+        start = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS
+        for index, value in enumerate(counted):
+            w[start + index] = (w[start + index] - value) & MASK64
         for index in range(len(ARBITER_COUNTERS)):
             w[self.table.counter(index)] = 0
 
@@ -403,10 +417,9 @@ class ServedPool:
             return
         old = self.held.get(index)
         if old is not None and old.generation != generation:  # opened anew on the same permit
-            self._tell_closed(self, old.rows - {row}, index, old.generation)
+            self._tell_closed(self, old.rows - {row}, index, old.generation, "ended")
         self.forget(index)
         self.held[index] = Held(generation, sock, {row})
-        self.words[self.table.slot_at(index) + OPENED] = self._clock()  # of this connection, not of its permit
         self._watch(self, index, sock)
 
     def holds(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
@@ -542,7 +555,7 @@ class ServedPool:
     def _close(self, at: int, word: int, reason: str, now: int, old_cell: int = 0) -> bool:
         """A slot -> CLOSING, and begin."""
         since = self.words[at + SINCE]
-        counter = self.table.counter(_COUNTER[reason])
+        counter = self.table.row_at + ROW_CLOSES + REASONS.index(reason)
         done = self._settle(lambda: self.table.close(at, word, since, old_cell, counter, now))
         if done:
             self.begin_closing(self.table.slot_index(at), now)
@@ -569,15 +582,14 @@ class ServedPool:
             ending.begin()
         elif self.expected:  # somebody may hold it; found again by the sweep
             return
-        else:
-            began = self.words[self.table.slot_at(index) + SINCE]
-            give_up = began + self.words[CLOSE_TIMEOUT]
-            if (
-                began <= self._inherited_at and now < give_up
-            ):  # its end cannot be seen any more
-                self.closings[index] = Closing(None, generation, give_up, give_up)
-                return
-        self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now)
+        at = self.table.slot_at(index)
+        opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, at)
+        began = self.words[at + SINCE]
+        give_up = began + self.words[CLOSE_TIMEOUT]
+        if ending is None and began <= self._inherited_at and now < give_up:  # its end cannot be seen any more
+            self.closings[index] = Closing(None, generation, give_up, give_up, opened, reason)
+            return
+        self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now, opened, reason)
         self._look(index, now)
 
     def _look(self, index: int, now: int) -> None:
@@ -589,19 +601,22 @@ class ServedPool:
                 closing.look = min(closing.give_up, now + nanoseconds(ending.pause()))
                 return
             ending.force()
-            self._count("closed_unconfirmed")
+            if closing.opened:
+                self._count("closed_unconfirmed")
         held = self.held.get(index)
         if held is not None and held.generation == closing.generation:
             rows = held.rows
             self.forget(index)
-            self._tell_closed(self, rows, index, closing.generation)
+            self._tell_closed(self, rows, index, closing.generation, closing.reason)
         closing.ending = None
         closing.look = now
         at = self.table.slot_at(index)
         word = self.words[at]
         if word & STATE == CLOSING and generation_of(word) == closing.generation:
             self._pass_on(at, word, 0, now)
-        self._count("closed")
+        if closing.opened:
+            self._count("closed")
+            log.debug("pool %r: slot %d: closed a connection: %s", self.name, index, closing.reason)
         del self.closings[index]
 
     def _pass_on(self, at: int, word: int, old_cell: int, now: int) -> None:
@@ -715,7 +730,8 @@ class ServedPool:
         waits = w[head]  # before its key: with another ticket it may wait for something else
         bare = word & BARE
         if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & (OVER | PAUSED | STOPPED)):
-            self._close(at, word, "revoked", now, cell)
+            if self._close(at, word, "revoked", now, cell):
+                self._count("revoked")
             return
         if gate & (OVER | PAUSED | STOPPED):
             return
@@ -755,10 +771,7 @@ class ServedPool:
         for _, at, slot_word in self.slots():
             if slot_word & STATE != GRANTED and holder_of(slot_word) == row:
                 self._reap_slot(at, slot_word, now)
-        for index in range(len(COUNTERS)):
-            total = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS + index
-            w[total] = w[total] + w[row_at + ROW_COUNTERS + index] & MASK64  # may be below zero, after a reset
-            w[row_at + ROW_COUNTERS + index] = 0
+        counting.fold(w, row)
         self._insist(lambda: self.table.set_row(row, w[row_at], ROW_FREE, 0, now))
 
     def _reap_cell(self, cell: int, now: int) -> None:
@@ -789,7 +802,10 @@ class ServedPool:
                 self._count("adopted")
         elif state in (IDLE, LEASED, OPENING):
             for _ in range(_TRIES):  # its word may get DOOMED meanwhile
-                if self._close(at, self.words[at], "reaped", now) or self.words[at] & STATE == CLOSING:
+                done = self._close(at, self.words[at], "reaped", now)
+                if done:
+                    self._count("reaped")
+                if done or self.words[at] & STATE == CLOSING:
                     return
 
     # --- time ---------------------------------------------------------------------------------------------------------

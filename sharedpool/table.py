@@ -24,6 +24,8 @@ from typing import Final, Protocol
 
 from .errors import PoolBroken, PoolStopped
 from .layout import (
+    BARE,
+    CAUSE,
     CELL,
     CELL_DEADLINE,
     CELL_HIGH,
@@ -55,6 +57,7 @@ from .layout import (
     QUEUED,
     ROW,
     ROW_COUNTERS,
+    ROW_EVICTED,
     ROW_NONCE,
     ROW_SINCE,
     SINCE,
@@ -258,7 +261,7 @@ class Table:
                         w[DIRTY] = me
                         w[at + KEY] = key
                         w[at + SINCE] = now
-                        w[at + OPENED] = now
+                        w[at + OPENED] = 0
                         w[at + VERSION] = 0
                         lease.word = new
                         w[at] = new
@@ -288,6 +291,7 @@ class Table:
         mutex = self.mutex
         me = self.row
         owned = CELL_OWNED | me << CELL_ROW_SHIFT
+        bare = seen & BARE
         done = 0
         rc = -mutex
         if rc == 0:
@@ -296,6 +300,8 @@ class Table:
                     w[DIRTY] = me
                     w[at + KEY] = key
                     w[at + SINCE] = now
+                    if bare:
+                        w[at + OPENED] = 0
                     lease.word = new
                     w[at] = new
                     w[cell] = owned
@@ -316,7 +322,7 @@ class Table:
     # --- holding ------------------------------------------------------------------------------------------------------
 
     def swap(self, at: int, seen: int, new: int, lease: HasWord, expected: int, bump: int, now: int) -> int:
-        """A slot's word changes and its place in lists does not: connected, reopened, doomed, adopted.
+        """A slot's word changes and its place in lists does not: doomed, adopted.
 
         Args:
             at: The slot.
@@ -341,6 +347,87 @@ class Table:
                         lease.word = new
                     w[at] = new
                     w[VER] = w[VER] + bump
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def connected(self, at: int, seen: int, new: int, lease: HasWord, expected: int, counter: int, now: int) -> int:
+        """OPENING -> LEASED: the connection is there, and counted as opened.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be.
+            lease: Gets `new`, if its word is `expected`.
+            expected: The lease's word before.
+            counter: Where connections opened are counted.
+            now: When it was opened.
+        """
+        w = self._words
+        mutex = self.mutex
+        me = self.row
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and lease.word == expected and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at + SINCE] = now
+                    lease.word = new
+                    w[at] = new
+                    w[at + OPENED] = now
+                    w[counter] = w[counter] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def reopen(
+        self, at: int, seen: int, new: int, lease: HasWord, expected: int, reason: int, counter: int, now: int
+    ) -> int:
+        """LEASED -> OPENING: its connection was closed to the end by its holder; another is opened on the same permit.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be.
+            lease: Gets `new`, if its word is `expected`.
+            expected: The lease's word before.
+            reason: Where the close is counted by its reason.
+            counter: Where connections are counted that their holders closed to the end.
+            now: When the opening begins.
+        """
+        w = self._words
+        mutex = self.mutex
+        me = self.row
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[at] == seen and lease.word == expected and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[at + SINCE] = now
+                    lease.word = new
+                    w[at] = new
+                    if w[at + OPENED]:
+                        w[at + OPENED] = 0
+                        w[reason] = w[reason] + 1
+                        w[counter] = w[counter] + 1
                     w[DIRTY] = 0
                     done = 1
             finally:
@@ -464,7 +551,7 @@ class Table:
                     if w[USED] < w[MAX] and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)):
                         w[DIRTY] = me
                         w[at + SINCE] = now
-                        w[at + OPENED] = now
+                        w[at + OPENED] = 0
                         w[at + VERSION] = 0
                         w[at] = new
                         if w[FREE_SLOT] == at:
@@ -547,7 +634,7 @@ class Table:
             seen: Its word as it was searched.
             since: SINCE as it was searched: the same word may have been leased and idle again.
             old_cell: The cell that loses its grant, and stalls; 0 for none.
-            counter: What is counted.
+            counter: Where the close is counted by its reason, unless no connection was opened there.
             now: When the closing began.
         """
         w = self._words
@@ -570,7 +657,9 @@ class Table:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
                     marks[mark] = 0
-                    w[counter] = w[counter] + 1
+                    w[at + CAUSE] = counter
+                    if w[at + OPENED]:
+                        w[counter] = w[counter] + 1
                     w[DIRTY] = 0
                     done = 1
             finally:
@@ -657,6 +746,7 @@ class Table:
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
         queued = gate | QUEUED
+        evicted = self.row_at + ROW_EVICTED
         done = 0
         rc = -mutex
         if rc == 0:
@@ -674,6 +764,8 @@ class Table:
                             w[place + SINCE] = now
                             w[place] = closing
                             marks[mark] = 0
+                            w[place + CAUSE] = evicted
+                            w[evicted] = w[evicted] + 1
                         w[cell] = waiting | ticket << TICKET_SHIFT
                         w[TICKET] = ticket + 1
                         w[cell + NEXT] = 0

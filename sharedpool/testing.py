@@ -22,11 +22,12 @@ from .arbiter import Arbiter
 from .attachment import Attachment
 from .errors import PoolNotFound, PoolTimeout
 from .invariants import check, violations
-from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, OPENING, opening_word, tag_of, with_state
+from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, opening_word, tag_of, with_state
 from .lease import Lease
 from .local import LocalPool
 from .pool import Permit, Pool, close_all, mode
 from .served import ServedPool
+from .stats import COUNTERS
 from .table import DONE, NoLease, Table
 
 __all__ = [
@@ -235,12 +236,18 @@ class SteppedWorker:
         w, lease = self.table.words, NoLease()
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
         new = opening_word(w[at], self.table.row)
-        done = self.table.take_free(at, w[at], new, w[GATE], lease, key, self.table.counter(3), self._arbiter.clock())
+        attempts = self.table.counter(COUNTERS.index("attempts"))
+        done = self.table.take_free(at, w[at], new, w[GATE], lease, key, attempts, self._arbiter.clock())
         assert done == DONE, "the cap is reached, or somebody waits"
         ours, theirs = socket.socketpair()
+        if at in self._ends:
+            self._ends[at].close()
         self._ends[at] = theirs
         self._pool.register(self.table.row, self.table.slot_index(at), new >> 24 & 0xFFF_FFFF, ours)
-        self._change(at, OPENING, LEASED)
+        w, seen = self.table.words, new
+        opened = self.table.counter(COUNTERS.index("opened"))
+        done = self.table.connected(at, seen, with_state(seen, LEASED), NoLease(), 0, opened, self._arbiter.clock())
+        assert done == DONE
         return at
 
     def leave_idle(self, at: int) -> None:
@@ -262,11 +269,6 @@ class SteppedWorker:
     def die(self) -> None:
         """The process has gone."""
         self._pool.reap(self.table.row, self._arbiter.clock())
-
-    def _change(self, at: int, old: int, new: int) -> None:
-        w = self.table.words
-        assert w[at] & 15 == old
-        assert self.table.swap(at, w[at], with_state(w[at], new), NoLease(), 0, 0, self._arbiter.clock()) == DONE
 
 
 class SteppedArbiter(Arbiter):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from typing import Any, Final
 
+from .counting import folding, is_folding
 from .layout import (
     ARBITER_ROW,
+    BARE,
+    CAUSE,
     CELL,
     CELL_HIGH,
     CELL_KEY,
+    CELL_ROW,
+    CELL_ROW_SHIFT,
     CELL_SINCE,
     CELL_WAITING,
     CONNECT_TIME,
     FIRST_ROW,
     FREE,
+    GRANT,
     GRANTED,
     HAND,
     HEAD,
@@ -25,20 +31,40 @@ from .layout import (
     LEASED,
     MASK64,
     MAX,
+    OPENED,
+    OPENING,
     ROW,
+    ROW_CLOSES,
+    ROW_CONNECT_SECONDS,
     ROW_COUNTERS,
+    ROW_DEAD,
+    ROW_LEASE_SECONDS,
     ROW_LIVE,
+    ROW_WAIT_SECONDS,
     SINCE,
     SLOT,
     STATE,
-    STATE_NAMES,
     STEAL_AFTER,
     TOTALS_ROW,
     WAITING_COUNT,
     Geometry,
     holder_of,
 )
-from .stats import ARBITER_COUNTERS, COUNTERS, PoolStats, from_counts
+from .stats import (
+    ARBITER_COUNTERS,
+    COUNTERS,
+    REASONS,
+    Histogram,
+    KeyStats,
+    PoolStats,
+    from_counts,
+    histogram_of,
+)
+
+#: The states as the stats name them.
+_NAMES: Final = ("free", "opening", "idle", "in_use", "granted", "closing")
+#: So often counts are read again that moved meanwhile.
+_READS: Final = 20
 
 #: Slots looked at before the first victim found is taken.
 _HAND_SPAN: Final = 16
@@ -71,32 +97,135 @@ def row_counters(w: memoryview[int], row: int, names: tuple[str, ...] = COUNTERS
     return dict(zip(names, w[start : start + len(names)].tolist(), strict=True))
 
 
-def all_counters(w: memoryview[int], geometry: Geometry) -> dict[str, int]:
-    """What all processes have counted, the dead ones too, since the numbers were last reset.
+def row_closes(w: memoryview[int], row: int) -> dict[str, int]:
+    """How many connections one row has closed, by reason."""
+    start = HEADER + ROW * row + ROW_CLOSES
+    return dict(zip(REASONS, w[start : start + len(REASONS)].tolist(), strict=True))
 
-    A reset takes what was counted until then from the row of the dead, which may so be below zero, modulo 2**64.
+
+def reason(w: memoryview[int], at: int) -> str:
+    """Why a slot's connection is being closed, or was; "" if it has never been told."""
+    offset = (w[at + CAUSE] - HEADER) % ROW - ROW_CLOSES
+    return REASONS[offset] if w[at + CAUSE] and 0 <= offset < len(REASONS) else ""
+
+
+def stats(w: memoryview[int], geometry: Geometry, name: str, now: int = 0) -> PoolStats:
+    """The pool's numbers over all processes; with the time, monotonic ns, also how long the longest ones last."""
+    states = dict.fromkeys(_NAMES, 0)
+    connections = 0
+    base = geometry.slot_base
+    opened = w[base + OPENED : base + SLOT * w[HIGH] : SLOT].tolist()
+    for word, since in zip(slot_words(w, geometry), opened, strict=False):
+        if word & STATE < len(_NAMES):
+            states[_NAMES[word & STATE]] += 1
+        connections += word & STATE != FREE and not word & BARE and since != 0
+    del states[_NAMES[FREE]]
+    counts, arbiters, processes = sums(w, geometry)
+    counters = dict(zip(COUNTERS, counts, strict=False))
+    counters.update(zip(ARBITER_COUNTERS, arbiters, strict=False))
+    closes = dict(zip(REASONS, counts[ROW_CLOSES - ROW_COUNTERS :], strict=False))
+    return from_counts(
+        name, w[MAX], states, counters, w[WAITING_COUNT], processes, closes,
+        connections=connections, **_histograms(counts), **(_longest(w, geometry, now) if now else {}),
+    )  # fmt: skip
+
+
+def sums(w: memoryview[int], geometry: Geometry) -> tuple[list[int], list[int], int]:
+    """The sums of all rows' counts, the arbiter's own counters, and how many rows are live.
+
+    Rows that are being folded are read until nothing moved meanwhile; a fold takes microseconds.
     """
-    counters = row_counters(w, TOTALS_ROW)
+    for _ in range(_READS):
+        before = folding(w)
+        words = w[HEADER : HEADER + ROW * geometry.rows : ROW].tolist()
+        rows = [row for row in range(FIRST_ROW, geometry.rows) if words[row] & 15 in (ROW_LIVE, ROW_DEAD)]
+        counts = [_row_counts(w, row) for row in (TOTALS_ROW, ARBITER_ROW, *rows)]
+        if folding(w) == before and not is_folding(before):
+            break
+    arbiters = counts[1][: ROW_CLOSES - ROW_COUNTERS]
+    counts[1] = [0] * len(arbiters) + counts[1][len(arbiters) :]  # other counters at the same places
+    processes = sum(words[row] & 15 == ROW_LIVE for row in rows)
+    return [_sum(column) for column in zip(*counts, strict=True)], arbiters, processes
+
+
+def _sum(column: tuple[int, ...]) -> int:
+    """Modulo 2**64: a reset takes what was counted until then from the row of the dead, which may so be below zero."""
+    value = sum(column) & MASK64
+    return 0 if value >> 63 else value  # below zero only when read in the midst of a reset
+
+
+def _row_counts(w: memoryview[int], row: int) -> list[int]:
+    start = HEADER + ROW * row
+    return w[start + ROW_COUNTERS : start + ROW].tolist()
+
+
+def _histograms(counts: list[int]) -> dict[str, Histogram]:
+    starts = {
+        "wait_seconds": ROW_WAIT_SECONDS,
+        "connect_seconds": ROW_CONNECT_SECONDS,
+        "lease_seconds": ROW_LEASE_SECONDS,
+    }
+    return {name: histogram_of(counts[start - ROW_COUNTERS :]) for name, start in starts.items()}
+
+
+def _longest(w: memoryview[int], geometry: Geometry, now: int) -> dict[str, Any]:
+    """The longest lease and the longest wait in force."""
+    found: dict[str, Any] = {}
+    held = leases(w, geometry)
+    if held:
+        found.update(longest_lease=max(0, now - held[0].since) / 1e9, longest_lease_pid=held[0].pid)
+    waits = waiters(w, geometry)
+    if waits:
+        found.update(longest_wait=max(0, now - waits[0].since) / 1e9, longest_wait_pid=waits[0].pid)
+    return found
+
+
+def workers(w: memoryview[int], geometry: Geometry) -> dict[int, dict[str, Any]]:
+    """What each attached process has counted, by pid; its closes by reason under "closes"."""
+    found: dict[int, dict[str, Any]] = {}
     for row in live_rows(w, geometry):
-        for counter, value in row_counters(w, row).items():
-            counters[counter] += value
-    whole = {counter: value & MASK64 for counter, value in counters.items()}
-    # Below zero only when read in the midst of a reset, or of a reaping.
-    return {counter: 0 if value >> 63 else value for counter, value in whole.items()}
+        counters = row_counters(w, row)
+        ways = sum(counters[name] for name in ("reuses", "takeovers", "handoffs", "opens"))
+        found[row_pid(w, row)] = {"checkouts": ways, **counters, "closes": row_closes(w, row)}
+    return found
 
 
-def stats(w: memoryview[int], geometry: Geometry, name: str) -> PoolStats:
-    """The pool's numbers over all processes."""
-    states = dict.fromkeys(STATE_NAMES, 0)
-    for word in slot_words(w, geometry):
-        if word & STATE < len(STATE_NAMES):
-            states[STATE_NAMES[word & STATE]] += 1
-    del states["free"]
-    states["in_use"] = states.pop("leased")
-    counters = all_counters(w, geometry)
-    processes = len(live_rows(w, geometry))
-    counters.update(row_counters(w, ARBITER_ROW, ARBITER_COUNTERS))
-    return from_counts(name, w[MAX], states, counters, w[WAITING_COUNT], processes)
+def keys(w: memoryview[int], geometry: Geometry) -> dict[int, KeyStats]:
+    """Connections by state, and waiters, for every key in use."""
+    found: dict[int, dict[str, int]] = {}
+    base = geometry.slot_base
+    for index, word in enumerate(slot_words(w, geometry)):
+        if word & STATE != FREE and word & STATE < len(_NAMES) and not word & BARE:
+            counts = found.setdefault(w[base + SLOT * index + KEY], {})
+            name = _NAMES[word & STATE]
+            counts[name] = counts.get(name, 0) + 1
+    for waiter in waiters(w, geometry):
+        counts = found.setdefault(waiter.key, {})
+        counts["waiting"] = counts.get("waiting", 0) + 1
+    return {key: KeyStats(**counts) for key, counts in found.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WaitView:
+    """One waiter as the table shows it: its cell's place, its row and pid, its key, since when (monotonic ns)."""
+
+    cell: int
+    row: int
+    pid: int
+    key: int
+    since: int
+
+
+def waiters(w: memoryview[int], geometry: Geometry) -> list[WaitView]:
+    """Everybody in the queue, the longest waiting first."""
+    base = geometry.cell_base
+    found = []
+    for index, word in enumerate(w[base : base + CELL * w[CELL_HIGH] : CELL].tolist()):
+        at = base + CELL * index
+        if word & 15 == CELL_WAITING and not w[at + GRANT]:
+            row = (word & CELL_ROW) >> CELL_ROW_SHIFT
+            found.append(WaitView(at, row, row_pid(w, row), w[at + CELL_KEY], w[at + CELL_SINCE]))
+    return sorted(found, key=lambda waiter: waiter.since)
 
 
 def live_rows(w: memoryview[int], geometry: Geometry) -> list[int]:
@@ -132,36 +261,20 @@ def longest_wait(w: memoryview[int], now: int) -> int:
     return max(0, now - w[head + CELL_SINCE]) if head else 0
 
 
-def keys(w: memoryview[int], geometry: Geometry) -> dict[int, dict[str, int]]:
-    """How many slots of each key are in which state (named as in PoolStats), and how many wait for it."""
-    found: dict[int, dict[str, int]] = {}
-    cells = geometry.cell_base
-    for index, word in enumerate(slot_words(w, geometry)):
-        state = word & STATE
-        if state == FREE or state >= len(STATE_NAMES):
-            continue
-        if state == GRANTED:  # a bare grant is for what its waiter wants, whatever lay in the slot before
-            key = w[cells + CELL * holder_of(word) + CELL_KEY]
-        else:
-            key = w[geometry.slot_base + SLOT * index + KEY]
-        _tally(found, key, "in_use" if state == LEASED else STATE_NAMES[state])
-    for cell, word in enumerate(w[cells : cells + CELL * w[CELL_HIGH] : CELL].tolist()):
-        if word & STATE == CELL_WAITING:
-            _tally(found, w[cells + CELL * cell + CELL_KEY], "waiting")
-    return found
-
-
-def _tally(found: dict[int, dict[str, int]], key: int, state: str) -> None:
-    if key not in found:
-        found[key] = dict.fromkeys(("in_use", "idle", "opening", "granted", "closing", "waiting"), 0)
-    found[key][state] += 1
-
-
 def count_idle(w: memoryview[int], geometry: Geometry, key: int) -> int:
     """Idle connections of one key."""
     base = geometry.slot_base
     return sum(
         word & STATE == IDLE and w[base + SLOT * index + KEY] == key
+        for index, word in enumerate(slot_words(w, geometry))
+    )
+
+
+def count_existing(w: memoryview[int], geometry: Geometry, key: int) -> int:
+    """Connections of one key that are open or being opened."""
+    base = geometry.slot_base
+    return sum(
+        word & STATE in (OPENING, IDLE, LEASED, GRANTED) and not word & BARE and w[base + SLOT * index + KEY] == key
         for index, word in enumerate(slot_words(w, geometry))
     )
 

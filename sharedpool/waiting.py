@@ -8,8 +8,10 @@ from time import monotonic_ns
 from typing import Any, Final
 
 from . import view
+from .counting import SUM, bucket_of
 from .errors import PoolStopped, TooManyWaiting
 from .held import Patience, Route
+from .hooks import Hooks
 from .layout import (
     BARE,
     CELL_HIGH,
@@ -37,6 +39,8 @@ from .layout import (
     OPENING,
     OVER,
     PAUSED,
+    ROW_SCRAP,
+    ROW_WAIT_SECONDS,
     SERIAL_ONE,
     STATE,
     STOPPED,
@@ -82,9 +86,10 @@ class WaitingRoom:
         table: The table, as this process's row.
         segment: For the places to sleep at.
         name: The pool's name, for errors.
-        counters: Places of the counters "waits", "handoffs", "opens", "attempts", "unwanted", "evictions", by name.
+        counters: Places of the counters "waits", "attempts", "unwanted", by name.
         tell_close: Called with a slot's number and generation after it went CLOSING.
         tell_watch: Called when the arbiter wants to know that somebody waits.
+        hooks: Those of on_wait are told how long a checkout was in the queue, whether it was served or not.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class WaitingRoom:
         counters: dict[str, int],
         tell_close: Callable[[int, int], None],
         tell_watch: Callable[[], None],
+        hooks: Hooks,
     ) -> None:
         self._table = table
         self.words = self._words = table.words
@@ -104,11 +110,15 @@ class WaitingRoom:
         self._counters = counters
         self._tell_close = tell_close
         self._tell_watch = tell_watch
+        self._hooks = hooks
+        self._on_wait = hooks.of("wait")
+        self._wait_bucket = table.row_at + ROW_WAIT_SECONDS
+        self._wait_sum = self._wait_bucket + SUM
         self._free: list[Waiter] = []
         self._waiting: set[Waiter] = set()
         self._owned = CELL_OWNED | table.row << CELL_ROW_SHIFT
         self._waits = counters["waits"]
-        self._handoffs = counters["handoffs"]
+        self._scrap = table.row_at + ROW_SCRAP
         self._looked_at = 0
         self._any_idle = any_set(segment.marks_address, 0)
         self._leased = table.row << HOLDER_SHIFT | LEASED
@@ -151,18 +161,16 @@ class WaitingRoom:
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
                 return self._table.missed(0)
-        queued = False
+        queued = joined = False
         try:
             deadline = 0 if limit == _NEVER else limit
             result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
             if result != DONE:
                 return result
-            queued = True
+            queued = joined = True
             if sticky:
                 self._waiting.add(waiter)
             if evict:
-                at = self._counters["evictions"]
-                w[at] = w[at] + 1
                 self._tell_close(self._table.slot_index(evict), generation_of(seen))
             if w[WATCH]:
                 self._tell_watch()
@@ -174,6 +182,18 @@ class WaitingRoom:
                 self._waiting.discard(waiter)
             if not queued or self._abandon(waiter, lease):
                 self._free.append(waiter)
+            if joined:
+                self._waited(monotonic_ns() - now)
+
+    def _waited(self, took: int) -> None:
+        """A checkout has been in the queue for so long, ns."""
+        w = self._words
+        at = self._wait_bucket + bucket_of(took)
+        w[at] = w[at] + 1
+        at = self._wait_sum
+        w[at] = w[at] + took
+        if self._on_wait:
+            self._hooks.tell("wait", took / 1e9)
 
     def _look_at(self, slots: int) -> None:
         """`_any_idle` covers the slots ever used, not all of them: 4 kB of cold memory cost a wait 1 us."""
@@ -250,10 +270,10 @@ class WaitingRoom:
         if seen & BARE:
             connects = route.driver.connects
             new = opening_word(seen, table.row, OPENING if connects else LEASED)
-            counter = self._counters["attempts" if connects else "opens"]
+            counter = self._counters["attempts"] if connects else self._scrap
         else:
             new = (seen & _KEPT) + SERIAL_ONE & MASK64 | self._leased
-            counter = self._handoffs
+            counter = self._scrap  # counted when it is delivered
         lease.place = at
         return table.take_grant(at, seen, new, cell, lease, route.key, counter, now)
 
@@ -277,7 +297,7 @@ class WaitingRoom:
         if w[HEAD] == cell and self.returns is not None and not w[GATE] & PAUSED:
             victim = view.victim(w, self.marks, self._segment.geometry, 0)
             if victim:
-                self.returns.evict(victim, self._counters["evictions"])
+                self.returns.evict(victim, self.returns.reasons["evicted"])
         return 5_000_000
 
     def _abandon(self, waiter: Waiter, lease: Lease[Any]) -> bool:
@@ -310,7 +330,10 @@ class WaitingRoom:
         )
         if result == DONE:
             with contextlib.suppress(Exception):
-                (self.returns.permit if bare else self.returns.closed)(at, new, patience.limit)
+                if bare:
+                    self.returns.permit(at, new, patience.limit)
+                else:
+                    self.returns.closed(at, new, patience.limit, "unwanted")
         return result
 
 

@@ -41,7 +41,7 @@ class Kind(enum.IntEnum):
     FORGET = 9  # worker: what was registered here never became a connection; no reply
     WATCH = 10  # worker: somebody queues; no reply
     DETACH = 11  # worker: it is leaving; no reply
-    CLOSED = 12  # arbiter, on the event channel: drop what you hold of this connection
+    CLOSED = 12  # arbiter, on the event channel: drop what you hold of it; `request`: 1 + the reason's place in REASONS
     CALLER = 13  # anybody: the registry's authkey, please
     KEY = 14  # arbiter: here
     HOLD = 15  # anybody: stay while this channel is open

@@ -12,10 +12,12 @@ from sharedpool.waiting cimport WaitingRoom
 
 cdef class Attachment:
     cdef public object channel, chores, name, segment, welcome, words
-    cdef public object _counters, _dead, _tidying
+    cdef public object _counters, _dead, _tidying, _connect_seconds, _lease_seconds, _warmer
+    cdef public object hooks
+    cdef public list on_checkout, _on_checkin
     cdef public dict entries, permits, routes
-    cdef public bint inert, lost
-    cdef public uint64_t gate, row, _reuses
+    cdef public bint inert, lost, _polls
+    cdef public uint64_t gate, row, _reuses, _takeovers, _handoffs, _scrap, _lease_bucket, _lease_sum
     cdef public Returns returns
     cdef public WaitingRoom room
     cdef public Table table
@@ -23,15 +25,17 @@ cdef class Attachment:
     cdef object __weakref__
     cdef dict __dict__
 
-    @cython.locals(stack=list, entry=Entry, seen=uint64_t, at=uint64_t, lease=Lease, new=uint64_t)
+    @cython.locals(w=Word[::1], stack=list, entry=Entry, seen=uint64_t, at=uint64_t, lease=Lease, new=uint64_t,
+                   counter=uint64_t)
     cpdef checkout(self, Route route, patience, connect_timeout)
 
-    @cython.locals(lease=Lease, entry=Entry, word=uint64_t, at=uint64_t)
+    @cython.locals(w=Word[::1], lease=Lease, entry=Entry, word=uint64_t, at=uint64_t, counter=uint64_t)
     cdef _checkout_slowly(self, Route route, long long limit, connect_timeout)
 
     @cython.locals(w=Word[::1], table=Table, gate=uint64_t, ver=uint64_t, at=uint64_t, seen=uint64_t,
-                   result=int, straight=bint, mine=bint)
+                   result=int, straight=bint, counter=uint64_t)
     cdef _acquire(self, Route route, Lease lease, long long limit, set refused)
 
-    @cython.locals(word=uint64_t, entry=Entry, route=Route, gate=uint64_t, new=uint64_t)
+    @cython.locals(w=Word[::1], word=uint64_t, entry=Entry, route=Route, gate=uint64_t, new=uint64_t,
+                   now=cython.longlong, took=cython.longlong, bucket=uint64_t)
     cpdef checkin(self, Lease lease)

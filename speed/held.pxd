@@ -12,7 +12,7 @@ cdef class Entry:
 
 
 cdef class Route:
-    cdef public object clean, driver, host, where
+    cdef public object checks, clean, driver, host, where
     cdef public list stack
     cdef public uint64_t key, stays, tag
     cdef public int port

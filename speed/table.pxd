@@ -24,10 +24,14 @@ cdef class Table:
     cpdef int take_idle(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, lease, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, index=cython.ulonglong, me=cython.ulonglong, mutex=object, rc=cython.int, top=cython.ulonglong, w=Word[::1])
     cpdef int take_free(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, lease, uint64_t key, uint64_t counter, uint64_t now) except -2
-    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, w=Word[::1])
+    @cython.locals(bare=cython.ulonglong, done=cython.int, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, w=Word[::1])
     cpdef int take_grant(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t cell, lease, uint64_t key, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
     cpdef int swap(self, uint64_t at, uint64_t seen, uint64_t new, lease, uint64_t expected, uint64_t bump, uint64_t now) except -2
+    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
+    cpdef int connected(self, uint64_t at, uint64_t seen, uint64_t new, lease, uint64_t expected, uint64_t counter, uint64_t now) except -2
+    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
+    cpdef int reopen(self, uint64_t at, uint64_t seen, uint64_t new, lease, uint64_t expected, uint64_t reason, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
     cpdef int put_idle(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t tag, uint64_t now) except -2
     @cython.locals(done=cython.int, kick=cython.ulonglong, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, w=Word[::1])
@@ -40,7 +44,7 @@ cdef class Table:
     cpdef int close(self, uint64_t at, uint64_t seen, uint64_t since, uint64_t old_cell, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, index=cython.ulonglong, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, top=cython.ulonglong, w=Word[::1])
     cpdef int claim_cell(self, uint64_t cell) except -2
-    @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, tail=cython.ulonglong, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
+    @cython.locals(closing=cython.ulonglong, evicted=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, tail=cython.ulonglong, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
     cpdef int enqueue(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
     cpdef int rejoin(self, uint64_t cell, uint64_t seen, uint64_t after, uint64_t before, uint64_t ver, uint64_t gate) except -2

@@ -14,22 +14,25 @@ cdef class Waiter:
 
 
 cdef class WaitingRoom:
-    cdef public object words, marks, _segment, _name, _counters, _tell_close, _tell_watch, _any_idle
-    cdef public list _free
+    cdef public object words, marks, _segment, _name, _counters, _tell_close, _tell_watch, _hooks, _any_idle
+    cdef public list _free, _on_wait
     cdef public set _waiting
-    cdef public uint64_t _looked_at, _owned, _waits, _handoffs, _leased
+    cdef public uint64_t _looked_at, _owned, _waits, _scrap, _leased, _wait_bucket, _wait_sum
     cdef public object returns
     cdef public Table _table
     cdef Word[::1] _words
     cdef Mark[::1] _marks
 
     @cython.locals(w=Word[::1], waiter=Waiter, cell=uint64_t, sticky=bint, evict=uint64_t, seen=uint64_t,
-                   queued=bint, result=int, deadline=uint64_t, at=uint64_t)
+                   queued=bint, joined=bint, result=int, deadline=uint64_t)
     cpdef int wait(self, Route route, Lease lease, uint64_t gate, uint64_t ver, long long limit, long long now) except -2
 
     @cython.locals(w=Word[::1], marks=Mark[::1], cell=uint64_t, grant=uint64_t, patience=Patience,
                    kick=cython.uint, at=uint64_t, result=int, word=uint64_t, nap=cython.longlong)
     cdef _sleep_until_granted(self, Waiter waiter, Route route, Lease lease, long long limit, long long now)
+
+    @cython.locals(w=Word[::1], at=uint64_t)
+    cdef _waited(self, long long took)
 
     @cython.locals(table=Table, seen=uint64_t, new=uint64_t, counter=uint64_t, connects=bint)
     cdef int _take(self, uint64_t at, uint64_t cell, Route route, Lease lease, uint64_t now) except -2

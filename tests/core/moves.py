@@ -40,6 +40,7 @@ from sharedpool.layout import (
     OVER,
     PAUSED,
     QUEUED,
+    ROW_CLOSES,
     SERIAL,
     SINCE,
     STATE,
@@ -53,6 +54,7 @@ from sharedpool.layout import (
     tag_of,
     with_state,
 )
+from sharedpool.stats import COUNTERS, REASONS
 from sharedpool.table import Table
 
 from .tables import Lease
@@ -77,7 +79,7 @@ AGAIN: Final = Plan("")
 STOP: Final = Plan("stop")
 
 #: The arguments before and after the lease, by method.
-_LEASE_AT = {"take_idle": 4, "take_free": 4, "take_grant": 4, "swap": 3}
+_LEASE_AT = {"take_idle": 4, "take_free": 4, "take_grant": 4, "swap": 3, "connected": 3, "reopen": 3}
 
 
 def carry_out(table: Table, plan: Plan) -> tuple[int, int]:
@@ -159,7 +161,22 @@ def rejoin(table: Table, cell: int, word: int, gate: int, ver: int) -> Plan:
 
 def connected(table: Table, at: int, word: int, now: int) -> Plan:
     seen = table.words[at]
-    return Plan("swap", (at, seen, with_state(seen, LEASED), word, 0, now), expected=word)
+    opened = table.counter(COUNTERS.index("opened"))
+    return Plan("connected", (at, seen, with_state(seen, LEASED), word, opened, now), expected=word)
+
+
+def reopen(table: Table, at: int, word: int, now: int) -> Plan:
+    """What was leased had ended: another connection is opened on the same permit."""
+    seen = table.words[at]
+    replaced = table.counter(COUNTERS.index("replaced"))
+    return Plan(
+        "reopen", (at, seen, opening_word(seen, table.row), word, reason(table, "ended"), replaced, now), expected=word
+    )
+
+
+def reason(table: Table, name: str) -> int:
+    """Where closes for this reason are counted."""
+    return table.row_at + ROW_CLOSES + REASONS.index(name)
 
 
 def checkin(table: Table, at: int, seen: int, gate: int, key: int, now: int) -> Plan:
@@ -178,7 +195,7 @@ def checkin(table: Table, at: int, seen: int, gate: int, key: int, now: int) -> 
 
 
 def close(table: Table, at: int, seen: int, old_cell: int, now: int) -> Plan:
-    return Plan("close", (at, seen, table.words[at + SINCE], old_cell, table.counter(1), now))
+    return Plan("close", (at, seen, table.words[at + SINCE], old_cell, reason(table, "discarded"), now))
 
 
 def hand(table: Table, at: int, seen: int, gate: int, cell: int, old_cell: int, now: int, *, bare: bool) -> Plan:

@@ -27,6 +27,7 @@ from sharedpool.layout import (
     NEXT,
     PREV,
     ROW,
+    ROW_CLOSES,
     ROW_DEAD,
     ROW_LIVE,
     SINCE,
@@ -150,12 +151,29 @@ def _take_grant(world: World, at: int, cell: int, new: int) -> Ready:
 def become_connected(world: World) -> Ready:
     at = world.opening(ONE)
     word = world.words[at]
-    return _swap(world, ONE, at, with_state(word, LEASED) | STAYS, word)
+    new, counter, now = with_state(word, LEASED) | STAYS, world.table(ONE).counter(3), world.tick()
+    return Ready(
+        ONE,
+        lambda table, lease: table.connected(at, word, new, lease, word, counter, now),
+        (at,),
+        slots=(at,),
+        expected=word,
+        takes=True,
+    )
 
 
 def be_opened_anew(world: World) -> Ready:
     at = world.leased(ONE)
-    return _swap(world, ONE, at, opening_word(world.words[at], ONE), world.words[at])
+    word, table, now = world.words[at], world.table(ONE), world.tick()
+    new, reason, counter = opening_word(word, ONE), table.row_at + ROW_CLOSES, table.counter(3)
+    return Ready(
+        ONE,
+        lambda table, lease: table.reopen(at, word, new, lease, word, reason, counter, now),
+        (at,),
+        slots=(at,),
+        expected=word,
+        takes=True,
+    )
 
 
 def be_doomed(world: World) -> Ready:

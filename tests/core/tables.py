@@ -23,6 +23,7 @@ from sharedpool.layout import (
     LEASED,
     MAX,
     ROW,
+    ROW_CLOSES,
     ROW_LIVE,
     TICKET,
     VER,
@@ -32,6 +33,7 @@ from sharedpool.layout import (
     tag_of,
     with_state,
 )
+from sharedpool.stats import COUNTERS, REASONS
 from sharedpool.table import DONE, NoLease, Table
 
 A, B, C = 0xA00000000A, 0xB00000000B, 0xC00000000C  # keys
@@ -142,7 +144,8 @@ class World:
     def leased(self, row: int, key: int = A, flags: int = 0) -> int:
         at = self.opening(row, key)
         seen = self.words[at]
-        must(self.table(row).swap(at, seen, with_state(seen, LEASED) | flags, Lease(), 0, 0, self.tick()))
+        opened = self.table(row).counter(COUNTERS.index("opened"))
+        must(self.table(row).connected(at, seen, with_state(seen, LEASED) | flags, Lease(), 0, opened, self.tick()))
         return at
 
     def idle(self, row: int, key: int = A, flags: int = 0) -> int:
@@ -165,7 +168,8 @@ class World:
 
     def close(self, at: int, old_cell: int = 0) -> int:
         table = self.table(ARBITER_ROW)
-        must(table.close(at, self.words[at], self.words[at + 2], old_cell, table.counter(0), self.tick()))
+        reason = table.row_at + ROW_CLOSES + REASONS.index("drained")
+        must(table.close(at, self.words[at], self.words[at + 2], old_cell, reason, self.tick()))
         return at
 
     def free(self, at: int) -> int:

@@ -6,11 +6,12 @@ import errno
 
 import pytest
 
-from sharedpool import invariants
+from sharedpool import invariants, view
 from sharedpool.errors import PoolBroken
 from sharedpool.layout import (
     ARBITER_ROW,
     BARE,
+    CAUSE,
     CELL_KEY,
     CELL_OWNED,
     CELL_ROW,
@@ -40,6 +41,7 @@ from sharedpool.layout import (
     PAUSED,
     QUEUED,
     ROW,
+    ROW_CLOSES,
     SINCE,
     STATE,
     STAYS,
@@ -250,7 +252,7 @@ def test_a_slot_taken_again_is_a_new_generation_with_a_new_key() -> None:
     word = world.words[at]
     assert (word & STATE, holder_of(word)) == (OPENING, TWO)
     assert (generation_of(word), word >> 52) == (generation_of(old) + 1, (old >> 52) + 1)
-    assert (world.words[at + KEY], world.words[at + OPENED]) == (B, world.words[at + SINCE])
+    assert (world.words[at + KEY], world.words[at + OPENED]) == (B, 0)
 
 
 def test_a_slot_is_taken_only_from_the_head_of_the_list_of_free_ones() -> None:
@@ -307,9 +309,50 @@ def test_an_opening_that_got_connected_is_leased_under_the_same_word_but_its_sta
     lease = Lease()
     at = world.opening(ONE, A, lease)
     word = lease.word
-    must(world.table(ONE).swap(at, word, with_state(word, LEASED), lease, word, 0, 9))
+    counter = world.table(ONE).counter(2)
+    must(world.table(ONE).connected(at, word, with_state(word, LEASED), lease, word, counter, 9))
     assert lease.word == world.words[at] == with_state(word, LEASED)
     assert world.words[VER] == 1
+    assert (world.words[at + OPENED], world.words[counter]) == (9, 1)
+
+
+def test_a_lease_whose_connection_had_ended_opens_anew_and_both_are_counted() -> None:
+    world = World()
+    table, lease = world.table(ONE), Lease()
+    at = world.leased(ONE)
+    seen = lease.word = world.words[at]
+    reason, replaced = table.row_at + ROW_CLOSES + 3, table.counter(3)
+    must(table.reopen(at, seen, opening_word(seen, ONE), lease, seen, reason, replaced, 9))
+    assert (lease.word, world.words[at] & STATE) == (world.words[at], OPENING)
+    assert (world.words[at + OPENED], world.words[reason], world.words[replaced]) == (0, 1, 1)
+
+
+def test_the_close_of_what_was_never_open_is_not_counted() -> None:
+    world = World(maximum=3)
+    table = world.table(ONE)
+    opening, leased = world.opening(ONE), world.leased(ONE)
+    reason = table.row_at + ROW_CLOSES + 2
+    for at in (opening, leased):
+        must(table.close(at, world.words[at], world.words[at + SINCE], 0, reason, 9))
+        assert world.words[at + CAUSE] == reason
+    assert world.words[reason] == 1
+
+
+def test_an_eviction_is_counted_by_the_section_that_decides_it() -> None:
+    world = World()
+    operations.run(world, operations.enqueue_and_evict(world))
+    assert view.row_closes(world.words, ONE)["evicted"] == 1
+
+
+def test_a_permit_granted_after_its_connection_was_closed_has_none() -> None:
+    world = World(maximum=1)
+    table, lease = world.table(ONE), Lease()
+    at, cell = world.closing(TWO), world.waiting(ONE, B)
+    world.grant(at, cell, bare=True)
+    seen = world.words[at]
+    assert world.words[at + OPENED]
+    must(table.take_grant(at, seen, opening_word(seen, ONE), cell, lease, B, table.counter(0), 9))
+    assert world.words[at + OPENED] == 0
 
 
 def test_a_swap_for_a_lease_that_was_ended_meanwhile_changes_nothing() -> None:

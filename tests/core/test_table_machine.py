@@ -158,6 +158,16 @@ class TableMachine(RuleBasedStateMachine):
             self.settle(table.row, lambda: moves.close(table, at, w[at], 0, self.world.tick()))
 
     @rule(number=some)
+    def find_it_ended(self, number: int) -> None:
+        at = self.lease(number, LEASED)
+        if at is None or not self.leases[at][2]:
+            return
+        word, key, connects = self.leases[at]
+        table = self.world.table(holder_of(word))
+        _, new = self.settle(table.row, lambda: moves.reopen(table, at, word, self.world.tick()))
+        self.leases[at] = (new & ~DOOMED, key, connects)
+
+    @rule(number=some)
     def take_grant(self, number: int) -> None:
         cell = self.pick([cell for cell in self.waiters if self.world.words[cell + GRANT]], number)
         if cell is None:
@@ -281,6 +291,11 @@ class TableMachine(RuleBasedStateMachine):
     @invariant()
     def every_lease_is_known_to_one_holder(self) -> None:
         wrong = list(invariants.leases_are_single(self.table, [(at, held[0]) for at, held in self.leases.items()]))
+        assert not wrong, wrong
+
+    @invariant()
+    def connections_opened_and_closed_add_up(self) -> None:
+        wrong = list(invariants.connections_add_up(self.table))
         assert not wrong, wrong
 
     @invariant()

@@ -1,0 +1,84 @@
+"""Counting in shared memory: histograms, and moving a row's counts to the totals when the row ends. Pure.
+
+A row has one process, whose threads may count at once: inside a section under the mutex, or outside of it by
+`w[at] = w[at] + 1` in one statement, which is one stretch for CPython: it looks for other threads only after calls, at
+backward jumps and at function starts. A process that is killed between a deed and its count takes that one with it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Final
+
+from .layout import FOLD, FOLD_TOTAL, HEADER, MASK64, ROW, ROW_COUNTERS, TOTALS_ROW
+from .stats import BOUNDS
+
+BOUNDS_NS: Final = tuple(round(bound * 1e9) for bound in BOUNDS)
+#: Where the sum of a histogram lies, after its buckets.
+SUM: Final = len(BOUNDS) + 1
+
+_PLACE: Final = 0xFFFF_FFFF
+_ONE_FOLD: Final = 1 << 32
+
+
+def bucket_of(nanoseconds: int) -> int:
+    """The bucket of a duration: the first whose bound is not below it."""
+    return bisect_left(BOUNDS_NS, nanoseconds)
+
+
+class Durations:
+    """A histogram of one row.
+
+    Args:
+        words: The table's words.
+        at: Where its buckets begin.
+    """
+
+    __slots__ = ("_at", "_words")
+
+    def __init__(self, words: memoryview[int], at: int) -> None:
+        self._words = words
+        self._at = at
+
+    def add(self, nanoseconds: int) -> None:
+        """One more duration; below 0, as of clocks that differ, is 0."""
+        w = self._words
+        took = max(0, nanoseconds)
+        at = self._at + bucket_of(took)
+        total = self._at + SUM
+        w[at] = w[at] + 1
+        w[total] = w[total] + took
+
+
+def fold(w: memoryview[int], row: int) -> None:
+    """Move all counts of a row to the totals; broken off anywhere and run again, nothing is lost or counted twice.
+
+    What each total becomes is written down first, with the place that it comes from. Only the arbiter folds.
+    """
+    finish(w)
+    start, totals = HEADER + ROW * row, HEADER + ROW * TOTALS_ROW
+    for offset in range(ROW_COUNTERS, ROW):
+        if w[start + offset]:
+            w[FOLD_TOTAL] = w[totals + offset] + w[start + offset] & MASK64  # may be below zero, after a reset
+            w[FOLD] = (w[FOLD] & ~_PLACE) + _ONE_FOLD | start + offset
+            finish(w)
+
+
+def finish(w: memoryview[int]) -> None:
+    """Do what a fold that was broken off had written down."""
+    place = w[FOLD] & _PLACE
+    if place:
+        offset = (place - HEADER) % ROW
+        w[HEADER + ROW * TOTALS_ROW + offset] = w[FOLD_TOTAL]
+        w[place] = 0
+        w[FOLD] = w[FOLD] & ~_PLACE
+
+
+def folding(w: memoryview[int]) -> int:
+    """A number that differs whenever a count may have moved meanwhile."""
+    return w[FOLD]
+
+
+def is_folding(number: int) -> bool:
+    """Whether a count was on its way."""
+    return number & _PLACE != 0
