@@ -19,6 +19,8 @@ from typing import Final
 
 LAYOUT: Final = 1
 MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
+#: What MAX_WAITING says where there is no limit.
+ANY_NUMBER: Final = 0xFFFF_FFFF
 
 # --- header words -----------------------------------------------------------------------------------------------------
 DIRTY: Final = 0  # the row that is storing; 0 between sections
@@ -43,6 +45,7 @@ STEAL_AFTER: Final = 18  # ns; 0: from the measured connect time
 CONNECT_TIME: Final = 19  # ns, smoothed
 RULES: Final = 20  # CAN_MOVE, STICKY, STRICT
 INCARNATION: Final = 21
+MAX_WAITING: Final = 27  # nobody queues while so many wait; never 0
 HEADER: Final = 32
 
 # --- GATE: epoch << 4 | flags. Zero flags: a checkout may take what it finds ------------------------------------------

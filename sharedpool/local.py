@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from . import drivers, options
 from .drivers.sockets import Ending
-from .errors import LeaseError, PoolNotFound, PoolOptionsDiffer, PoolStopped, PoolTimeout, file_limit
+from .errors import LeaseError, PoolNotFound, PoolOptionsDiffer, PoolStopped, PoolTimeout, TooManyWaiting, file_limit
 from .lease import Lease
 from .options import PoolOptions
 from .stats import ARBITER_COUNTERS, COUNTERS, PoolStats
@@ -231,6 +231,8 @@ class LocalPool:
         """Queue until something is granted; whatever is raised, the place in the queue has been left."""
         if limit is not None and monotonic() >= limit:
             raise self._timeout(route)
+        if len(self._queue) >= (self.options.max_waiting or options.MOST_WAITING):
+            raise self._full()
         waiter = _Waiter(route, threading.Condition(self._lock))
         self._queue.append(waiter)
         self.counters["waits"] += 1
@@ -284,6 +286,12 @@ class LocalPool:
         """Close the idle connection longest unused, wherever it leads, unless as many are closing as are waited for."""
         over = len(self.slots) > self.options.max_connections
         return not over and len(self._closing) < len(self._queue) and self._close_idle(1, "evictions")
+
+    def _full(self) -> TooManyWaiting:
+        stats = self.stats()
+        text = f"pool {self.name!r}: {self.options.max_waiting} checkouts wait already, and no more may"
+        text += f" (max_waiting) {stats.numbers()}"
+        return TooManyWaiting(text, stats=stats, pool=self.name)
 
     def _timeout(self, route: LocalRoute) -> PoolTimeout:
         self.counters["timeouts"] += 1

@@ -16,6 +16,8 @@ from .errors import OptionError
 
 #: A slot's number and a cell's number must fit into 16 bits of a slot word.
 MOST_CONNECTIONS: Final = 32_768
+#: As many places to wait at has a pool.
+MOST_WAITING: Final = 16_384
 LONGEST: Final = 2_000_000.0  # seconds; a socket timeout must fit into an int of milliseconds
 
 POOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:@-]{1,100}")
@@ -73,15 +75,20 @@ class _Seconds:
 class _Count:
     low: int
     high: int
+    none: bool = False
 
     @property
     def allowed(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
+        return f"a whole number from {self.low} to {self.high}" + (", or None for no limit" if self.none else "")
 
     def read(self, text: str) -> Any:
+        if self.none and text.strip().lower() == "none":
+            return None
         return int(text)
 
     def check(self, value: Any) -> Any:
+        if value is None and self.none:
+            return None
         if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
             raise ValueError
         return value
@@ -126,6 +133,7 @@ _Rule = _Seconds | _Count | _Flag | _Choice
 
 RULES: Final[Mapping[str, _Rule]] = {
     "max_connections": _Count(1, MOST_CONNECTIONS),
+    "max_waiting": _Count(1, MOST_WAITING, none=True),
     "idle_timeout": _Seconds(none=True),
     "checkout_timeout": _Seconds(none=True, zero=True),
     "connect_timeout": _Seconds(),
@@ -151,6 +159,8 @@ class PoolOptions:
 
     Attributes:
         max_connections: The cap over all processes of the scope: opening, idle, in use, on the way and closing.
+        max_waiting: A checkout that would have to queue while so many wait raises TooManyWaiting at once; None: no
+            limit. Those who wait already when it is lowered go on waiting.
         idle_timeout: An idle connection is closed after this; None: never.
         checkout_timeout: A checkout waits so long at most; None: no limit; not given: connect_timeout, as in hackney.
         connect_timeout: Opening a connection may take so long.
@@ -163,6 +173,7 @@ class PoolOptions:
     """
 
     max_connections: int = 50
+    max_waiting: int | None = None
     idle_timeout: float | None = 150.0
     checkout_timeout: float | NotGiven | None = NOT_GIVEN
     connect_timeout: float = 8.0

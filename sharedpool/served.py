@@ -17,6 +17,7 @@ from . import segment as segments
 from .drivers.sockets import Ending
 from .errors import OptionError
 from .layout import (
+    ANY_NUMBER,
     ARBITER_ROW,
     BARE,
     BEAT,
@@ -49,6 +50,7 @@ from .layout import (
     KEY,
     LEASED,
     MAX,
+    MAX_WAITING,
     OPENING,
     OVER,
     PAUSED,
@@ -243,6 +245,7 @@ class ServedPool:
         w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
         w[STEAL_AFTER] = 0 if options.steal_after is NOT_GIVEN else nanoseconds(options.steal_after)  # type: ignore[arg-type]
         w[RULES] = (CAN_MOVE if options.move else 0) | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
+        w[MAX_WAITING] = options.max_waiting or ANY_NUMBER
         flags = w[GATE] & PAUSED
         self._insist(lambda: self.table.set_limit(options.max_connections, flags))
         self.options = options

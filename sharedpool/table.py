@@ -46,6 +46,7 @@ from .layout import (
     HOLDER_SHIFT,
     KEY,
     MAX,
+    MAX_WAITING,
     NEXT,
     NEXT_FREE,
     OPENED,
@@ -75,6 +76,8 @@ from .repair import rebuild
 DONE: Final = 1
 STALE: Final = 0
 BUSY: Final = -1
+#: `enqueue` only: as many wait as may.
+FULL: Final = 2
 
 #: What the mutex of a process that has left the pool answers: nothing of it can commit any more.
 LEFT: Final = errno.ECANCELED
@@ -633,7 +636,8 @@ class Table:
     ) -> int:
         """An owned cell joins the end of the queue; in the same go another key's idle connection is closed for it.
 
-        Verified by VER: nothing has become usable since the search that found nothing.
+        Verified by VER: nothing has become usable since the search that found nothing. FULL if it would join, but
+        MAX_WAITING wait already; a cell that rejoins may make them one more.
 
         Args:
             cell: A cell of this row in which nobody waits.
@@ -662,7 +666,9 @@ class Table:
             try:
                 # If somebody was before it when it decided to wait, somebody still is: else it has to look again.
                 if w[VER] == ver and (w[GATE] == gate or w[GATE] == queued) and w[cell] == owned and not w[DIRTY]:
-                    if evict == 0 or w[place] == evict_seen:
+                    if w[WAITING_COUNT] >= w[MAX_WAITING]:
+                        done = FULL
+                    elif evict == 0 or w[place] == evict_seen:
                         w[DIRTY] = me
                         ticket = w[TICKET]
                         tail = w[TAIL]

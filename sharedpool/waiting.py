@@ -33,6 +33,7 @@ from .layout import (
     KEY,
     LEASED,
     MASK64,
+    MAX_WAITING,
     NEXT,
     OPENING,
     OVER,
@@ -50,7 +51,7 @@ from .lease import Lease
 from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
-from .table import BUSY, DONE, Table
+from .table import BUSY, DONE, FULL, Table
 
 _NEVER: Final = 0x4000_0000_0000_0000
 #: Who sleeps looks up so often, ns, whatever happens.
@@ -154,6 +155,8 @@ class WaitingRoom:
         try:
             deadline = 0 if limit == _NEVER else limit
             result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
+            if result == FULL:
+                raise self._full()
             if result != DONE:
                 return result
             queued = True
@@ -173,6 +176,12 @@ class WaitingRoom:
                 self._waiting.discard(waiter)
             if not queued or self._abandon(waiter, lease):
                 self._free.append(waiter)
+
+    def _full(self) -> TooManyWaiting:
+        stats = view.stats(self.words, self._segment.geometry, self._name)
+        limit = self.words[MAX_WAITING]
+        text = f"pool {self._name!r}: {limit} checkouts wait already, and no more may (max_waiting) {stats.numbers()}"
+        return TooManyWaiting(text, stats=stats, pool=self._name)
 
     def _look_at(self, slots: int) -> None:
         """`_any_idle` covers the slots ever used, not all of them: 4 kB of cold memory cost a wait 1 us."""

@@ -26,6 +26,7 @@ from sharedpool.layout import (
     IDLE,
     LEASED,
     MAX,
+    MAX_WAITING,
     OPENING,
     PAUSED,
     ROW_DEAD,
@@ -33,9 +34,10 @@ from sharedpool.layout import (
     STOPPED,
     USED,
     VER,
+    WAITING_COUNT,
     with_state,
 )
-from sharedpool.table import DONE, Table
+from sharedpool.table import DONE, FULL, Table
 
 from . import moves
 from .moves import AGAIN, STOP, Plan
@@ -93,6 +95,7 @@ class Explorer:
         idle: Keys of connections that are idle at the start, left by another process.
         watch: The arbiter looks after whoever waits beside what it could have.
         flags: PAUSED at the start.
+        max_waiting: Who would have to queue while so many wait is refused.
         unsaid: Transitions that do not bump VER: what the version rule is for.
     """
 
@@ -105,6 +108,7 @@ class Explorer:
         idle: tuple[int, ...] = (),
         watch: bool = False,
         flags: int = 0,
+        max_waiting: int = 0,
         unsaid: frozenset[str] = frozenset(),
     ) -> None:
         self.workers = workers
@@ -116,6 +120,8 @@ class Explorer:
         for at in [self.world.leased(FIRST_ROW + len(workers), key) for key in idle]:
             self.world.give_back(at)
         self.cells = [self.world.cell(FIRST_ROW + index) for index in range(len(workers))]
+        if max_waiting:
+            self.world.words[MAX_WAITING] = max_waiting
         if flags:
             self.world.limit(maximum, flags)
         self.states = 0
@@ -194,6 +200,10 @@ class Explorer:
         w = table.words
         queue, used, limit, ver = invariants.queue(table), w[USED], w[MAX], w[VER]
         answer, word = moves.carry_out(table, plan)
+        if answer == FULL:
+            assert len(queue) == w[WAITING_COUNT] == w[MAX_WAITING]
+            assert not list(invariants.nobody_waits_in_vain(table)), "refused where it need not have queued"
+            return True, FULL
         if answer != DONE:
             return False, 0
         if plan.method in self.unsaid:
@@ -240,6 +250,8 @@ class Explorer:
         done, word = self._commit(table, plan)
         if not done:
             return f"cannot {plan.method}", START
+        if word == FULL:
+            return "is refused", OVER
         return plan.method, ("waits",) if plan.method == "enqueue" else self._holds(plan.at, word)
 
     def _holds(self, at: int, word: int) -> Place:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sharedpool.layout import (
+    ANY_NUMBER,
     ARBITER_ROW,
     BARE,
     CELL_HIGH,
@@ -22,6 +23,7 @@ from sharedpool.layout import (
     HOLDER_SHIFT,
     LEASED,
     MAX,
+    MAX_WAITING,
     ROW,
     ROW_LIVE,
     TICKET,
@@ -96,6 +98,7 @@ class World:
         self.words[TICKET] = 1
         self.words[GATE] = EPOCH
         self.words[MAX] = maximum
+        self.words[MAX_WAITING] = ANY_NUMBER
         self.now = 1000
         self._tables: dict[int, Table] = {}
         arbiter = self.table(ARBITER_ROW)

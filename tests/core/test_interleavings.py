@@ -33,6 +33,8 @@ WITHOUT_A_WATCHER: dict[str, Case] = {
     "an idle one to be closed for its permit": ([third, other], (), {"maximum": 2, "idle": (B, B)}),
     "an idle one expires": ([patient, patient], ("expire",), {}),
     "the limit is raised": ([patient, patient], ("raise",), {}),
+    "one may wait": ([patient, patient, hasty], (), {"max_waiting": 1}),
+    "one may wait, connects fail": ([failing] * 3, (), {"max_waiting": 1}),
     "a lease is doomed": ([patient, patient], ("doom",), {}),
 }
 

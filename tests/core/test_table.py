@@ -33,6 +33,7 @@ from sharedpool.layout import (
     KEY,
     LEASED,
     MAX,
+    MAX_WAITING,
     NEXT,
     OPENED,
     OPENING,
@@ -55,7 +56,7 @@ from sharedpool.layout import (
     tag_of,
     with_state,
 )
-from sharedpool.table import BUSY, DONE, STALE
+from sharedpool.table import BUSY, DONE, FULL, STALE
 
 from . import operations
 from .operations import Operation
@@ -532,6 +533,37 @@ def test_who_found_nothing_queues_although_others_have_queued_meanwhile() -> Non
     other = world.waiting(THREE)
     must(world.table(TWO).enqueue(cell, A, gate, ver, 0, 0, 0, 90, 1))
     assert invariants.queue(world.table(ONE)) == [other, cell]
+
+
+def test_as_many_wait_as_may_and_who_comes_then_is_told_and_changes_nothing() -> None:
+    world = World()
+    world.words[MAX_WAITING] = 2
+    first, _ = world.waiting(ONE), world.waiting(TWO)
+    cell = world.cell(THREE)
+    before = world.save()
+    assert world.table(THREE).enqueue(cell, A, world.gate, world.words[VER], 0, 0, 0, 90, 1) == FULL
+    assert world.save() == before
+    must(world.table(ONE).leave(first, world.words[first], operations.owned_by(ONE)))
+    world.waiting(THREE, A, cell)
+
+
+def test_who_would_be_refused_looks_again_once_something_came_back() -> None:
+    world = World(maximum=1)
+    world.words[MAX_WAITING] = 1
+    at = world.leased(ONE)
+    first, cell = world.waiting(TWO), world.cell(THREE)
+    gate, ver = world.gate, world.words[VER]
+    must(world.table(TWO).leave(first, world.words[first], operations.owned_by(TWO)))
+    world.give_back(at)
+    assert world.table(THREE).enqueue(cell, A, gate, ver, 0, 0, 0, 90, 1) == STALE
+
+
+def test_who_stalled_returns_although_as_many_wait_as_may() -> None:
+    world = World()
+    world.words[MAX_WAITING] = 1
+    ready = operations.rejoin_at_the_head(world)
+    assert operations.run(world, ready)[0] == DONE
+    assert world.words[WAITING_COUNT] == 2
 
 
 def test_queueing_for_the_permit_of_anothers_idle_connection_closes_that_in_the_same_go() -> None:

@@ -29,6 +29,7 @@ from sharedpool.layout import (
     IDLE,
     LEASED,
     MAX,
+    MAX_WAITING,
     OPENING,
     OVER,
     PAUSED,
@@ -39,10 +40,11 @@ from sharedpool.layout import (
     STOPPED,
     USED,
     VER,
+    WAITING_COUNT,
     holder_of,
     with_state,
 )
-from sharedpool.table import BUSY, DONE
+from sharedpool.table import BUSY, DONE, FULL
 
 from . import moves
 from .moves import AGAIN, STOP, Plan
@@ -76,6 +78,8 @@ class TableMachine(RuleBasedStateMachine):
                 return made, 0
             answer, word = moves.carry_out(self.world.table(row), made)
             assert answer != BUSY
+            if answer == FULL:
+                return STOP, FULL
             if answer == DONE:
                 return made, word
         raise AssertionError(f"a plan made at rest is stale: {made}")
@@ -112,6 +116,8 @@ class TableMachine(RuleBasedStateMachine):
             assert invariants.queue(table) == [*before, cell]
             return
         self.cells[row].append(cell)
+        if word == FULL:
+            assert w[WAITING_COUNT] == len(before) >= w[MAX_WAITING]
         if plan is not STOP:
             assert not before, "a newcomer overtook who waits"
             self.hold(plan.at, word, wants, connects)
@@ -224,6 +230,10 @@ class TableMachine(RuleBasedStateMachine):
     @rule(maximum=st.integers(1, 6), flags=st.sampled_from([0, 0, 0, PAUSED, STOPPED]))
     def limit(self, maximum: int, flags: int) -> None:
         self.world.limit(maximum, flags)
+
+    @rule(number=st.integers(1, 6))
+    def limit_the_queue(self, number: int) -> None:
+        self.world.words[MAX_WAITING] = number
 
     @rule(row=rows)
     def die_and_be_reaped(self, row: int) -> None:
