@@ -182,6 +182,10 @@ class Attachment:
             known = self.routes.setdefault(address, known)
         return known
 
+    def urgent(self, route: Route) -> Route:
+        """The same route for checkouts with high priority."""
+        return route.with_high_priority()
+
     # --- checkout -----------------------------------------------------------------------------------------------------
 
     def checkout(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:

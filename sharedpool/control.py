@@ -43,7 +43,7 @@ def attach(name: str = "default", *, app: str | None = None, update: bool = True
 
 def permit(
     name: str, *, app: str | None = None, update: bool = True,
-    checkout_timeout: float | NotGiven | None = NOT_GIVEN, **given: Any,
+    checkout_timeout: float | NotGiven | None = NOT_GIVEN, priority: str = "normal", **given: Any,
 ) -> Permit:  # fmt: skip
     """A cap for anything, without a connection: a context manager and a decorator.
 
@@ -52,6 +52,7 @@ def permit(
         app: As for attach.
         update: As for attach.
         checkout_timeout: Seconds to wait for a permit; None: no limit.
+        priority: "normal", or "high": served before those of normal priority, as for Pool.checkout.
         **given: Options, as for attach: max_connections is the cap.
 
     Raises:
@@ -64,7 +65,7 @@ def permit(
         app = options.check_app_name(app)
     values = options.given(name, given, os.environ)
     pool: Pool[None] = Pool(name, values, app=app, update=update, transport="permit")
-    return Permit(pool, name, NOT_GIVEN)
+    return Permit(pool, name, NOT_GIVEN, options.check_priority(priority))
 
 
 def start(dir: str | None = None, app: str | None = None) -> None:  # noqa: A002 - the issue's and the user's word

@@ -57,7 +57,7 @@ class Entry:
 class Route:
     """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO)."""
 
-    __slots__ = ("clean", "driver", "host", "key", "port", "stack", "stays", "sticky", "tag", "where")
+    __slots__ = ("clean", "driver", "high", "host", "key", "port", "stack", "stays", "sticky", "tag", "urgent", "where")
 
     def __init__(self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool) -> None:
         self.driver = driver
@@ -69,7 +69,17 @@ class Route:
         self.clean = driver.clean
         self.stays = 0 if moves else STAYS
         self.sticky = sticky
+        self.high = False
+        self.urgent: Route | None = None
         self.where = f"{driver.name}://{host}:{port}" if port else f"{driver.name}:{host}"
+
+    def with_high_priority(self) -> Route:
+        """The same route for checkouts with high priority; both have one stack."""
+        if self.urgent is None:
+            urgent = Route(self.driver, self.host, self.port, self.key, moves=not self.stays, sticky=self.sticky)
+            urgent.stack, urgent.high = self.stack, True
+            self.urgent = urgent
+        return self.urgent
 
     def push(self, entry: Entry) -> None:
         """Remember an idle connection; on the stack once, however often it comes and goes."""

@@ -46,12 +46,13 @@ from .layout import (
     STOPPED,
     TAIL,
     TICKET,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     WAITING_COUNT,
     describe,
     holder_of,
     tag_of,
+    ticket_of,
 )
 from .table import Table
 
@@ -146,15 +147,13 @@ def free_cells_are_listed_once(table: Table) -> Violations:
         yield "a cell beyond CELL_HIGH has a word"
 
 
-def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
-    """The queue is the waiting cells without a grant in the order of their tickets, linked both ways."""
+def the_queue_is_who_waits_by_turn(table: Table) -> Violations:
+    """The queue is the waiting cells without a grant in the order of their turns, linked both ways."""
     w = table.words
-    waiting = [
-        (word >> TICKET_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]
-    ]
+    waiting = [(word >> TURN_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]]
     linked = queue(table)
     if linked != [at for _, at in sorted(waiting)]:
-        yield f"waiting by ticket: {sorted(waiting)}, linked: {linked}"
+        yield f"waiting by turn: {sorted(waiting)}, linked: {linked}"
     if linked and w[linked[-1] + NEXT]:
         yield "the queue has a cycle"
     if [w[at + PREV] for at in linked] != [0, *linked[:-1]][: len(linked)]:
@@ -167,11 +166,12 @@ def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
         yield f"QUEUED is {w[GATE] & QUEUED}, the queue {linked}"
 
 
-def tickets_are_given_once(table: Table) -> Violations:
-    """No ticket twice, and the next one is above all."""
-    tickets = [word >> TICKET_SHIFT for _, word in cells(table) if word & 15 in (CELL_WAITING, CELL_STALLED)]
-    if len(set(tickets)) != len(tickets):
-        yield f"a ticket twice: {tickets}"
+def turns_are_given_once(table: Table) -> Violations:
+    """No turn twice, and the next ticket is above all."""
+    waiting = [word for _, word in cells(table) if word & 15 in (CELL_WAITING, CELL_STALLED)]
+    if len({word >> TURN_SHIFT for word in waiting}) != len(waiting):
+        yield f"a turn twice: {waiting}"
+    tickets = [ticket_of(word) for word in waiting]
     if max(tickets, default=0) >= table.words[TICKET]:
         yield f"the next ticket is {table.words[TICKET]}, in use are {tickets}"
 
@@ -214,8 +214,8 @@ ALL: tuple[Callable[[Table], Violations], ...] = (
     marks_are_the_tags_of_idle_slots,
     free_slots_are_listed_once,
     free_cells_are_listed_once,
-    the_queue_is_who_waits_by_ticket,
-    tickets_are_given_once,
+    the_queue_is_who_waits_by_turn,
+    turns_are_given_once,
     grants_are_known_to_both,
     holders_are_rows_in_use,
 )

@@ -104,7 +104,11 @@ SERIAL_ONE: Final = 1 << 52
 SERIAL: Final = 0xFFF << 52
 IDENTITY: Final = SERIAL | GEN | HOLDER
 
-# --- cells: word | key | next | previous | granted slot | deadline | since --------------------------------------------
+# --- cells: word | key | next | previous | granted slot | deadline | since | passed -----------------------------------
+# A cell's word, from the top: turn 44 (ordinary 1 | ticket 40 | part 3) | row 16 | state 4. Turns are the order of the
+# queue: the lower one is served first, and no two are equal. Who asks with normal priority takes the next ticket and
+# PART. With high priority one takes a turn just before the first of normal priority, of his ticket and a lower part;
+# of those there are MOST_PASSED, so nobody is passed more often. If all have been passed, the next ticket.
 CELL: Final = 8
 CELL_SHIFT: Final = 3
 CELL_KEY: Final = 1
@@ -113,6 +117,7 @@ PREV: Final = 3
 GRANT: Final = 4  # the slot granted to this cell (derived)
 CELL_DEADLINE: Final = 5
 CELL_SINCE: Final = 6
+PASSED: Final = 7  # how many with high priority took a turn before this one's
 
 CELL_FREE: Final = 0
 CELL_OWNED: Final = 1  # belongs to a process, nobody waits in it
@@ -120,7 +125,12 @@ CELL_WAITING: Final = 2
 CELL_STALLED: Final = 3  # did not take its grant: passed over until its owner stirs; keeps its ticket
 CELL_ROW_SHIFT: Final = 4
 CELL_ROW: Final = 0xFFFF << CELL_ROW_SHIFT
-TICKET_SHIFT: Final = 20
+TURN_SHIFT: Final = 20
+NUMBER_SHIFT: Final = 23
+NUMBER_MASK: Final = 0xFF_FFFF_FFFF
+PART: Final = 7 << TURN_SHIFT  # all of it: normal priority
+ORDINARY: Final = 1 << 63
+MOST_PASSED: Final = 7
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,6 +187,11 @@ def opening_word(word: int, row: int, state: int = OPENING) -> int:
     """A slot's word after a new connection was begun in it: next generation, next serial, no flags."""
     generation = (generation_of(word) + 1) & GEN_MASK
     return (((word & SERIAL) + SERIAL_ONE) & MASK64) | generation << GEN_SHIFT | row << HOLDER_SHIFT | state
+
+
+def ticket_of(word: int) -> int:
+    """The ticket in a waiting cell's word; those with high priority may share one with whom they passed."""
+    return word >> NUMBER_SHIFT & NUMBER_MASK
 
 
 def with_state(word: int, state: int) -> int:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from . import drivers, options
 from .drivers.sockets import Ending
 from .errors import LeaseError, PoolNotFound, PoolOptionsDiffer, PoolStopped, PoolTimeout, TooManyWaiting, file_limit
+from .layout import MOST_PASSED
 from .lease import Lease
 from .options import PoolOptions
 from .stats import ARBITER_COUNTERS, COUNTERS, PoolStats
@@ -43,6 +44,7 @@ class LocalRoute:
     driver: drivers.Driver[Any]
     host: str
     port: int
+    high: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -109,12 +111,20 @@ def _readable(number: int) -> bool:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Waiter:
-    """One waiting thread: for what, how it is woken, what it was granted, and whether the pool was stopped."""
+    """One waiting thread: for what, how it is woken, what it was granted, whether the pool was stopped.
+
+    `passed`: how many with high priority came later and stand before it.
+    """
 
     route: LocalRoute
     bell: threading.Condition
     slot: _Slot | None = None
     stopped: bool = False
+    passed: int = 0
+
+    @property
+    def may_be_passed(self) -> bool:
+        return not self.route.high and self.passed < MOST_PASSED
 
 
 class LocalPool:
@@ -149,6 +159,10 @@ class LocalPool:
         """The route for an address; equal addresses give equal ones."""
         driver = drivers.find(transport)
         return LocalRoute(driver, *driver.address(host, port))
+
+    def urgent(self, route: LocalRoute) -> LocalRoute:
+        """The same route for checkouts with high priority."""
+        return dataclasses.replace(route, high=True)
 
     def stats(self) -> PoolStats:
         """The numbers of this process, which are all there are."""
@@ -234,7 +248,7 @@ class LocalPool:
         if len(self._queue) >= (self.options.max_waiting or options.MOST_WAITING):
             raise self._full()
         waiter = _Waiter(route, threading.Condition(self._lock))
-        self._queue.append(waiter)
+        self._join(waiter)
         self.counters["waits"] += 1
         try:
             self._serve()
@@ -249,6 +263,15 @@ class LocalPool:
         if waiter.stopped:
             raise PoolStopped(f"pool {self.name!r} was stopped while this checkout waited")
         raise self._timeout(route)
+
+    def _join(self, waiter: _Waiter) -> None:
+        """The end of the queue, or with high priority before the first that may be passed."""
+        passed = next((one for one in self._queue if one.may_be_passed), None) if waiter.route.high else None
+        if passed is None:
+            self._queue.append(waiter)
+        else:
+            passed.passed += 1
+            self._queue.insert(self._queue.index(passed), waiter)
 
     def _nap(self, waiter: _Waiter, limit: float | None) -> None:
         """Sleep until woken, or until there is something to look after."""

@@ -279,6 +279,16 @@ def make(values: Mapping[str, Any]) -> PoolOptions:
     return PoolOptions(**cast(Any, dict(values)))
 
 
+PRIORITIES: Final = ("normal", "high")
+
+
+def check_priority(priority: object) -> str:
+    """The priority of a checkout, or OptionError."""
+    if priority not in PRIORITIES:
+        raise _refusal("priority", priority, "the call", "one of 'normal', 'high'")
+    return str(priority)
+
+
 def check_pool_name(name: object) -> str:
     """The pool's name, or OptionError."""
     if not isinstance(name, str) or not POOL_NAME.fullmatch(name):

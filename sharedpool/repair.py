@@ -27,6 +27,8 @@ from .layout import (
     MAX,
     NEXT,
     NEXT_FREE,
+    NUMBER_MASK,
+    NUMBER_SHIFT,
     OVER,
     PAUSED,
     PREV,
@@ -36,7 +38,7 @@ from .layout import (
     STOPPED,
     TAIL,
     TICKET,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     VER,
     WAITING_COUNT,
@@ -90,7 +92,7 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
 
 
 def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> None:
-    """Rebuild the queue in the order of the tickets, the cells' grants, and the list of free cells."""
+    """Rebuild the queue in the order of the turns, the cells' grants, and the list of free cells."""
     base = geometry.cell_base
     words = w[base : base + CELL * geometry.cells : CELL].tolist()
     high = 0
@@ -104,12 +106,12 @@ def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> N
         at = base + CELL * index
         word = words[index]
         w[at + GRANT] = granted.get(at, 0)
-        ticket = max(ticket, (word >> TICKET_SHIFT) + 1)
+        ticket = max(ticket, (word >> NUMBER_SHIFT & NUMBER_MASK) + 1)
         if word & 15 == CELL_FREE:
             w[at + NEXT] = free
             free = at
         elif word & 15 == CELL_WAITING and at not in granted:
-            queue.append((word >> TICKET_SHIFT, at))
+            queue.append((word >> TURN_SHIFT, at))
     w[FREE_CELL] = free
     w[CELL_HIGH] = high
     w[TICKET] = ticket

@@ -47,10 +47,15 @@ from .layout import (
     KEY,
     MAX,
     MAX_WAITING,
+    MOST_PASSED,
     NEXT,
     NEXT_FREE,
+    NUMBER_SHIFT,
     OPENED,
+    ORDINARY,
     OVER,
+    PART,
+    PASSED,
     PREV,
     QUEUED,
     ROW,
@@ -63,7 +68,7 @@ from .layout import (
     STATE,
     TAIL,
     TICKET,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     VER,
     VERSION,
@@ -634,7 +639,9 @@ class Table:
         counter: int,
         now: int,
     ) -> int:
-        """An owned cell joins the end of the queue; in the same go another key's idle connection is closed for it.
+        """An owned cell joins the end of the queue with normal priority.
+
+        In the same go another key's idle connection is closed for it.
 
         Verified by VER: nothing has become usable since the search that found nothing. FULL if it would join, but
         MAX_WAITING wait already; a cell that rejoins may make them one more.
@@ -655,7 +662,7 @@ class Table:
         mutex = self.mutex
         me = self.row
         owned = CELL_OWNED | me << CELL_ROW_SHIFT
-        waiting = CELL_WAITING | me << CELL_ROW_SHIFT
+        waiting = ORDINARY | PART | CELL_WAITING | me << CELL_ROW_SHIFT
         place = evict or self.slot_base
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
@@ -679,7 +686,8 @@ class Table:
                             w[place + SINCE] = now
                             w[place] = closing
                             marks[mark] = 0
-                        w[cell] = waiting | ticket << TICKET_SHIFT
+                        w[cell + PASSED] = 0
+                        w[cell] = waiting | ticket << NUMBER_SHIFT
                         w[TICKET] = ticket + 1
                         w[cell + NEXT] = 0
                         w[cell + PREV] = tail
@@ -703,13 +711,119 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
+    def enqueue_high(
+        self,
+        cell: int,
+        key: int,
+        gate: int,
+        ver: int,
+        word: int,
+        after: int,
+        after_word: int,
+        before: int,
+        before_word: int,
+        passed: int,
+        ticket: int,
+        evict: int,
+        evict_seen: int,
+        deadline: int,
+        counter: int,
+        now: int,
+    ) -> int:
+        """An owned cell joins the queue with high priority, between two cells; else as `enqueue`.
+
+        Args:
+            cell: A cell of this row in which nobody waits.
+            key: What it waits for.
+            gate: GATE as it was searched.
+            ver: VER as it was searched.
+            word: The cell's word as it is to be.
+            after: The cell behind which it joins; 0: at the head.
+            after_word: Its word as it was searched.
+            before: The cell before which it joins; 0: at the end.
+            before_word: Its word as it was searched.
+            passed: How many had taken a turn before that one, as it was searched.
+            ticket: The next ticket, if this one takes it; 0: it takes a turn before `before`.
+            evict: An idle slot that goes CLOSING for its permit; 0 for none.
+            evict_seen: Its word as it was searched.
+            deadline: When it gives up, monotonic ns; 0: never.
+            counter: What is counted.
+            now: Monotonic ns.
+        """
+        w = self._words
+        marks = self._marks
+        mutex = self.mutex
+        me = self.row
+        owned = CELL_OWNED | me << CELL_ROW_SHIFT
+        place = evict or self.slot_base
+        mark = (place - self.slot_base) // SLOT
+        closing = with_state(evict_seen, 5)
+        queued = gate | QUEUED
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[VER] == ver and (w[GATE] == gate or w[GATE] == queued) and w[cell] == owned and not w[DIRTY]:
+                    if w[WAITING_COUNT] >= w[MAX_WAITING]:
+                        done = FULL
+                    elif (
+                        (evict == 0 or w[place] == evict_seen)
+                        and (ticket == 0 or w[TICKET] == ticket)
+                        and (w[after] == after_word and w[after + NEXT] == before if after else w[HEAD] == before)
+                        and (
+                            w[before] == before_word and w[before + PREV] == after and w[before + PASSED] == passed
+                            if before
+                            else w[TAIL] == after
+                        )
+                    ):
+                        w[DIRTY] = me
+                        w[cell + CELL_KEY] = key
+                        w[cell + CELL_DEADLINE] = deadline
+                        w[cell + CELL_SINCE] = now
+                        if evict:
+                            w[place + SINCE] = now
+                            w[place] = closing
+                            marks[mark] = 0
+                        if ticket:
+                            w[TICKET] = ticket + 1
+                        else:
+                            w[before + PASSED] = passed + 1
+                        w[cell] = word
+                        w[cell + NEXT] = before
+                        w[cell + PREV] = after
+                        if after:
+                            w[after + NEXT] = cell
+                        else:
+                            w[HEAD] = cell
+                        if before:
+                            w[before + PREV] = cell
+                        else:
+                            w[TAIL] = cell
+                        w[GATE] = queued
+                        w[WAITING_COUNT] = w[WAITING_COUNT] + 1
+                        w[counter] = w[counter] + 1
+                        w[DIRTY] = 0
+                        done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
     def rejoin(self, cell: int, seen: int, after: int, before: int, ver: int, gate: int) -> int:
-        """A stalled cell returns to its place in the queue, between the cells `after` and `before` (0: none)."""
+        """A stalled cell returns to its place in the queue, between the cells `after` and `before` (0: none).
+
+        It has had its turn once, so nobody passes it any more: who waits with high priority may stand behind it.
+        """
         w = self._words
         mutex = self.mutex
         me = self.row
         waiting = with_state(seen, CELL_WAITING)
-        ticket = seen >> TICKET_SHIFT
+        turn = seen >> TURN_SHIFT
         gate = gate | QUEUED
         done = 0
         rc = -mutex
@@ -717,19 +831,16 @@ class Table:
             try:
                 if w[cell] == seen and w[VER] == ver and w[GATE] | 1 == gate and not w[DIRTY]:
                     if (
-                        w[after + NEXT] == before
-                        and w[after] & 15 == CELL_WAITING
-                        and w[after] >> TICKET_SHIFT < ticket
+                        w[after + NEXT] == before and w[after] & 15 == CELL_WAITING and w[after] >> TURN_SHIFT < turn
                         if after
                         else w[HEAD] == before
                     ) and (
-                        w[before + PREV] == after
-                        and w[before] & 15 == CELL_WAITING
-                        and w[before] >> TICKET_SHIFT > ticket
+                        w[before + PREV] == after and w[before] & 15 == CELL_WAITING and w[before] >> TURN_SHIFT > turn
                         if before
                         else w[TAIL] == after
                     ):
                         w[DIRTY] = me
+                        w[cell + PASSED] = MOST_PASSED
                         w[cell] = waiting
                         w[cell + NEXT] = before
                         w[cell + PREV] = after

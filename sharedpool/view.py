@@ -7,15 +7,24 @@ from typing import Final
 
 from .layout import (
     ARBITER_ROW,
+    CELL_WAITING,
     CONNECT_TIME,
     FIRST_ROW,
     HAND,
+    HEAD,
     HEADER,
     HIGH,
     IDLE,
     KEY,
     LEASED,
     MAX,
+    MOST_PASSED,
+    NEXT,
+    NUMBER_SHIFT,
+    ORDINARY,
+    PART,
+    PASSED,
+    PREV,
     ROW,
     ROW_COUNTERS,
     ROW_LIVE,
@@ -24,7 +33,10 @@ from .layout import (
     STATE,
     STATE_NAMES,
     STEAL_AFTER,
+    TAIL,
+    TICKET,
     TOTALS_ROW,
+    TURN_SHIFT,
     WAITING_COUNT,
     Geometry,
     holder_of,
@@ -114,6 +126,54 @@ def count_idle(w: memoryview[int], geometry: Geometry, key: int) -> int:
         word & STATE == IDLE and w[base + SLOT * index + KEY] == key
         for index, word in enumerate(slot_words(w, geometry))
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """Where a high-priority waiter joins; the arguments of `Table.enqueue_high` in its order."""
+
+    word: int
+    after: int
+    after_word: int
+    before: int
+    before_word: int
+    passed: int
+    ticket: int
+
+
+def high_turn(w: memoryview[int], waiting: int) -> Turn | None:
+    """The turn of a high-priority waiter whose cell's word will be `waiting` besides; None: the queue is changing."""
+    ticket = w[TICKET]
+    after, before = _where_high_ones_join(w)
+    after_word = w[after] if after else 0
+    if after and after_word & 15 != CELL_WAITING:
+        return None
+    if not before:
+        return Turn(ORDINARY | ticket << NUMBER_SHIFT | waiting, after, after_word, 0, 0, 0, ticket)
+    before_word, passed = w[before], w[before + PASSED]
+    if before_word & (PART | 15) != PART | CELL_WAITING or passed >= MOST_PASSED:
+        return None
+    turn = (before_word & ~PART) >> TURN_SHIFT | passed
+    return Turn(turn << TURN_SHIFT | waiting, after, after_word, before, before_word, passed, 0)
+
+
+def _where_high_ones_join(w: memoryview[int]) -> tuple[int, int]:
+    """Behind which cell and before which: the first that may be passed. Looks from both ends of the queue at once."""
+    first, last = w[HEAD], w[TAIL]
+    if not last or not _may_be_passed(w, last):
+        return last, 0
+    while first and last:
+        if _may_be_passed(w, first):
+            return w[first + PREV], first
+        earlier = w[last + PREV]
+        if not earlier or not _may_be_passed(w, earlier):
+            return earlier, last
+        first, last = w[first + NEXT], earlier
+    return w[TAIL], 0  # the queue is changing: this will not hold
+
+
+def _may_be_passed(w: memoryview[int], cell: int) -> bool:
+    return w[cell] & PART == PART and w[cell + PASSED] < MOST_PASSED
 
 
 def victim(w: memoryview[int], marks: memoryview[int], geometry: Geometry, spared: int) -> int:

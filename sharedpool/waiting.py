@@ -1,4 +1,7 @@
-"""Waiting in the queue: cells, sleeping, and taking what one was given. Strictly first come, first served."""
+"""Waiting in the queue: cells, sleeping, and taking what one was given. First come, first served.
+
+Those with high priority come before the others, and first come, first served among themselves.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ from .layout import (
     SERIAL_ONE,
     STATE,
     STOPPED,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     VER,
     WATCH,
     generation_of,
@@ -122,7 +125,7 @@ class WaitingRoom:
             cell = waiter.cell
             word = w[cell]  # before its key: with another ticket it may wait for something else
             if word & 15 == CELL_WAITING and w[cell + CELL_KEY] == key and not w[cell + GRANT]:
-                waiting.append((word >> TICKET_SHIFT, cell, word))
+                waiting.append((word >> TURN_SHIFT, cell, word))
         return min(waiting, default=(0, 0, 0))[1:]
 
     # --- joining ------------------------------------------------------------------------------------------------------
@@ -153,10 +156,7 @@ class WaitingRoom:
                 return self._table.missed(0)
         queued = False
         try:
-            deadline = 0 if limit == _NEVER else limit
-            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
-            if result == FULL:
-                raise self._full()
+            result = self._join(cell, route, gate, ver, evict, seen, limit, now)
             if result != DONE:
                 return result
             queued = True
@@ -176,6 +176,23 @@ class WaitingRoom:
                 self._waiting.discard(waiter)
             if not queued or self._abandon(waiter, lease):
                 self._free.append(waiter)
+
+    def _join(self, cell: int, route: Route, gate: int, ver: int, evict: int, seen: int, limit: int, now: int) -> int:
+        """Join the queue with the route's priority; TooManyWaiting where it is as long as it may be."""
+        deadline = 0 if limit == _NEVER else limit
+        if not route.high:
+            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
+        else:
+            turn = view.high_turn(self.words, CELL_WAITING | self._table.row << CELL_ROW_SHIFT)
+            if turn is None:
+                return self._table.missed(0)
+            result = self._table.enqueue_high(
+                cell, route.key, gate, ver, turn.word, turn.after, turn.after_word, turn.before, turn.before_word,
+                turn.passed, turn.ticket, evict, seen, deadline, self._waits, now,
+            )  # fmt: skip
+        if result == FULL:
+            raise self._full()
+        return result
 
     def _full(self) -> TooManyWaiting:
         stats = view.stats(self.words, self._segment.geometry, self._name)
@@ -269,9 +286,9 @@ class WaitingRoom:
         """It slept through a grant, which went on to the next: back to its place by its ticket."""
         w = self.words
         gate, ver = w[GATE], w[VER]
-        ticket = word >> TICKET_SHIFT
+        turn = word >> TURN_SHIFT
         after, before = 0, w[HEAD]
-        while before and w[before] >> TICKET_SHIFT < ticket:
+        while before and w[before] >> TURN_SHIFT < turn:
             after, before = before, w[before + NEXT]
         if self._table.rejoin(cell, word, after, before, ver, gate) == DONE:
             self._tell_watch()

@@ -42,7 +42,9 @@ cdef class Table:
     cpdef int claim_cell(self, uint64_t cell) except -2
     @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, tail=cython.ulonglong, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
     cpdef int enqueue(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now) except -2
-    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
+    @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, w=Word[::1])
+    cpdef int enqueue_high(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t word, uint64_t after, uint64_t after_word, uint64_t before, uint64_t before_word, uint64_t passed, uint64_t ticket, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now) except -2
+    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, turn=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
     cpdef int rejoin(self, uint64_t cell, uint64_t seen, uint64_t after, uint64_t before, uint64_t ver, uint64_t gate) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, w=Word[::1])
     cpdef int leave(self, uint64_t cell, uint64_t seen, uint64_t new) except -2

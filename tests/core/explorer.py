@@ -28,6 +28,7 @@ from sharedpool.layout import (
     MAX,
     MAX_WAITING,
     OPENING,
+    PART,
     PAUSED,
     ROW_DEAD,
     STATE,
@@ -63,6 +64,7 @@ class Worker:
         fails: Its connect may fail.
         gives_up: It may leave the queue at any time.
         discards: It closes what it had.
+        high: It asks with high priority.
         keeps: It never gives back what it got.
     """
 
@@ -72,6 +74,7 @@ class Worker:
     gives_up: bool = False
     discards: bool = False
     keeps: bool = False
+    high: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Explorer:
             self.world.words[MAX_WAITING] = max_waiting
         if flags:
             self.world.limit(maximum, flags)
+        self.disorder = "revoke" in script or any(worker.high for worker in workers)
         self.states = 0
         self._sound: set[bytes] = set()
 
@@ -210,8 +214,14 @@ class Explorer:
             w[VER] = ver
         if plan.method in ("take_idle", "take_free"):
             assert not queue, f"{plan.method} overtakes {queue}"
-        elif plan.method in ("hand", "hand_free") and "revoke" not in self.script:
-            # A cell that stalled may return to the head between a handoff's search and its commit.
+        elif plan.method == "enqueue_high":
+            after = invariants.queue(table)
+            assert [cell for cell in after if cell != plan.at] == queue
+            ranks = [w[cell] & PART == PART for cell in after]
+            assert ranks == sorted(ranks), f"high ones behind normal ones: {ranks}"
+            assert not any(w[cell] & PART != PART for cell in after[after.index(plan.at) + 1 :]), "before its like"
+        elif plan.method in ("hand", "hand_free") and not self.disorder:
+            # One that stalled, or asks with high priority, may come to the head between a search and its commit.
             assert plan.arguments[4] == queue[0], f"{plan.method} to {plan.arguments[4]}, first is {queue[0]}"
         assert w[USED] <= max(limit, used), f"USED {w[USED]} above MAX {limit}"
         return True, word
@@ -241,7 +251,7 @@ class Explorer:
 
     def _looked(self, index: int, table: Table, gate: int, ver: int, _: int) -> tuple[str, Place]:
         worker = self.workers[index]
-        plan = moves.checkout(table, worker.key, worker.connects, gate, ver, self.cells[index], NOW)
+        plan = moves.checkout(table, worker.key, worker.connects, gate, ver, self.cells[index], NOW, worker.high)
         if plan is STOP:
             return "finds the pool stopped", OVER
         return f"decides {plan}", START if plan is AGAIN else ("decided", plan)
@@ -252,7 +262,7 @@ class Explorer:
             return f"cannot {plan.method}", START
         if word == FULL:
             return "is refused", OVER
-        return plan.method, ("waits",) if plan.method == "enqueue" else self._holds(plan.at, word)
+        return plan.method, ("waits",) if plan.method.startswith("enqueue") else self._holds(plan.at, word)
 
     def _holds(self, at: int, word: int) -> Place:
         return ("opens" if word & STATE == OPENING else "has", at, word)

@@ -19,6 +19,7 @@ from sharedpool.layout import (
     CELL_OWNED,
     CELL_ROW,
     CELL_ROW_SHIFT,
+    CELL_WAITING,
     CLOSING,
     DOOMED,
     FREE_SLOT,
@@ -45,7 +46,7 @@ from sharedpool.layout import (
     STATE,
     STAYS,
     STOPPED,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     holder_of,
     leased_word,
@@ -93,7 +94,9 @@ def carry_out(table: Table, plan: Plan) -> tuple[int, int]:
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 
-def checkout(table: Table, key: int, connects: bool, gate: int, ver: int, cell: int, now: int) -> Plan:
+def checkout(
+    table: Table, key: int, connects: bool, gate: int, ver: int, cell: int, now: int, high: bool = False
+) -> Plan:
     """What a checkout decides that has read GATE and VER before: take, open, or queue in its cell."""
     w = table.words
     if gate & STOPPED:
@@ -117,6 +120,12 @@ def checkout(table: Table, key: int, connects: bool, gate: int, ver: int, cell: 
         seen = w[evict] if evict else 0
         if evict and seen & STATE != IDLE:
             return AGAIN
+    if high:
+        turn = view.high_turn(w, CELL_WAITING | table.row << CELL_ROW_SHIFT)
+        if turn is None:
+            return AGAIN
+        places = dataclasses.astuple(turn)
+        return Plan("enqueue_high", (cell, key, gate, ver, *places, evict, seen, 0, counter, now))
     return Plan("enqueue", (cell, key, gate, ver, evict, seen, 0, counter, now))
 
 
@@ -152,7 +161,7 @@ def rejoin(table: Table, cell: int, word: int, gate: int, ver: int) -> Plan:
     """Back to its place by its ticket."""
     w = table.words
     after, before = 0, w[HEAD]
-    while before and w[before] >> TICKET_SHIFT < word >> TICKET_SHIFT:
+    while before and w[before] >> TURN_SHIFT < word >> TURN_SHIFT:
         after, before = before, w[before + NEXT]
     return Plan("rejoin", (cell, word, after, before, ver, gate))
 

@@ -24,7 +24,9 @@ from sharedpool.layout import (
     HOLDER,
     HOLDER_SHIFT,
     LEASED,
+    MOST_PASSED,
     NEXT,
+    PASSED,
     PREV,
     ROW,
     ROW_DEAD,
@@ -33,6 +35,7 @@ from sharedpool.layout import (
     STAYS,
     STOPPED,
     TAIL,
+    TICKET,
     VER,
     leased_word,
     opening_word,
@@ -361,30 +364,76 @@ def _enqueue(world: World, evict: int = 0) -> Ready:
     )
 
 
+def enqueue_high_alone(world: World) -> Ready:
+    return _enqueue_high(world)
+
+
+def enqueue_high_before_the_head(world: World) -> Ready:
+    world.waiting(TWO)
+    world.waiting(THREE)
+    return _enqueue_high(world)
+
+
+def enqueue_high_behind_its_like(world: World) -> Ready:
+    world.waiting(TWO)
+    world.waiting(THREE, high=True)
+    return _enqueue_high(world)
+
+
+def enqueue_high_at_the_end(world: World) -> Ready:
+    world.words[world.waiting(TWO) + PASSED] = MOST_PASSED
+    world.waiting(THREE, high=True)
+    return _enqueue_high(world)
+
+
+def enqueue_high_and_evict(world: World) -> Ready:
+    world.leased(TWO)
+    evict = world.idle(TWO, B)
+    world.waiting(TWO)
+    return _enqueue_high(world, evict)
+
+
+def _enqueue_high(world: World, evict: int = 0) -> Ready:
+    cell, table, turn = world.cell(ONE), world.table(ONE), world.high_turn(ONE)
+    seen = world.words[evict] if evict else 0
+    gate, ver, counter, now = world.gate, world.words[VER], table.counter(1), world.tick()
+    places = dataclasses.astuple(turn)
+    guards = [GATE, VER, cell, turn.after + NEXT if turn.after else HEAD, turn.before + PREV if turn.before else TAIL]
+    guards += [turn.after] * bool(turn.after) + [turn.before, turn.before + PASSED] * bool(turn.before)
+    guards += [TICKET] * bool(turn.ticket) + [evict] * bool(evict)
+    return Ready(
+        ONE,
+        lambda table, _: table.enqueue_high(cell, A, gate, ver, *places, evict, seen, now + 50, counter, now),
+        tuple(guards),
+        slots=(evict,) if evict else (),
+        cells=(cell,),
+    )
+
+
 def rejoin_alone(world: World) -> Ready:
-    return _rejoin(world, world.stalled(ONE), 0, 0)
+    return rejoin(world, world.stalled(ONE), 0, 0)
 
 
 def rejoin_at_the_head(world: World) -> Ready:
     cell = world.stalled(ONE)
-    return _rejoin(world, cell, 0, world.waiting(TWO))
+    return rejoin(world, cell, 0, world.waiting(TWO))
 
 
 def rejoin_at_the_end(world: World) -> Ready:
     at = world.leased(TWO)
     first, cell = world.waiting(THREE), world.waiting(ONE)
     world.close(world.grant(at, cell), cell)
-    return _rejoin(world, cell, first, 0)
+    return rejoin(world, cell, first, 0)
 
 
 def rejoin_in_the_middle(world: World) -> Ready:
     at = world.leased(TWO)
     first, cell, third = world.waiting(THREE), world.waiting(ONE), world.waiting(THREE)
     world.close(world.grant(at, cell), cell)
-    return _rejoin(world, cell, first, third)
+    return rejoin(world, cell, first, third)
 
 
-def _rejoin(world: World, cell: int, after: int, before: int) -> Ready:
+def rejoin(world: World, cell: int, after: int, before: int) -> Ready:
     seen, ver, gate = world.words[cell], world.words[VER], world.gate
     guards = [cell, VER, GATE, after + NEXT if after else HEAD, before + PREV if before else TAIL]
     return Ready(
@@ -487,6 +536,8 @@ ALL: tuple[Operation, ...] = (
     close_a_leased_one, close_an_idle_one, close_what_was_not_taken,
     claim_a_cell_never_used, claim_a_cell_used_before,
     enqueue_first, enqueue_behind_others, enqueue_and_evict,
+    enqueue_high_alone, enqueue_high_before_the_head, enqueue_high_behind_its_like, enqueue_high_at_the_end,
+    enqueue_high_and_evict,
     rejoin_alone, rejoin_at_the_head, rejoin_at_the_end, rejoin_in_the_middle,
     leave_as_the_only_one, leave_from_the_head, leave_from_the_middle, leave_from_the_end,
     leave_after_sleeping_through, leave_for_ever, give_up_a_cell,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from typing import Any
 
+from sharedpool import view
 from sharedpool.layout import (
     ANY_NUMBER,
     ARBITER_ROW,
     BARE,
     CELL_HIGH,
+    CELL_ROW_SHIFT,
+    CELL_WAITING,
     EPOCH,
     FIRST_ROW,
     FREE,
@@ -190,12 +194,23 @@ class World:
         must(table.claim_cell(cell))
         return int(cell)
 
-    def waiting(self, row: int, key: int = A, cell: int = 0) -> int:
+    def waiting(self, row: int, key: int = A, cell: int = 0, *, high: bool = False) -> int:
         table = self.table(row)
         cell = cell or self.cell(row)
         now = self.tick()
+        if high:
+            turn = self.high_turn(row)
+            places = dataclasses.astuple(turn)
+            counter = table.counter(1)
+            must(table.enqueue_high(cell, key, self.gate, self.words[VER], *places, 0, 0, now + 1000, counter, now))
+            return cell
         must(table.enqueue(cell, key, self.gate, self.words[VER], 0, 0, now + 1000, table.counter(1), now))
         return cell
+
+    def high_turn(self, row: int) -> view.Turn:
+        turn = view.high_turn(self.words, CELL_WAITING | row << CELL_ROW_SHIFT)
+        assert turn is not None
+        return turn
 
     def grant(self, at: int, cell: int, *, bare: bool = False, old_cell: int = 0) -> int:
         """Whatever the slot is, it is handed to the cell."""

@@ -16,6 +16,7 @@ Case = tuple[list[Worker], tuple[str, ...], dict[str, Any]]
 patient, hasty = Worker(), Worker(gives_up=True)
 failing, permit = Worker(fails=True), Worker(connects=False)
 keeping, other, third = Worker(keeps=True), Worker(B), Worker(C)
+high = Worker(high=True)
 watched = {"watch": True}
 
 WITHOUT_A_WATCHER: dict[str, Case] = {
@@ -33,6 +34,11 @@ WITHOUT_A_WATCHER: dict[str, Case] = {
     "an idle one to be closed for its permit": ([third, other], (), {"maximum": 2, "idle": (B, B)}),
     "an idle one expires": ([patient, patient], ("expire",), {}),
     "the limit is raised": ([patient, patient], ("raise",), {}),
+    "two of high priority": ([high, high], (), {}),
+    "one of high priority": ([patient, patient, high], (), {}),
+    "one of normal priority": ([high, patient, high], (), {}),
+    "of high priority for another key": ([patient, patient, Worker(B, high=True)], (), {}),
+    "high priority, time-outs": ([hasty, patient, Worker(high=True, gives_up=True)], (), {}),
     "one may wait": ([patient, patient, hasty], (), {"max_waiting": 1}),
     "one may wait, connects fail": ([failing] * 3, (), {"max_waiting": 1}),
     "a lease is doomed": ([patient, patient], ("doom",), {}),
@@ -46,6 +52,7 @@ WITH_A_WATCHER: dict[str, Case] = {
     "stopped": ([patient, patient], ("stop",), watched),
     "a worker is killed": ([patient, patient], ("kill0", "reap0"), watched),
     "a grant is revoked": ([patient] * 2, ("revoke",), watched),
+    "a grant is revoked, high priority": ([patient, high], ("revoke",), watched),
     "behind a waiter of another key": (
         [Worker(B, keeps=True), keeping, third], (), {**watched, "idle": (A, A), "maximum": 3}
     ),

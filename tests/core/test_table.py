@@ -34,6 +34,7 @@ from sharedpool.layout import (
     LEASED,
     MAX,
     MAX_WAITING,
+    MOST_PASSED,
     NEXT,
     OPENED,
     OPENING,
@@ -45,7 +46,7 @@ from sharedpool.layout import (
     STATE,
     STAYS,
     STOPPED,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     VER,
     WAITING_COUNT,
@@ -54,6 +55,7 @@ from sharedpool.layout import (
     leased_word,
     opening_word,
     tag_of,
+    ticket_of,
     with_state,
 )
 from sharedpool.table import BUSY, DONE, FULL, STALE
@@ -399,10 +401,10 @@ def test_a_handoff_leaves_the_others_in_their_order() -> None:
 def test_a_grant_not_taken_goes_on_and_its_cell_stalls_with_its_ticket() -> None:
     world = World()
     at, slow = world.granted(ONE)
-    ticket = world.words[slow] >> TICKET_SHIFT
+    ticket = world.words[slow] >> TURN_SHIFT
     other = world.waiting(THREE)
     world.grant(at, other, old_cell=slow)
-    assert (world.words[slow] & 15, world.words[slow] >> TICKET_SHIFT) == (CELL_STALLED, ticket)
+    assert (world.words[slow] & 15, world.words[slow] >> TURN_SHIFT) == (CELL_STALLED, ticket)
     assert (world.words[slow + GRANT], world.words[other + GRANT]) == (0, at)
 
 
@@ -511,7 +513,7 @@ def test_who_queues_gets_the_next_ticket_and_the_end_of_the_queue() -> None:
     world = World()
     cells = [world.waiting(row) for row in (TWO, ONE, THREE)]
     assert invariants.queue(world.table(ONE)) == cells
-    assert [world.words[cell] >> TICKET_SHIFT for cell in cells] == [1, 2, 3]
+    assert [ticket_of(world.words[cell]) for cell in cells] == [1, 2, 3]
     assert [world.words[cell + CELL_KEY] for cell in cells] == [A, A, A]
     assert (world.words[WAITING_COUNT], world.gate & GATE_FLAGS) == (3, QUEUED)
 
@@ -586,6 +588,74 @@ def test_nobody_queues_for_the_permit_of_a_connection_that_was_leased_meanwhile(
     assert world.save() == before
 
 
+def test_who_has_high_priority_stands_before_the_others_and_behind_its_like() -> None:
+    world = World(cells=8)
+    normal = [world.waiting(TWO), world.waiting(THREE)]
+    high = [world.waiting(row, high=True) for row in (ONE, TWO, THREE)]
+    assert invariants.queue(world.table(ONE)) == [*high, *normal]
+    invariants.check(world.table(ONE))
+    must(world.table(TWO).leave(high[1], world.words[high[1]], operations.owned_by(TWO)))
+    high[1:] = [high[2], world.waiting(TWO, high=True, cell=high[1])]
+    assert invariants.queue(world.table(ONE)) == [*high, *normal]
+
+
+def test_between_two_of_normal_priority_pass_so_many_of_high_that_came_later_and_no_more() -> None:
+    world = World(cells=30)
+    early = [world.waiting(ONE, high=True) for _ in range(2)]
+    normal = [world.waiting(TWO) for _ in range(3)]
+    high = [world.waiting(THREE, high=True) for _ in range(2 * MOST_PASSED + 1)]
+    first, second, third = high[:MOST_PASSED], high[MOST_PASSED : 2 * MOST_PASSED], high[2 * MOST_PASSED :]
+    expected = [*early, *first, normal[0], *second, normal[1], *third, normal[2]]
+    assert invariants.queue(world.table(ONE)) == expected
+    invariants.check(world.table(ONE))
+    scramble(world)
+    world.table(ONE).repair()
+    assert invariants.queue(world.table(ONE)) == expected
+
+
+def test_where_all_have_been_passed_often_enough_one_of_high_priority_joins_the_end() -> None:
+    world = World(cells=30)
+    normal = world.waiting(TWO)
+    high = [world.waiting(THREE, high=True) for _ in range(MOST_PASSED + 2)]
+    expected = [*high[:MOST_PASSED], normal, *high[MOST_PASSED:]]
+    last = world.waiting(TWO)
+    expected += [world.waiting(THREE, high=True), last]
+    assert invariants.queue(world.table(ONE)) == expected
+
+
+def test_who_slept_through_a_grant_is_passed_by_nobody_any_more() -> None:
+    world = World(maximum=3, cells=8)
+    stalled = world.stalled(ONE)
+    other = world.waiting(TWO)
+    high = world.waiting(THREE, high=True)
+    ready = operations.rejoin(world, stalled, 0, high)
+    assert operations.run(world, ready)[0] == DONE
+    later = world.waiting(THREE, high=True)
+    assert invariants.queue(world.table(ONE)) == [stalled, high, later, other]
+
+
+def test_one_of_high_priority_does_not_pass_whom_another_has_passed_meanwhile() -> None:
+    world = World(cells=8)
+    ready = operations.enqueue_high_before_the_head(world)
+    world.waiting(THREE, high=True)
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+    must(world.table(THREE).leave(world.words[HEAD], world.words[world.words[HEAD]], operations.owned_by(THREE)))
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE, "the other has left, its turn is used all the same"
+    assert world.save() == before
+
+
+def test_as_many_wait_as_may_of_high_priority_too() -> None:
+    world = World()
+    ready = operations.enqueue_high_before_the_head(world)
+    world.words[MAX_WAITING] = 2
+    before = world.save()
+    assert operations.run(world, ready)[0] == FULL
+    assert world.save() == before
+
+
 def test_who_stirs_returns_to_his_place_by_his_ticket() -> None:
     world = World()
     ready = operations.rejoin_in_the_middle(world)
@@ -594,7 +664,7 @@ def test_who_stirs_returns_to_his_place_by_his_ticket() -> None:
     table = world.table(ONE)
     queue = invariants.queue(table)
     assert queue[1] == cell
-    assert [world.words[place] >> TICKET_SHIFT for place in queue] == [1, 2, 3]
+    assert [ticket_of(world.words[place]) for place in queue] == [1, 2, 3]
 
 
 def test_who_stirs_does_not_return_between_others_than_he_saw() -> None:
@@ -612,7 +682,7 @@ def test_who_stirs_does_not_return_behind_someone_who_came_later() -> None:
     at, cell = world.leased(ONE), world.stalled(THREE)  # ticket 1
     other = world.waiting(TWO)
     # ... as a plan made before would have it: the other one was served, and waits again in the same cell
-    assert world.words[other] >> TICKET_SHIFT > world.words[cell] >> TICKET_SHIFT
+    assert world.words[other] >> TURN_SHIFT > world.words[cell] >> TURN_SHIFT
     before = world.save()
     gate, ver = world.gate, world.words[VER]
     assert world.table(THREE).rejoin(cell, world.words[cell], other, 0, ver, gate) == STALE

@@ -30,8 +30,12 @@ from sharedpool.layout import (
     LEASED,
     MAX,
     MAX_WAITING,
+    MOST_PASSED,
+    NUMBER_SHIFT,
     OPENING,
     OVER,
+    PART,
+    PASSED,
     PAUSED,
     ROW_DEAD,
     ROW_FREE,
@@ -100,8 +104,8 @@ class TableMachine(RuleBasedStateMachine):
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    @rule(row=rows, key=keys, connects=st.booleans())
-    def checkout(self, row: int, key: int, connects: bool) -> None:
+    @rule(row=rows, key=keys, connects=st.booleans(), high=st.booleans())
+    def checkout(self, row: int, key: int, connects: bool, high: bool) -> None:
         if not self.live(row) or sum(waiter[0] == row for waiter in self.waiters.values()) >= 2:
             return
         table, w = self.world.table(row), self.world.words
@@ -109,11 +113,11 @@ class TableMachine(RuleBasedStateMachine):
         wants = key if connects else ~key & 0xFFFF_FFFF_FFFF
         before = invariants.queue(table)
         plan, word = self.settle(
-            row, lambda: moves.checkout(table, wants, connects, w[GATE], w[VER], cell, self.world.tick())
+            row, lambda: moves.checkout(table, wants, connects, w[GATE], w[VER], cell, self.world.tick(), high)
         )
-        if plan.method == "enqueue":
+        if plan.method.startswith("enqueue"):
             self.waiters[cell] = (row, wants, connects)
-            assert invariants.queue(table) == [*before, cell]
+            assert invariants.queue(table) == self.in_order(before, cell, high)
             return
         self.cells[row].append(cell)
         if word == FULL:
@@ -121,6 +125,20 @@ class TableMachine(RuleBasedStateMachine):
         if plan is not STOP:
             assert not before, "a newcomer overtook who waits"
             self.hold(plan.at, word, wants, connects)
+
+    def in_order(self, before: list[int], cell: int, high: bool) -> list[int]:
+        """The queue after a cell has joined it: those of high priority before the others."""
+        if not high:
+            return [*before, cell]
+        w = self.world.words
+        passed = [
+            at
+            for at in before
+            if w[at] & PART == PART
+            and w[at + PASSED] - (w[at] >> NUMBER_SHIFT == w[cell] >> NUMBER_SHIFT) < MOST_PASSED
+        ]
+        where = before.index(passed[0]) if passed else len(before)
+        return [*before[:where], cell, *before[where:]]
 
     def hold(self, at: int, word: int, key: int, connects: bool) -> None:
         assert at not in self.leases, "one slot leased twice"

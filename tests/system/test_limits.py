@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+import sharedpool
 from sharedpool import OptionError, PoolTimeout, TooManyWaiting
 from tests.support import commands
 from tests.support.backend import Backend, Target
-from tests.support.workers import Harness, Worker
+from tests.support.state import State
+from tests.support.workers import Harness, Pending, Worker
 from tests.system.lineup import line_up
 
 
@@ -69,3 +71,92 @@ def test_max_waiting_changes_while_the_pool_runs(solo: Worker, backend: Backend,
 
 def test_a_wrong_max_waiting_is_an_error_at_once(solo: Worker) -> None:
     assert "max_waiting" in str(solo.fails(OptionError, commands.attach, max_waiting=0))
+
+
+# --- priority ---------------------------------------------------------------------------------------------------------
+
+
+def test_high_priority_is_served_before_normal_and_in_order_among_itself(
+    solo: Worker, backend: Backend, tcp: Target
+) -> None:
+    solo.attach(max_connections=1)
+    label = solo.checkout(tcp)
+    queue = [begin(solo, tcp, number, priority) for number, priority in enumerate(("normal", "normal", "high", "high"))]
+    turns = [2, 3, 0, 1]
+    for number, turn in enumerate(turns):
+        solo.checkin(label)
+        label = queue[turn].result()
+        assert not any(queue[later].done for later in turns[number + 1 :])
+    assert backend.accepted == 1
+
+
+def begin(worker: Worker, target: Target, number: int, priority: str, **options: object) -> Pending:
+    """Let a thread of the worker queue as the number-th."""
+    pending = worker.begin_checkout(
+        target, thread=f"waiter {number}", **{"checkout_timeout": None, "priority": priority, **options}
+    )
+    worker.wait_stats(waiting=number + 1)
+    return pending
+
+
+def test_high_priority_is_served_first_over_all_processes_and_addresses(
+    three: list[Worker], backend: Backend, tcp: Target, unix: Target
+) -> None:
+    for worker in three:
+        worker.attach(max_connections=1)
+    held = three[0].checkout(tcp)
+    normal = begin(three[1], tcp, 0, "normal")
+    high = begin(three[2], unix, 1, "high")
+    three[0].checkin(held)
+    label = high.result()
+    assert not normal.done
+    three[2].checkin(label)
+    three[1].checkin(normal.result())
+    assert backend.peak == 1
+
+
+def test_of_high_priority_so_many_are_served_while_one_of_normal_waits_and_no_more(
+    solo: Worker, backend: Backend, tcp: Target
+) -> None:
+    solo.attach(max_connections=1)
+    label = solo.checkout(tcp)
+    queue = [begin(solo, tcp, number, "high" if number else "normal") for number in range(9)]
+    turns = [*range(1, 8), 0, 8]
+    for number, turn in enumerate(turns):
+        solo.checkin(label)
+        label = queue[turn].result()
+        assert not any(queue[later].done for later in turns[number + 1 :])
+    assert backend.accepted == 1
+
+
+def test_where_nobody_waits_priority_makes_no_difference(solo: Worker, backend: Backend, tcp: Target) -> None:
+    solo.attach(max_connections=2)
+    for priority in ("normal", "high", "normal", "high"):
+        assert solo.use(tcp, priority=priority) == 1
+    assert (solo.stats().reuses, backend.accepted) == (3, 1)
+
+
+def hold_permit(state: State, name: str, priority: str) -> None:
+    with sharedpool.permit(name, max_connections=1, checkout_timeout=None, priority=priority):
+        state.things.setdefault("order", []).append(priority)
+
+
+def order(state: State) -> list[str]:
+    return list(state.things["order"])
+
+
+def test_a_permit_has_a_priority_too(solo: Worker) -> None:
+    solo.call(commands.hold_permit, "api", "held", max_connections=1)
+    queue = []
+    for number, priority in enumerate(("normal", "high")):
+        queue.append(solo.begin(hold_permit, "api", priority, thread=f"waiter {number}"))
+        solo.wait_stats("api", waiting=number + 1)
+    solo.call(commands.release_permit, "held")
+    for pending in queue:
+        pending.result()
+    assert solo.call(order) == ["high", "normal"]
+
+
+def test_a_wrong_priority_is_an_error_at_once(solo: Worker, tcp: Target) -> None:
+    assert "'urgent'" in str(solo.fails(OptionError, commands.checkout, tcp, priority="urgent"))
+    assert "priority" in str(solo.fails(OptionError, hold_permit, "api", "urgent"))
