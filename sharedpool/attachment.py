@@ -34,6 +34,7 @@ from .errors import (
 )
 from .held import Entry, Patience, Route
 from .layout import (
+    ANY_NUMBER,
     CAN_MOVE,
     CELL_SINCE,
     CLOSE_TIMEOUT,
@@ -52,6 +53,8 @@ from .layout import (
     OPENING,
     OVER,
     PAUSED,
+    QUEUED,
+    RESERVING,
     RULES,
     SERIAL_ONE,
     STATE,
@@ -65,6 +68,7 @@ from .layout import (
     WATCH,
     generation_of,
     holder_of,
+    is_high,
     leased_word,
     opening_word,
 )
@@ -268,13 +272,15 @@ class Attachment:
             if straight:
                 self.gate = gate
             at = 0
-            if straight or (route.sticky and self._may_stick(gate, now)):
+            if straight or (route.sticky and not gate & RESERVING and self._may_stick(gate, now)):
                 at, seen = self._find_idle(route, refused, own_only=not straight)
             if at:
                 mine = holder_of(seen) == self.row
                 counter = self._counters["reuses" if mine else "takeovers"]
                 lease.place = at
                 result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, counter, now)
+            elif gate & RESERVING:
+                result = self._acquire_counted(route, lease, gate, ver, limit, now, refused)
             elif straight and w[USED] < w[MAX]:
                 result = self._take_free(route, lease, gate, now)
             else:
@@ -286,7 +292,29 @@ class Attachment:
                 if not patience.wait():
                     raise OutOfTime
 
-    def _take_free(self, route: Route, lease: Lease[Any], gate: int, now: int) -> int:
+    def _acquire_counted(
+        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, refused: set[int]
+    ) -> int:
+        """The same in a pool with a reserve, once: high priority is behind its like only, normal has its share."""
+        w = self.words
+        first = w[HEAD]
+        waits = w[first] if first else 0
+        behind = bool(first and is_high(waits)) if route.high else bool(gate & QUEUED)
+        most = ANY_NUMBER if route.high else view.share(w)
+        if not behind and not gate & (OVER | PAUSED) and view.in_use(w) < most:
+            at, seen = self._find_idle(route, refused, own_only=False)
+            if at:
+                counter = self._counters["reuses" if holder_of(seen) == self.row else "takeovers"]
+                lease.place = at
+                new = leased_word(seen, self.row)
+                return self.table.take_idle_counted(at, seen, new, gate, first, waits, most, lease, counter, now)
+            if w[USED] < w[MAX]:
+                return self._take_free(route, lease, gate, now, first, waits, most)
+        return self.room.wait(route, lease, gate, ver, limit, now, behind)
+
+    def _take_free(
+        self, route: Route, lease: Lease[Any], gate: int, now: int, first: int = 0, waits: int = 0, most: int = 0
+    ) -> int:
         w = self.words
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
         seen = w[at]
@@ -296,7 +324,7 @@ class Attachment:
         new = opening_word(seen, self.row, OPENING if connects else LEASED)
         counter = self._counters["attempts" if connects else "opens"]
         lease.place = at
-        return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
+        return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most)
 
     def _may_stick(self, gate: int, now: int) -> bool:
         """Sticky order: others wait, but a process's own idle connection is its own until they have waited long."""

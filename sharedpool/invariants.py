@@ -29,6 +29,7 @@ from .layout import (
     HEADER,
     HIGH,
     IDLE,
+    IDLE_COUNT,
     KEY,
     LEASED,
     MAX,
@@ -39,6 +40,8 @@ from .layout import (
     PAUSED,
     PREV,
     QUEUED,
+    RESERVE,
+    RESERVING,
     ROW,
     ROW_FREE,
     STATE,
@@ -51,6 +54,7 @@ from .layout import (
     WAITING_COUNT,
     describe,
     holder_of,
+    is_high,
     tag_of,
     ticket_of,
 )
@@ -101,6 +105,20 @@ def the_cap_holds_or_over_says_not(table: Table) -> Violations:
     over = table.words[USED] > table.words[MAX]
     if over != bool(table.words[GATE] & OVER):
         yield f"USED {table.words[USED]}, MAX {table.words[MAX]}, OVER {table.words[GATE] & OVER}"
+
+
+def with_a_reserve_idle_slots_are_counted(table: Table) -> Violations:
+    """RESERVING says that there is a reserve; only then IDLE_COUNT counts, and high priority stands before normal."""
+    w = table.words
+    reserving = bool(w[GATE] & RESERVING)
+    if reserving != bool(w[RESERVE]):
+        yield f"RESERVE is {w[RESERVE]}, RESERVING {reserving}"
+    count = sum(word & STATE == IDLE for _, _, word in slots(table)) if reserving else 0
+    if w[IDLE_COUNT] != count:
+        yield f"IDLE_COUNT is {w[IDLE_COUNT]} and not {count}"
+    ranks = [not is_high(w[at]) for at in queue(table)]
+    if reserving and ranks != sorted(ranks):
+        yield f"those of high priority do not stand before the others: {ranks}"
 
 
 def marks_are_the_tags_of_idle_slots(table: Table) -> Violations:
@@ -211,6 +229,7 @@ ALL: tuple[Callable[[Table], Violations], ...] = (
     nobody_is_storing,
     used_counts_what_is_not_free,
     the_cap_holds_or_over_says_not,
+    with_a_reserve_idle_slots_are_counted,
     marks_are_the_tags_of_idle_slots,
     free_slots_are_listed_once,
     free_cells_are_listed_once,
@@ -247,6 +266,8 @@ def nobody_waits_in_vain(table: Table) -> Violations:
     w = table.words
     head = w[HEAD]
     if not head or w[GATE] & (PAUSED | STOPPED):
+        return
+    if w[RESERVE] and not is_high(w[head]) and w[USED] - w[IDLE_COUNT] >= w[MAX] - w[RESERVE]:
         return
     if w[USED] < w[MAX]:
         yield f"cell {head} waits beside a free permit: USED {w[USED]}, MAX {w[MAX]}"

@@ -5,8 +5,8 @@ The memory is one array of 64-bit words, followed by two arrays of 32-bit marks:
     header | rows | slots | cells        (64-bit words)
     marks of the slots | kicks of the cells (32-bit)
 
-*Committed* words are the slot words, the cell words, the row words, MAX, and in GATE the epoch, PAUSED and STOPPED.
-Everything else is *derived*: it can be rebuilt from them, and `table.repair` does that.
+*Committed* words are the slot words, the cell words, the row words, MAX, RESERVE, and in GATE the epoch, PAUSED and
+STOPPED. Everything else is *derived*: it can be rebuilt from them, and `table.repair` does that.
 
 A slot word, from the top: lease serial 12 | generation 28 | holder 16 | flags 4 | state 4. The holder of a GRANTED slot
 is a cell, else a row. (slot, generation) names a connection for ever; (slot, generation, serial) names a lease.
@@ -46,6 +46,8 @@ CONNECT_TIME: Final = 19  # ns, smoothed
 RULES: Final = 20  # CAN_MOVE, STICKY, STRICT
 INCARNATION: Final = 21
 MAX_WAITING: Final = 27  # nobody queues while so many wait; never 0
+RESERVE: Final = 28  # slots for checkouts with high priority only
+IDLE_COUNT: Final = 29  # idle slots, while GATE says RESERVING; else 0 (derived)
 HEADER: Final = 32
 
 # --- GATE: epoch << 4 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
@@ -53,8 +55,9 @@ QUEUED: Final = 1  # somebody waits (derived)
 OVER: Final = 2  # more slots in use than MAX allows (derived)
 PAUSED: Final = 4
 STOPPED: Final = 8
-GATE_FLAGS: Final = 15
-EPOCH: Final = 16
+RESERVING: Final = 16  # RESERVE is not 0 (derived): idle slots are counted, and takers verify who is served
+GATE_FLAGS: Final = 31
+EPOCH: Final = 32
 
 # --- RULES ------------------------------------------------------------------------------------------------------------
 CAN_MOVE: Final = 1
@@ -108,7 +111,8 @@ IDENTITY: Final = SERIAL | GEN | HOLDER
 # A cell's word, from the top: turn 44 (ordinary 1 | ticket 40 | part 3) | row 16 | state 4. Turns are the order of the
 # queue: the lower one is served first, and no two are equal. Who asks with normal priority takes the next ticket and
 # PART. With high priority one takes a turn just before the first of normal priority, of his ticket and a lower part;
-# of those there are MOST_PASSED, so nobody is passed more often. If all have been passed, the next ticket.
+# of those there are MOST_PASSED, so nobody is passed more often. If all have been passed, the next ticket. While there
+# is a reserve, whoever has high priority takes the next ticket without ORDINARY: before all others.
 CELL: Final = 8
 CELL_SHIFT: Final = 3
 CELL_KEY: Final = 1
@@ -192,6 +196,11 @@ def opening_word(word: int, row: int, state: int = OPENING) -> int:
 def ticket_of(word: int) -> int:
     """The ticket in a waiting cell's word; those with high priority may share one with whom they passed."""
     return word >> NUMBER_SHIFT & NUMBER_MASK
+
+
+def is_high(word: int) -> bool:
+    """Whether who waits in a cell does so with high priority; its word."""
+    return word & PART != PART
 
 
 def with_state(word: int, state: int) -> int:

@@ -122,10 +122,6 @@ class _Waiter:
     stopped: bool = False
     passed: int = 0
 
-    @property
-    def may_be_passed(self) -> bool:
-        return not self.route.high and self.passed < MOST_PASSED
-
 
 class LocalPool:
     """One pool of this process, for all handles on it.
@@ -184,7 +180,7 @@ class LocalPool:
                 self.stopped = self.ended = False
             if self.stopped:
                 raise PoolStopped(f"pool {self.name!r} was stopped")
-            slot = None if self._queue else self._find(route)
+            slot = None if self._is_behind(route) else self._find(route)
             self._begin(slot or self._wait(route, limit), lease)
         slot = lease._entry
         if slot.state == OPENING:
@@ -193,9 +189,21 @@ class LocalPool:
         lease.conn = slot.conn
         return lease
 
+    def _is_behind(self, route: LocalRoute) -> bool:
+        """Whether those come first who wait; with a reserve, normal priority waits although others need not."""
+        passes = self.options.reserve and route.high
+        return bool(self._queue) and not (passes and not self._queue[0].route.high)
+
+    def _may_have(self, route: LocalRoute) -> bool:
+        """Whether the cap and the reserve let it have one more."""
+        most = self.options.max_connections
+        if route.high or not self.options.reserve:
+            return len(self.slots) <= most
+        return len(self.slots) - sum(map(len, self._idle.values())) < most - self.options.reserve
+
     def _find(self, route: LocalRoute) -> _Slot | None:
         """An idle connection that is alive, else a permit for a new one, if there is any of the two."""
-        if len(self.slots) > self.options.max_connections:
+        if not self._may_have(route):
             return None
         idle = self._idle.get(route, [])
         while idle:
@@ -266,7 +274,9 @@ class LocalPool:
 
     def _join(self, waiter: _Waiter) -> None:
         """The end of the queue, or with high priority before the first that may be passed."""
-        passed = next((one for one in self._queue if one.may_be_passed), None) if waiter.route.high else None
+        normal = (one for one in self._queue if not one.route.high)
+        may_be_passed = (one for one in normal if self.options.reserve or one.passed < MOST_PASSED)
+        passed = next(may_be_passed, None) if waiter.route.high else None
         if passed is None:
             self._queue.append(waiter)
         else:
@@ -300,7 +310,7 @@ class LocalPool:
                 waiter = self._queue.popleft()
                 waiter.slot = slot
                 waiter.bell.notify()
-            elif not self._make_room():
+            elif not (self._may_have(self._queue[0].route) and self._make_room()):
                 break
         if self._queue and self._closing:
             self._queue[0].bell.notify()
@@ -421,9 +431,16 @@ class LocalPool:
         return bool(chosen)
 
     def apply(self, wanted: PoolOptions) -> None:
-        """Put options in force, at once, for idle connections and waiters too; a stopped pool runs again."""
+        """Put options in force, at once, for idle connections and waiters too; a stopped pool runs again.
+
+        Raises:
+            OptionError: The reserve is not below the limit.
+        """
+        options.check_reserve(wanted)
         with self._lock:
             self.options = wanted
+            if wanted.reserve:
+                self._queue = collections.deque(sorted(self._queue, key=lambda waiter: not waiter.route.high))
             self.stopped = self.ended = False
             self._tidy()
             self._close_idle(len(self.slots) - len(self._closing) - wanted.max_connections, "over_limit")
@@ -499,6 +516,7 @@ def declare(
                     f"nobody declared a pool {name!r} here; give options, as in attach({name!r}, max_connections=20);"
                     f" pools here: {', '.join(sorted(pools())) or 'none'}"
                 )
+            options.check_reserve(options.make(given))
             if pool is None:
                 pool = _pools[_scope(app), name] = LocalPool(name, options.make(given))
             pool.apply(options.make(given))

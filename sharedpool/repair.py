@@ -10,6 +10,7 @@ from .layout import (
     CELL,
     CELL_FREE,
     CELL_HIGH,
+    CELL_STALLED,
     CELL_WAITING,
     EPOCH,
     FREE,
@@ -23,16 +24,20 @@ from .layout import (
     HOLDER,
     HOLDER_SHIFT,
     IDLE,
+    IDLE_COUNT,
     KEY,
     MAX,
     NEXT,
     NEXT_FREE,
     NUMBER_MASK,
     NUMBER_SHIFT,
+    ORDINARY,
     OVER,
     PAUSED,
     PREV,
     QUEUED,
+    RESERVE,
+    RESERVING,
     SLOT,
     STATE,
     STOPPED,
@@ -43,6 +48,7 @@ from .layout import (
     VER,
     WAITING_COUNT,
     Geometry,
+    is_high,
     tag_of,
 )
 
@@ -56,7 +62,8 @@ def rebuild(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> N
     _cells(w, geometry, granted)
     over = OVER if w[USED] > w[MAX] else 0
     queued = QUEUED if w[HEAD] else 0
-    w[GATE] = ((w[GATE] & ~15) + EPOCH) | (w[GATE] & (PAUSED | STOPPED)) | queued | over
+    reserving = RESERVING if w[RESERVE] else 0
+    w[GATE] = ((w[GATE] & -EPOCH) + EPOCH) | (w[GATE] & (PAUSED | STOPPED)) | queued | over | reserving
     w[VER] = w[VER] + 1
 
 
@@ -65,12 +72,14 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
     base = geometry.slot_base
     words = w[base : geometry.cell_base : SLOT].tolist()
     granted: dict[int, int] = {}
-    used = 0
+    used = idle = 0
     high = 0
     for index, word in enumerate(words):
         state = word & STATE
         if state != FREE:
             used += 1
+        if state == IDLE:
+            idle += 1
         if word:
             high = index + 1
         if state == GRANTED:
@@ -86,6 +95,7 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
     for index in range(high, max(high, w[HIGH])):
         marks[index] = 0
     w[USED] = used
+    w[IDLE_COUNT] = idle if w[RESERVE] else 0
     w[FREE_SLOT] = free
     w[HIGH] = high
     return granted
@@ -105,6 +115,8 @@ def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> N
     for index in range(high - 1, -1, -1):
         at = base + CELL * index
         word = words[index]
+        if w[RESERVE] and word & 15 in (CELL_WAITING, CELL_STALLED) and is_high(word) and word & ORDINARY:
+            word = w[at] = word & ~ORDINARY  # it waited before there was a reserve: now it stands before all others
         w[at + GRANT] = granted.get(at, 0)
         ticket = max(ticket, (word >> NUMBER_SHIFT & NUMBER_MASK) + 1)
         if word & 15 == CELL_FREE:

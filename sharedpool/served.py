@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from . import options as rules
 from . import segment as segments
+from . import view
 from .drivers.sockets import Ending
 from .errors import OptionError
 from .layout import (
@@ -54,6 +56,7 @@ from .layout import (
     OPENING,
     OVER,
     PAUSED,
+    RESERVE,
     ROW,
     ROW_COUNTERS,
     ROW_DEAD,
@@ -76,6 +79,7 @@ from .layout import (
     Geometry,
     generation_of,
     holder_of,
+    is_high,
     with_state,
 )
 from .options import NOT_GIVEN, PoolOptions
@@ -162,6 +166,7 @@ class ServedPool:
         drain: Callable[[ServedPool], None],
         clock: Callable[[], int],
     ) -> None:
+        rules.check_reserve(options)
         self.name = name
         self.options = options
         self.declared_by = declared_by
@@ -231,8 +236,9 @@ class ServedPool:
         """Put options in force, at once, for idle connections and waiters too.
 
         Raises:
-            OptionError: The limit is above what the segment has room for.
+            OptionError: The limit is above what the segment has room for, or not above the reserve.
         """
+        rules.check_reserve(options)
         room = self.segment.geometry.slots
         if options.max_connections > room:
             raise OptionError(
@@ -247,7 +253,7 @@ class ServedPool:
         w[RULES] = (CAN_MOVE if options.move else 0) | {"auto": 0, "sticky": STICKY, "fifo": STRICT}[options.order]
         w[MAX_WAITING] = options.max_waiting or ANY_NUMBER
         flags = w[GATE] & PAUSED
-        self._insist(lambda: self.table.set_limit(options.max_connections, flags))
+        self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve))
         self.options = options
         self._expire_at = 0
         self._trim()
@@ -255,7 +261,7 @@ class ServedPool:
     def stop(self) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
         w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED))
+        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED, w[RESERVE]))
         now = self._clock()
         for _, at, word in self.slots():
             if word & STATE == IDLE:
@@ -414,8 +420,12 @@ class ServedPool:
             if w[at] != word:
                 return DONE
             if cell and not gate & (OVER | PAUSED | STOPPED):
+                waits = w[cell]
+                most = view.share_for(w, gate, waits)
+                if most and view.in_use(w) > most:
+                    return self.table.free(at, word, gate, old_cell, cell, waits, most)
                 new = _granted(word, self.table.cell_index(cell)) | BARE
-                result = self.table.hand(at, word, new, gate, cell, w[cell], old_cell, now)
+                result = self.table.hand(at, word, new, gate, cell, waits, old_cell, now, most and most + 1)
                 if result == DONE:
                     self._wake(cell)
                 return result
@@ -439,17 +449,20 @@ class ServedPool:
         w = self.words
         while (cell := w[HEAD]) and not (gate := w[GATE]) & (OVER | PAUSED | STOPPED):
             cell_word = w[cell]
+            most = view.share_for(w, gate, cell_word)
+            if most and view.in_use(w) >= most:
+                return
             if w[USED] < w[MAX]:
                 at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
                 word = w[at]
                 new = _granted(word + GEN_ONE & GEN | word & SERIAL, self.table.cell_index(cell)) | BARE
-                if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now)):  # noqa: B023
+                if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now, most)):  # noqa: B023
                     self._count("rescued")
                     self._wake(cell)
-            elif not self._serve_idle(cell, cell_word, gate, now):
+            elif not self._serve_idle(cell, cell_word, gate, now, most):
                 return
 
-    def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int) -> bool:
+    def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int, most: int) -> bool:
         """Give an idle connection, or its permit, to the head of the queue; False if there is none to give."""
         w = self.words
         patient = not w[RULES] & STRICT and now - w[cell + CELL_SINCE] < steal_after(w)
@@ -464,7 +477,7 @@ class ServedPool:
         for _, at, word in idle:
             if w[at + KEY] == w[cell + CELL_KEY] and not word & STAYS:
                 new = _granted(word, self.table.cell_index(cell))
-                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now)):  # noqa: B023
+                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now, most)):  # noqa: B023
                     self._count("rescued")
                     self._wake(cell)
                 return True
@@ -493,13 +506,16 @@ class ServedPool:
             return
         waits = w[head]  # before its key: with another ticket it may wait for something else
         bare = word & BARE
+        most = view.share_for(w, gate, waits) if is_high(w[cell]) else 0
+        if most and view.in_use(w) > most:
+            return  # it is not for one of normal priority
         if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & (OVER | PAUSED | STOPPED)):
             self._close(at, word, "revoked", now, cell)
             return
         if gate & (OVER | PAUSED | STOPPED):
             return
         new = _granted(word, self.table.cell_index(head)) | bare
-        if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now)):
+        if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1)):
             self._count("revoked")
             self._wake(head)
 

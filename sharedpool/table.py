@@ -44,6 +44,8 @@ from .layout import (
     HIGH,
     HOLDER,
     HOLDER_SHIFT,
+    IDLE,
+    IDLE_COUNT,
     KEY,
     MAX,
     MAX_WAITING,
@@ -58,6 +60,8 @@ from .layout import (
     PASSED,
     PREV,
     QUEUED,
+    RESERVE,
+    RESERVING,
     ROW,
     ROW_COUNTERS,
     ROW_NONCE,
@@ -244,12 +248,88 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
+    def take_idle_counted(
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        first: int,
+        waits: int,
+        most: int,
+        lease: HasWord,
+        counter: int,
+        now: int,
+    ) -> int:
+        """IDLE -> LEASED, as `take_idle`, in a pool with a reserve.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be.
+            gate: GATE as it was searched.
+            first: The head of the queue as it was searched; 0: nobody waited.
+            waits: Its word.
+            most: Fewer slots than so many must be in use, which are neither free nor idle.
+            lease: Gets `new`.
+            counter: What is counted.
+            now: When the lease began.
+        """
+        w = self._words
+        marks = self._marks
+        mutex = self.mutex
+        me = self.row
+        mark = at - self.slot_base >> SLOT_SHIFT
+        since = at + SINCE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if (
+                    w[at] == seen
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and w[HEAD] == first
+                    and (first == 0 or w[first] == waits)
+                    and w[USED] - w[IDLE_COUNT] < most
+                ):
+                    w[DIRTY] = me
+                    w[since] = now
+                    lease.word = new
+                    w[at] = new
+                    marks[mark] = 0
+                    w[IDLE_COUNT] = w[IDLE_COUNT] - 1
+                    w[counter] = w[counter] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
     def take_free(
-        self, at: int, seen: int, new: int, gate: int, lease: HasWord, key: int, counter: int, now: int
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        lease: HasWord,
+        key: int,
+        counter: int,
+        now: int,
+        first: int = 0,
+        waits: int = 0,
+        most: int = 0,
     ) -> int:
         """FREE -> OPENING, or -> LEASED for a bare permit, below the cap with nobody waiting.
 
-        `at` must be the head of the list of free slots or, where that is empty, the first slot never used.
+        `at` must be the head of the list of free slots or, where that is empty, the first slot never used. In a pool
+        with a reserve, `most` is not 0, and `first`, `waits` and `most` are verified as in `take_idle_counted`.
         """
         w = self._words
         mutex = self.mutex
@@ -261,7 +341,10 @@ class Table:
         if rc == 0:
             try:
                 if w[at] == seen and w[GATE] == gate and not w[DIRTY] and w[USED] < w[MAX]:
-                    if w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index):
+                    if (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)) and (
+                        most == 0
+                        or (w[HEAD] == first and (first == 0 or w[first] == waits) and w[USED] - w[IDLE_COUNT] < most)
+                    ):
                         w[DIRTY] = me
                         w[at + KEY] = key
                         w[at + SINCE] = now
@@ -392,7 +475,69 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def hand(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, old_cell: int, now: int) -> int:
+    def put_idle_counted(
+        self, at: int, seen: int, new: int, gate: int, first: int, waits: int, most: int, tag: int, now: int
+    ) -> int:
+        """LEASED -> IDLE, as `put_idle`, in a pool with a reserve.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be.
+            gate: GATE as it was searched.
+            first: The head of the queue as it was searched, of normal priority, who may not have it.
+            waits: Its word.
+            most: More slots than so many are in use, which is why; 0: nobody waits who may have it anyway, and `first`
+                and `waits` are not verified.
+            tag: The key's tag.
+            now: When it became idle.
+        """
+        w = self._words
+        marks = self._marks
+        mutex = self.mutex
+        me = self.row
+        mark = at - self.slot_base >> SLOT_SHIFT
+        since = at + SINCE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if (
+                    w[at] == seen
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                ):
+                    w[DIRTY] = me
+                    w[since] = now
+                    w[at] = new
+                    marks[mark] = tag
+                    w[IDLE_COUNT] = w[IDLE_COUNT] + 1
+                    w[VER] = w[VER] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def hand(
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        cell: int,
+        cell_word: int,
+        old_cell: int,
+        now: int,
+        most: int = 0,
+    ) -> int:
         """A slot that is in use, idle, closed or granted -> GRANTED to a waiting cell, which leaves the queue.
 
         Args:
@@ -404,12 +549,14 @@ class Table:
             cell_word: Its word as it was searched.
             old_cell: The cell that loses a grant it did not take, and stalls; 0 for none.
             now: When the grant was given.
+            most: In a pool with a reserve, for normal priority: fewer slots must be in use; 0: not verified.
         """
         w = self._words
         marks = self._marks
         mutex = self.mutex
         me = self.row
         mark = (at - self.slot_base) // SLOT
+        idle = seen & STATE == IDLE and gate & RESERVING
         kick = self.geometry.slots + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
@@ -417,7 +564,14 @@ class Table:
         rc = -mutex
         if rc == 0:
             try:
-                if w[at] == seen and w[cell] == cell_word and w[cell + GRANT] == 0 and w[GATE] == gate and not w[DIRTY]:
+                if (
+                    w[at] == seen
+                    and w[cell] == cell_word
+                    and w[cell + GRANT] == 0
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                ):
                     w[DIRTY] = me
                     w[at + SINCE] = now
                     w[at] = new
@@ -425,6 +579,8 @@ class Table:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
                     marks[mark] = 0
+                    if idle:
+                        w[IDLE_COUNT] = w[IDLE_COUNT] - 1
                     n = w[cell + NEXT]
                     p = w[cell + PREV]
                     if p:
@@ -452,8 +608,13 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def hand_free(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int) -> int:
-        """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired."""
+    def hand_free(
+        self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int, most: int = 0
+    ) -> int:
+        """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired.
+
+        `most` as in `hand`.
+        """
         w = self._words
         marks = self._marks
         mutex = self.mutex
@@ -468,7 +629,11 @@ class Table:
         if rc == 0:
             try:
                 if w[at] == seen and w[cell] == cell_word and w[cell + GRANT] == 0 and w[GATE] == gate and not w[DIRTY]:
-                    if w[USED] < w[MAX] and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)):
+                    if (
+                        w[USED] < w[MAX]
+                        and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index))
+                        and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                    ):
                         w[DIRTY] = me
                         w[at + SINCE] = now
                         w[at + OPENED] = now
@@ -506,10 +671,12 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def free(self, at: int, seen: int, gate: int, old_cell: int) -> int:
+    def free(self, at: int, seen: int, gate: int, old_cell: int, first: int = 0, waits: int = 0, most: int = 0) -> int:
         """A slot without a connection -> FREE: nobody waits, or the cap was lowered below what is in use.
 
-        The caller has checked that `gate` says one of the two. `old_cell` loses its grant, as in `hand`.
+        The caller has checked that `gate` says one of the two; or `most` is not 0, and who waits may not have it for
+        the reserve: verified by `first`, `waits` and `most` as in `put_idle_counted`. `old_cell` loses its grant, as in
+        `hand`.
         """
         w = self._words
         marks = self._marks
@@ -521,7 +688,12 @@ class Table:
         rc = -mutex
         if rc == 0:
             try:
-                if w[at] == seen and w[GATE] == gate and not w[DIRTY]:
+                if (
+                    w[at] == seen
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                ):
                     w[DIRTY] = me
                     w[at] = new
                     if old_cell:
@@ -563,6 +735,7 @@ class Table:
         me = self.row
         mark = (at - self.slot_base) // SLOT
         new = with_state(seen, 5)
+        idle = seen & STATE == IDLE
         if old_cell:
             new = new & ~HOLDER | me << HOLDER_SHIFT
         done = 0
@@ -577,6 +750,8 @@ class Table:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
                     marks[mark] = 0
+                    if idle and w[GATE] & RESERVING:
+                        w[IDLE_COUNT] = w[IDLE_COUNT] - 1
                     w[counter] = w[counter] + 1
                     w[DIRTY] = 0
                     done = 1
@@ -686,6 +861,8 @@ class Table:
                             w[place + SINCE] = now
                             w[place] = closing
                             marks[mark] = 0
+                            if gate & RESERVING:
+                                w[IDLE_COUNT] = w[IDLE_COUNT] - 1
                         w[cell + PASSED] = 0
                         w[cell] = waiting | ticket << NUMBER_SHIFT
                         w[TICKET] = ticket + 1
@@ -784,6 +961,8 @@ class Table:
                             w[place + SINCE] = now
                             w[place] = closing
                             marks[mark] = 0
+                            if gate & RESERVING:
+                                w[IDLE_COUNT] = w[IDLE_COUNT] - 1
                         if ticket:
                             w[TICKET] = ticket + 1
                         else:
@@ -937,11 +1116,15 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def set_limit(self, maximum: int, flags: int) -> int:
-        """Set the cap and the flags PAUSED and STOPPED; whatever was decided under the old ones is decided again."""
+    def set_limit(self, maximum: int, flags: int, reserve: int = 0) -> int:
+        """Set the cap, the reserve and the flags PAUSED and STOPPED; whatever was decided before is decided again.
+
+        With a reserve it leaves the table to be repaired, and repairs it: that counts what is idle and sets RESERVING.
+        """
         w = self._words
         mutex = self.mutex
         me = self.row
+        uncounted = me if reserve else 0
         done = 0
         rc = -mutex
         if rc == 0:
@@ -949,9 +1132,11 @@ class Table:
                 if not w[DIRTY]:
                     w[DIRTY] = me
                     w[MAX] = maximum
-                    w[GATE] = (w[GATE] & -16) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
+                    w[RESERVE] = reserve
+                    w[IDLE_COUNT] = 0
+                    w[GATE] = (w[GATE] & -32) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
                     w[VER] = w[VER] + 1
-                    w[DIRTY] = 0
+                    w[DIRTY] = uncounted
                     done = 1
             finally:
                 +mutex
@@ -961,4 +1146,6 @@ class Table:
                 ~mutex
             finally:
                 +mutex
+        if done and reserve:
+            self.missed(0)
         return done or self.missed(rc)

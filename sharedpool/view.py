@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Final
 
 from .layout import (
@@ -15,6 +16,7 @@ from .layout import (
     HEADER,
     HIGH,
     IDLE,
+    IDLE_COUNT,
     KEY,
     LEASED,
     MAX,
@@ -25,6 +27,8 @@ from .layout import (
     PART,
     PASSED,
     PREV,
+    RESERVE,
+    RESERVING,
     ROW,
     ROW_COUNTERS,
     ROW_LIVE,
@@ -37,9 +41,11 @@ from .layout import (
     TICKET,
     TOTALS_ROW,
     TURN_SHIFT,
+    USED,
     WAITING_COUNT,
     Geometry,
     holder_of,
+    is_high,
 )
 from .stats import ARBITER_COUNTERS, COUNTERS, PoolStats, from_counts
 
@@ -54,6 +60,21 @@ _STEAL_MOST: Final = 500_000_000
 def steal_after(w: memoryview[int]) -> int:
     """How long sticky order lets the longest waiter wait, ns."""
     return w[STEAL_AFTER] or min(_STEAL_MOST, max(_STEAL_LEAST, _STEAL_CONNECTS * w[CONNECT_TIME]))
+
+
+def in_use(w: memoryview[int]) -> int:
+    """In a pool with a reserve: slots that are neither free nor idle."""
+    return w[USED] - w[IDLE_COUNT]
+
+
+def share(w: memoryview[int]) -> int:
+    """In a pool with a reserve: normal priority is served while fewer slots than so many are in use."""
+    return max(1, w[MAX] - w[RESERVE])
+
+
+def share_for(w: memoryview[int], gate: int, waits: int) -> int:
+    """The share that holds for a waiter, by its cell's word; 0 for none."""
+    return share(w) if gate & RESERVING and not is_high(waits) else 0
 
 
 def slot_words(w: memoryview[int], geometry: Geometry) -> list[int]:
@@ -141,13 +162,17 @@ class Turn:
     ticket: int
 
 
-def high_turn(w: memoryview[int], waiting: int) -> Turn | None:
+def high_turn(w: memoryview[int], waiting: int, gate: int) -> Turn | None:
     """The turn of a high-priority waiter whose cell's word will be `waiting` besides; None: the queue is changing."""
     ticket = w[TICKET]
-    after, before = _where_high_ones_join(w)
+    reserving = gate & RESERVING
+    after, before = _join_before(w, _is_ordinary if reserving else _may_be_passed)
     after_word = w[after] if after else 0
     if after and after_word & 15 != CELL_WAITING:
         return None
+    if reserving:
+        before_word, passed = (w[before], w[before + PASSED]) if before else (0, 0)
+        return Turn(ticket << NUMBER_SHIFT | waiting, after, after_word, before, before_word, passed, ticket)
     if not before:
         return Turn(ORDINARY | ticket << NUMBER_SHIFT | waiting, after, after_word, 0, 0, 0, ticket)
     before_word, passed = w[before], w[before + PASSED]
@@ -157,23 +182,27 @@ def high_turn(w: memoryview[int], waiting: int) -> Turn | None:
     return Turn(turn << TURN_SHIFT | waiting, after, after_word, before, before_word, passed, 0)
 
 
-def _where_high_ones_join(w: memoryview[int]) -> tuple[int, int]:
-    """Behind which cell and before which: the first that may be passed. Looks from both ends of the queue at once."""
+def _join_before(w: memoryview[int], passes: Callable[[memoryview[int], int], bool]) -> tuple[int, int]:
+    """Behind which cell and before which: the first that `passes`. Looks from both ends of the queue at once."""
     first, last = w[HEAD], w[TAIL]
-    if not last or not _may_be_passed(w, last):
+    if not last or not passes(w, last):
         return last, 0
     while first and last:
-        if _may_be_passed(w, first):
+        if passes(w, first):
             return w[first + PREV], first
         earlier = w[last + PREV]
-        if not earlier or not _may_be_passed(w, earlier):
+        if not earlier or not passes(w, earlier):
             return earlier, last
         first, last = w[first + NEXT], earlier
     return w[TAIL], 0  # the queue is changing: this will not hold
 
 
 def _may_be_passed(w: memoryview[int], cell: int) -> bool:
-    return w[cell] & PART == PART and w[cell + PASSED] < MOST_PASSED
+    return not is_high(w[cell]) and w[cell + PASSED] < MOST_PASSED
+
+
+def _is_ordinary(w: memoryview[int], cell: int) -> bool:
+    return bool(w[cell] & ORDINARY)
 
 
 def victim(w: memoryview[int], marks: memoryview[int], geometry: Geometry, spared: int) -> int:

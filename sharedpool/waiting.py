@@ -40,6 +40,7 @@ from .layout import (
     NEXT,
     OPENING,
     OVER,
+    RESERVING,
     SERIAL_ONE,
     STATE,
     STOPPED,
@@ -130,8 +131,19 @@ class WaitingRoom:
 
     # --- joining ------------------------------------------------------------------------------------------------------
 
-    def wait(self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int) -> int:
+    def wait(
+        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, behind: bool = False
+    ) -> int:
         """Join the queue and wait until the lease has been given a slot.
+
+        Args:
+            route: What for.
+            lease: Gets the slot.
+            gate: GATE as it was searched.
+            ver: VER as it was searched.
+            limit: Until when, monotonic ns.
+            now: Monotonic ns.
+            behind: High priority, in a pool with a reserve: others of high priority waited when it decided to wait.
 
         Returns:
             DONE; or STALE or BUSY if it did not come to queueing.
@@ -144,19 +156,19 @@ class WaitingRoom:
             raise OutOfTime
         waiter = self._free.pop() if self._free else self._claim(limit)
         cell = waiter.cell
-        sticky = route.sticky
+        sticky = route.sticky and not gate & RESERVING
         if w[HIGH] != self._looked_at:
             self._look_at(w[HIGH])
         evict = seen = 0
         if not sticky and -self._any_idle and not gate & OVER:
-            evict = view.victim(self.words, self.marks, self._segment.geometry, route.key)
+            evict = self._victim(route, gate)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
                 return self._table.missed(0)
         queued = False
         try:
-            result = self._join(cell, route, gate, ver, evict, seen, limit, now)
+            result = self._join(cell, route, gate, ver, evict, seen, limit, now, behind)
             if result != DONE:
                 return result
             queued = True
@@ -177,14 +189,23 @@ class WaitingRoom:
             if not queued or self._abandon(waiter, lease):
                 self._free.append(waiter)
 
-    def _join(self, cell: int, route: Route, gate: int, ver: int, evict: int, seen: int, limit: int, now: int) -> int:
+    def _victim(self, route: Route, gate: int) -> int:
+        """Another key's idle connection to be closed for its permit; 0 for none, or where the permit is not for it."""
+        w = self.words
+        if gate & RESERVING and not route.high and view.in_use(w) >= view.share(w):
+            return 0
+        return view.victim(w, self.marks, self._segment.geometry, route.key)
+
+    def _join(
+        self, cell: int, route: Route, gate: int, ver: int, evict: int, seen: int, limit: int, now: int, behind: bool
+    ) -> int:
         """Join the queue with the route's priority; TooManyWaiting where it is as long as it may be."""
         deadline = 0 if limit == _NEVER else limit
         if not route.high:
             result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
         else:
-            turn = view.high_turn(self.words, CELL_WAITING | self._table.row << CELL_ROW_SHIFT)
-            if turn is None:
+            turn = view.high_turn(self.words, CELL_WAITING | self._table.row << CELL_ROW_SHIFT, gate)
+            if turn is None or (behind and not turn.after):  # those before it have gone: look again
                 return self._table.missed(0)
             result = self._table.enqueue_high(
                 cell, route.key, gate, ver, turn.word, turn.after, turn.after_word, turn.before, turn.before_word,
@@ -296,6 +317,8 @@ class WaitingRoom:
     def _steal(self, cell: int, now: int) -> int:
         """Sticky order: at the head for too long, close somebody's idle connection; gives how long to sleep."""
         w = self.words
+        if w[GATE] & RESERVING:  # with a reserve there is no sticky order
+            return _LOOK_UP
         over = w[cell + CELL_SINCE] + view.steal_after(w) - now
         if over > 0:
             return over

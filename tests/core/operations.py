@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from sharedpool import view
 from sharedpool.layout import (
+    ANY_NUMBER,
     ARBITER_ROW,
     CELL_HIGH,
     CELL_OWNED,
@@ -24,6 +26,7 @@ from sharedpool.layout import (
     HOLDER,
     HOLDER_SHIFT,
     LEASED,
+    MAX,
     MOST_PASSED,
     NEXT,
     PASSED,
@@ -183,6 +186,89 @@ def _swap(world: World, row: int, at: int, new: int, expected: int, bump: int = 
     )
 
 
+def reserve(world: World, number: int, more: int = 0) -> None:
+    world.limit(world.words[MAX] + more, reserve=number)
+
+
+def take_idle_before_the_reserve(world: World) -> Ready:
+    at = world.idle(TWO)
+    world.idle(TWO, B)
+    reserve(world, 1)
+    return _take_idle_counted(world, at, view.share(world.words))
+
+
+def take_idle_of_the_reserve(world: World) -> Ready:
+    at = world.idle(TWO)
+    world.leased(THREE)
+    reserve(world, 1)
+    world.waiting(TWO)
+    return _take_idle_counted(world, at, ANY_NUMBER)
+
+
+def _take_idle_counted(world: World, at: int, most: int) -> Ready:
+    w, table = world.words, world.table(ONE)
+    seen, gate, first, counter, now = w[at], world.gate, w[HEAD], table.counter(0), world.tick()
+    waits, new = w[first] if first else 0, leased_word(seen, ONE)
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_idle_counted(at, seen, new, gate, first, waits, most, lease, counter, now),
+        (at, GATE, HEAD, *([first] if first else [])),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def take_free_before_the_reserve(world: World) -> Ready:
+    reserve(world, 2, 1)
+    return _take_free_counted(world, view.share(world.words))
+
+
+def take_free_of_the_reserve(world: World) -> Ready:
+    world.leased(TWO)
+    reserve(world, 2, 1)
+    world.waiting(TWO)
+    return _take_free_counted(world, ANY_NUMBER)
+
+
+def _take_free_counted(world: World, most: int) -> Ready:
+    w, at, gate, first = world.words, world.next_free(), world.gate, world.words[HEAD]
+    seen, counter, waits = w[at], world.table(ONE).counter(0), w[first] if first else 0
+    new, now = opening_word(seen, ONE), world.tick()
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_free(at, seen, new, gate, lease, B, counter, now, first, waits, most),
+        (at, GATE, HEAD, *([first] if first else [])),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def put_idle_where_nobody_waits_with_a_reserve(world: World) -> Ready:
+    at = world.leased(ONE)
+    reserve(world, 1)
+    return _put_idle_counted(world, at, 0)
+
+
+def put_idle_for_the_reserve(world: World) -> Ready:
+    at = world.leased(ONE)
+    world.leased(TWO)
+    reserve(world, 1)
+    world.waiting(THREE)
+    return _put_idle_counted(world, at, view.share(world.words))
+
+
+def _put_idle_counted(world: World, at: int, most: int) -> Ready:
+    w = world.words
+    seen, gate, first, now = w[at], world.gate, w[HEAD], world.tick()
+    waits, new, tag = w[first] if first else 0, seen - 1, tag_of(A)
+    return Ready(
+        ONE,
+        lambda table, _: table.put_idle_counted(at, seen, new, gate, first, waits, most, tag, now),
+        (at, GATE, *([HEAD, first] if most else [])),
+        slots=(at,),
+    )
+
+
 def put_idle(world: World) -> Ready:
     world.idle(TWO)
     at = world.leased(ONE)
@@ -207,6 +293,67 @@ def hand_to_one_in_the_middle(world: World) -> Ready:
     return _hand(world, ONE, at, own)
 
 
+def hand_before_the_reserve(world: World) -> Ready:
+    at = world.leased(ONE)
+    reserve(world, 1)
+    return _hand(world, ONE, at, world.waiting(TWO), most=view.share(world.words) + 1)
+
+
+def hand_an_idle_connection_before_the_reserve(world: World) -> Ready:
+    at = world.idle(ONE)
+    reserve(world, 1)
+    return _hand(world, ARBITER_ROW, at, world.waiting(TWO), most=view.share(world.words))
+
+
+def hand_an_idle_connection_of_the_reserve(world: World) -> Ready:
+    at = world.idle(ONE)
+    world.leased(ONE)
+    reserve(world, 1)
+    world.waiting(TWO)
+    return _hand(world, ARBITER_ROW, at, world.waiting(THREE, high=True))
+
+
+def hand_a_free_slot_before_the_reserve(world: World) -> Ready:
+    reserve(world, 1)
+    world.waiting(TWO)
+    return _hand_free(world, view.share(world.words))
+
+
+def free_for_the_reserve(world: World) -> Ready:
+    at = world.closing(ONE)
+    world.leased(TWO)
+    reserve(world, 1)
+    cell = world.waiting(THREE)
+    seen, gate, waits, most = world.words[at], world.gate, world.words[cell], view.share(world.words)
+    return Ready(
+        ARBITER_ROW,
+        lambda table, _: table.free(at, seen, gate, 0, cell, waits, most),
+        (at, GATE, HEAD, cell),
+        slots=(at,),
+    )
+
+
+def close_an_idle_one_with_a_reserve(world: World) -> Ready:
+    at = world.idle(ONE)
+    reserve(world, 1)
+    return _close(world, ARBITER_ROW, at)
+
+
+def enqueue_and_evict_with_a_reserve(world: World) -> Ready:
+    evict = world.idle(TWO, B)
+    reserve(world, 1)
+    return _enqueue(world, evict)
+
+
+def enqueue_high_before_the_others_with_a_reserve(world: World) -> Ready:
+    evict = world.idle(TWO, B)
+    reserve(world, 1)
+    world.waiting(TWO)
+    world.waiting(THREE, high=True)
+    world.waiting(TWO)
+    return _enqueue_high(world, evict)
+
+
 def hand_the_last_one(world: World) -> Ready:
     at = world.leased(ONE)
     _, last = [world.waiting(row) for row in (TWO, THREE)]
@@ -227,12 +374,12 @@ def revoke(world: World) -> Ready:
     return _hand(world, ARBITER_ROW, at, world.waiting(THREE), old_cell=slow)
 
 
-def _hand(world: World, row: int, at: int, cell: int, *, bare: bool = False, old_cell: int = 0) -> Ready:
+def _hand(world: World, row: int, at: int, cell: int, *, bare: bool = False, old_cell: int = 0, most: int = 0) -> Ready:
     seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
     new = world.granted_word(at, cell, bare=bare)
     return Ready(
         row,
-        lambda table, _: table.hand(at, seen, new, gate, cell, word, old_cell, now),
+        lambda table, _: table.hand(at, seen, new, gate, cell, word, old_cell, now, most),
         (at, GATE, cell, cell + GRANT),
         slots=(at,),
         cells=(cell, old_cell) if old_cell else (cell,),
@@ -253,13 +400,13 @@ def hand_a_slot_used_before(world: World) -> Ready:
     return _hand_free(world)
 
 
-def _hand_free(world: World) -> Ready:
+def _hand_free(world: World, most: int = 0) -> Ready:
     at, cell = world.next_free(), world.words[HEAD]
     seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
     new = world.granted_word(at, cell, bare=True) + GEN_ONE
     return Ready(
         ARBITER_ROW,
-        lambda table, _: table.hand_free(at, seen, new, gate, cell, word, now),
+        lambda table, _: table.hand_free(at, seen, new, gate, cell, word, now, most),
         (at, GATE, cell, cell + GRANT),
         slots=(at,),
         cells=(cell,),
@@ -516,6 +663,20 @@ def lower_the_limit(world: World) -> Ready:
     return Ready(ARBITER_ROW, lambda table, _: table.set_limit(1, 0), ())
 
 
+def make_a_reserve(world: World) -> Ready:
+    world.idle(ONE)
+    world.leased(THREE)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(3, 0, 2), ())
+
+
+def end_a_reserve(world: World) -> Ready:
+    world.idle(ONE)
+    world.leased(THREE)
+    reserve(world, 1)
+    world.waiting(TWO)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(2, 0), ())
+
+
 def stop(world: World) -> Ready:
     world.leased(ONE)
     world.waiting(TWO)
@@ -542,6 +703,11 @@ ALL: tuple[Operation, ...] = (
     leave_as_the_only_one, leave_from_the_head, leave_from_the_middle, leave_from_the_end,
     leave_after_sleeping_through, leave_for_ever, give_up_a_cell,
     a_process_comes, a_process_dies,
+    take_idle_before_the_reserve, take_idle_of_the_reserve, take_free_before_the_reserve, take_free_of_the_reserve,
+    put_idle_where_nobody_waits_with_a_reserve, put_idle_for_the_reserve, free_for_the_reserve,
+    hand_before_the_reserve, hand_an_idle_connection_before_the_reserve, hand_an_idle_connection_of_the_reserve,
+    hand_a_free_slot_before_the_reserve, close_an_idle_one_with_a_reserve, enqueue_and_evict_with_a_reserve,
+    enqueue_high_before_the_others_with_a_reserve, make_a_reserve, end_a_reserve,
     raise_the_limit, lower_the_limit, stop,
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ from sharedpool.layout import (
     LEASED,
     MAX,
     MAX_WAITING,
+    RESERVING,
     ROW,
     ROW_LIVE,
     TICKET,
@@ -162,7 +163,11 @@ class World:
         seen = self.words[at]
         key = self.words[at + 1]
         row = (seen >> HOLDER_SHIFT) & 0xFFFF
-        must(self.table(row).put_idle(at, seen, seen - 1, self.gate, tag_of(key), self.tick()))
+        table, gate, now = self.table(row), self.gate, self.tick()
+        if gate & RESERVING:
+            must(table.put_idle_counted(at, seen, seen - 1, gate, 0, 0, 0, tag_of(key), now))
+        else:
+            must(table.put_idle(at, seen, seen - 1, gate, tag_of(key), now))
 
     def take(self, row: int, at: int) -> None:
         """An idle slot becomes leased."""
@@ -208,7 +213,7 @@ class World:
         return cell
 
     def high_turn(self, row: int) -> view.Turn:
-        turn = view.high_turn(self.words, CELL_WAITING | row << CELL_ROW_SHIFT)
+        turn = view.high_turn(self.words, CELL_WAITING | row << CELL_ROW_SHIFT, self.gate)
         assert turn is not None
         return turn
 
@@ -238,8 +243,8 @@ class World:
         self.close(at, cell)
         return cell
 
-    def limit(self, maximum: int, flags: int = 0) -> None:
-        must(self.table(ARBITER_ROW).set_limit(maximum, flags))
+    def limit(self, maximum: int, flags: int = 0, reserve: int = 0) -> None:
+        must(self.table(ARBITER_ROW).set_limit(maximum, flags, reserve))
 
     def row_word(self, row: int) -> int:
         return int(self.words[HEADER + ROW * row])

@@ -30,6 +30,7 @@ from sharedpool.layout import (
     HEADER,
     HIGH,
     IDLE,
+    IDLE_COUNT,
     KEY,
     LEASED,
     MAX,
@@ -41,6 +42,7 @@ from sharedpool.layout import (
     OVER,
     PAUSED,
     QUEUED,
+    RESERVE,
     ROW,
     SINCE,
     STATE,
@@ -62,7 +64,7 @@ from sharedpool.table import BUSY, DONE, FULL, STALE
 
 from . import operations
 from .operations import Operation
-from .tables import ONE, THREE, TWO, A, B, Lease, World, is_free, must, state_of
+from .tables import ONE, THREE, TWO, A, B, Breaker, Broken, Lease, World, breaking, is_free, must, state_of
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
@@ -743,6 +745,69 @@ def test_a_new_limit_begins_a_new_epoch_and_says_what_is_in_the_way(flags: int, 
     assert world.gate == epoch + EPOCH + expected
     assert (world.words[MAX], world.words[VER]) == (maximum, ver + 1)
     invariants.check(world.table(ONE))
+
+
+# --- a reserve --------------------------------------------------------------------------------------------------------
+
+
+@operations.each
+def test_with_a_reserve_what_is_counted_outside_is_verified_inside(operation: Operation) -> None:
+    """One more or one less in use, and what was decided about the reserve no longer holds."""
+    more = {"take_idle_before_the_reserve", "take_free_before_the_reserve", "hand_before_the_reserve"}
+    more |= {"hand_an_idle_connection_before_the_reserve", "hand_a_free_slot_before_the_reserve"}
+    fewer = {"put_idle_for_the_reserve", "free_for_the_reserve"}
+    name = operation.__name__
+    if name not in more | fewer:
+        return
+    world = World()
+    ready = operation(world)
+    world.words[IDLE_COUNT] = world.words[IDLE_COUNT] + (name in fewer)
+    world.words[USED] = world.words[USED] + (name in more)
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+
+
+def test_a_checkin_for_the_reserve_is_stale_once_one_of_high_priority_waits() -> None:
+    world = World()
+    ready = operations.put_idle_for_the_reserve(world)
+    world.waiting(TWO, high=True)
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+
+
+def test_those_of_high_priority_who_wait_come_before_the_others_once_there_is_a_reserve() -> None:
+    def with_a_queue() -> tuple[World, list[int], list[int]]:
+        world = World(maximum=4, cells=30)
+        world.leased(ONE)
+        early = world.waiting(ONE, high=True)
+        normal = [world.waiting(TWO), world.waiting(TWO)]
+        high = [world.waiting(THREE, high=True) for _ in range(MOST_PASSED + 2)]
+        return world, [early, *high], normal
+
+    world, high, normal = with_a_queue()
+    world.limit(4, reserve=1)
+    high.append(world.waiting(ONE, high=True))
+    assert invariants.queue(world.table(ONE)) == [*high, *normal]
+    invariants.check(world.table(ONE))
+    world.limit(4)
+    last = world.waiting(ONE, high=True)  # the first of normal priority has been passed often enough
+    assert invariants.queue(world.table(ONE)) == [*high, normal[0], last, normal[1]]
+    for k in range(1, 300):
+        world, high, normal = with_a_queue()
+        try:
+            breaking(world, ARBITER_ROW, Breaker(k).store).set_limit(4, 0, 1)
+        except Broken:
+            world.table(THREE).missed(0)
+            queue = invariants.queue(world.table(ONE))
+            assert queue == [*high, *normal] or not world.words[RESERVE]
+            assert [cell for cell in queue if cell in high] == high
+            invariants.check(world.table(ONE))
+        else:
+            assert k > 60
+            return
+    raise AssertionError("it does not end")
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from sharedpool.layout import (
     GRANTED,
     HEAD,
     IDLE,
+    IDLE_COUNT,
     LEASED,
     MAX,
     MAX_WAITING,
@@ -37,6 +38,7 @@ from sharedpool.layout import (
     PART,
     PASSED,
     PAUSED,
+    RESERVE,
     ROW_DEAD,
     ROW_FREE,
     ROW_LIVE,
@@ -46,6 +48,7 @@ from sharedpool.layout import (
     VER,
     WAITING_COUNT,
     holder_of,
+    is_high,
     with_state,
 )
 from sharedpool.table import BUSY, DONE, FULL
@@ -123,7 +126,9 @@ class TableMachine(RuleBasedStateMachine):
         if word == FULL:
             assert w[WAITING_COUNT] == len(before) >= w[MAX_WAITING]
         if plan is not STOP:
-            assert not before, "a newcomer overtook who waits"
+            passes = high and w[RESERVE] and not any(is_high(w[at]) for at in before)
+            assert not before or passes, "a newcomer overtook who waits"
+            assert high or not w[RESERVE] or w[USED] - w[IDLE_COUNT] <= w[MAX] - w[RESERVE], "it had of the reserve"
             self.hold(plan.at, word, wants, connects)
 
     def in_order(self, before: list[int], cell: int, high: bool) -> list[int]:
@@ -131,6 +136,8 @@ class TableMachine(RuleBasedStateMachine):
         if not high:
             return [*before, cell]
         w = self.world.words
+        if w[RESERVE]:
+            return [*filter(lambda at: is_high(w[at]), before), cell, *filter(lambda at: not is_high(w[at]), before)]
         passed = [
             at
             for at in before
@@ -245,9 +252,9 @@ class TableMachine(RuleBasedStateMachine):
             plan = Plan("swap", (at, word, word | DOOMED, 0, 0, since))
             assert moves.carry_out(self.table, plan)[0] == DONE
 
-    @rule(maximum=st.integers(1, 6), flags=st.sampled_from([0, 0, 0, PAUSED, STOPPED]))
-    def limit(self, maximum: int, flags: int) -> None:
-        self.world.limit(maximum, flags)
+    @rule(maximum=st.integers(1, 6), flags=st.sampled_from([0, 0, 0, PAUSED, STOPPED]), reserve=st.integers(0, 5))
+    def limit(self, maximum: int, flags: int, reserve: int) -> None:
+        self.world.limit(maximum, flags, reserve if reserve < maximum else 0)
 
     @rule(number=st.integers(1, 6))
     def limit_the_queue(self, number: int) -> None:

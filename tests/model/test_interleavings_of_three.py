@@ -21,6 +21,17 @@ SLOW: dict[str, Case] = {
     "three of two keys, time-outs, failures": ([hasty, Worker(B, fails=True), hasty], ("expire",), {"maximum": 2}),
     "three, one of high priority, one killed": ([patient, high, patient], ("kill1", "reap1"), watched),
     "three, one of high priority, a grant revoked": ([patient, patient, high], ("revoke",), watched),
+    "three, a reserve, two of high priority, two keys": (
+        [patient, Worker(B, high=True), high],
+        (),
+        {**watched, "maximum": 2, "reserve": 1},
+    ),
+    "three, a reserve is made and ends": ([patient, patient, high], ("reserve", "end"), {**watched, "maximum": 2}),
+    "three, a reserve, a grant is revoked": (
+        [patient, patient, high],
+        ("revoke",),
+        {**watched, "maximum": 2, "reserve": 1},
+    ),
     "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
 }
 

@@ -136,8 +136,8 @@ def test_where_nobody_waits_priority_makes_no_difference(solo: Worker, backend: 
     assert (solo.stats().reuses, backend.accepted) == (3, 1)
 
 
-def hold_permit(state: State, name: str, priority: str) -> None:
-    with sharedpool.permit(name, max_connections=1, checkout_timeout=None, priority=priority):
+def use_permit(state: State, name: str, priority: str) -> None:
+    with sharedpool.permit(name, checkout_timeout=None, priority=priority):
         state.things.setdefault("order", []).append(priority)
 
 
@@ -149,7 +149,7 @@ def test_a_permit_has_a_priority_too(solo: Worker) -> None:
     solo.call(commands.hold_permit, "api", "held", max_connections=1)
     queue = []
     for number, priority in enumerate(("normal", "high")):
-        queue.append(solo.begin(hold_permit, "api", priority, thread=f"waiter {number}"))
+        queue.append(solo.begin(use_permit, "api", priority, thread=f"waiter {number}"))
         solo.wait_stats("api", waiting=number + 1)
     solo.call(commands.release_permit, "held")
     for pending in queue:
@@ -159,4 +159,139 @@ def test_a_permit_has_a_priority_too(solo: Worker) -> None:
 
 def test_a_wrong_priority_is_an_error_at_once(solo: Worker, tcp: Target) -> None:
     assert "'urgent'" in str(solo.fails(OptionError, commands.checkout, tcp, priority="urgent"))
-    assert "priority" in str(solo.fails(OptionError, hold_permit, "api", "urgent"))
+    assert "priority" in str(solo.fails(OptionError, use_permit, "api", "urgent"))
+
+
+# --- reserve ----------------------------------------------------------------------------------------------------------
+
+
+def test_normal_priority_waits_before_the_reserve_and_high_does_not(
+    solo: Worker, backend: Backend, tcp: Target
+) -> None:
+    solo.attach(max_connections=3, reserve=1)
+    first, _ = solo.checkout(tcp), solo.checkout(tcp)
+    normal = begin(solo, tcp, 0, "normal")
+    solo.fails(PoolTimeout, commands.checkout, tcp, checkout_timeout=0)
+    urgent = solo.checkout(tcp, priority="high")
+    assert (backend.open, normal.done) == (3, False)
+    solo.checkin(urgent)  # to nobody: it is the reserve
+    solo.wait_stats(idle=1, waiting=1)
+    assert solo.exchange(solo.checkout(tcp, priority="high", label="again")) == 3
+    solo.checkin("again")
+    solo.checkin(first)
+    assert solo.exchange(normal.result()) == 1
+    assert backend.accepted == 3
+
+
+def test_an_idle_connection_is_not_for_normal_priority_while_the_reserve_is_all_there_is(
+    solo: Worker, backend: Backend, tcp: Target, unix: Target
+) -> None:
+    solo.attach(max_connections=2, reserve=1)
+    first, second = solo.checkout(tcp), solo.checkout(tcp, priority="high")
+    solo.checkin(first)
+    for target in (tcp, unix):
+        solo.fails(PoolTimeout, commands.checkout, target, checkout_timeout=0.05)
+    assert (solo.stats().idle, solo.stats().evictions, backend.open) == (1, 0, 2)
+    solo.checkin(second)
+    assert solo.use(tcp) in (1, 2)
+    assert solo.use(unix) == 3
+
+
+def test_high_priority_that_waits_is_served_before_all_others_with_a_reserve(
+    solo: Worker, backend: Backend, tcp: Target
+) -> None:
+    solo.attach(max_connections=2, reserve=1)
+    first, second = solo.checkout(tcp), solo.checkout(tcp, priority="high")
+    queue = [begin(solo, tcp, number, "high" if number else "normal") for number in range(10)]
+    label = second
+    for pending in queue[1:]:
+        solo.checkin(label)
+        label = pending.result()
+        assert not queue[0].done
+    solo.checkin(first)
+    solo.wait_stats(idle=1, waiting=1)
+    solo.checkin(label)
+    assert solo.exchange(queue[0].result()) in (1, 2)
+
+
+def test_a_reserve_is_over_all_processes(three: list[Worker], backend: Backend, tcp: Target) -> None:
+    for worker in three:
+        worker.attach(max_connections=3, reserve=2)
+    held = three[0].checkout(tcp)
+    normal = begin(three[1], tcp, 0, "normal")
+    urgent = [three[2].checkout(tcp, priority="high"), three[2].checkout(tcp, priority="high")]
+    three[0].checkin(held)
+    three[0].wait_stats(idle=1, waiting=1)
+    three[2].checkin(urgent[0])
+    three[0].wait_stats(idle=2, waiting=1)
+    three[2].checkin(urgent[1])
+    three[1].checkin(normal.result())
+    assert three[0].wait_stats(idle=3, waiting=0).rescued == 0
+
+
+def test_permits_have_a_reserve_too(solo: Worker) -> None:
+    limits = {"max_connections": 2, "reserve": 1, "checkout_timeout": 0}
+    solo.call(commands.hold_permit, "api", "first", **limits)
+    solo.fails(PoolTimeout, commands.hold_permit, "api", "second", **limits)
+    solo.call(commands.hold_permit, "api", "urgent", priority="high", **limits)
+    waiting = solo.begin(use_permit, "api", "normal", thread="waiter")
+    solo.wait_stats("api", waiting=1)
+    solo.call(commands.release_permit, "urgent")
+    assert solo.wait_stats("api", waiting=1, in_use=1).used == 1
+    solo.call(commands.release_permit, "first")
+    waiting.result()
+
+
+def test_a_reserve_changes_while_the_pool_runs(solo: Worker, backend: Backend, tcp: Target) -> None:
+    solo.attach(max_connections=3)
+    labels = [solo.checkout(tcp) for _ in range(2)]
+    for label in labels:
+        solo.checkin(label)
+    first = solo.checkout(tcp)
+    solo.call(commands.library, "start_pool", "default", reserve=2)
+    normal = begin(solo, tcp, 0, "normal")
+    assert solo.stats().idle == 1
+    solo.call(commands.library, "start_pool", "default", reserve=1)
+    second = normal.result()
+    normal = begin(solo, tcp, 0, "normal")
+    solo.call(commands.library, "start_pool", "default", reserve=0)
+    third = normal.result()
+    assert backend.accepted == 3
+    for label in (first, second, third):
+        solo.checkin(label)
+    assert solo.use(tcp) == 3
+
+
+def test_a_wrong_reserve_is_an_error_at_once(solo: Worker, tcp: Target) -> None:
+    assert "max_connections, which is 3" in str(
+        solo.fails(OptionError, commands.attach, "a", max_connections=3, reserve=3)
+    )
+    solo.attach(max_connections=3, reserve=2)
+    solo.use(tcp)
+    solo.fails(OptionError, commands.library, "start_pool", "default", max_connections=2)
+    assert solo.stats().max_connections == 3
+
+
+def test_the_reserve_is_kept_under_load(three: list[Worker], backend: Backend, tcp: Target, unix: Target) -> None:
+    for worker in three:
+        worker.attach(max_connections=4, reserve=2)
+    begun = [
+        worker.begin(commands.requests, [tcp, unix], 60, thread=priority, checkout_timeout=30, priority=priority)
+        for worker in three
+        for priority in ("normal", "high")
+    ]
+    assert sum((pending.result() for pending in begun), commands.Load()) == commands.Load(done=360)
+    assert backend.peak <= 4
+    stats = three[0].wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0)
+    assert backend.open == stats.idle
+
+
+def test_a_worker_killed_with_the_reserve_gives_it_back(two: list[Worker], backend: Backend, tcp: Target) -> None:
+    for worker in two:
+        worker.attach(max_connections=2, reserve=1)
+    two[1].checkout(tcp)
+    two[1].checkout(tcp, priority="high")
+    normal = begin(two[0], tcp, 0, "normal")
+    two[1].kill()
+    two[0].checkin(normal.result())
+    two[0].wait_stats(idle=1, used=1)
