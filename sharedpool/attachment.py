@@ -324,7 +324,9 @@ class Attachment:
         new = opening_word(seen, self.row, OPENING if connects else LEASED)
         counter = self._counters["attempts" if connects else "opens"]
         lease.place = at
-        return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most)
+        if most:
+            return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most)
+        return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
 
     def _may_stick(self, gate: int, now: int) -> bool:
         """Sticky order: others wait, but a process's own idle connection is its own until they have waited long."""

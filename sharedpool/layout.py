@@ -135,6 +135,8 @@ NUMBER_MASK: Final = 0xFF_FFFF_FFFF
 PART: Final = 7 << TURN_SHIFT  # all of it: normal priority
 ORDINARY: Final = 1 << 63
 MOST_PASSED: Final = 7
+#: From here on a repair numbers those who wait anew, long before tickets outgrow their bits.
+MANY_TICKETS: Final = 1 << 39
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -165,7 +165,8 @@ class PoolOptions:
         reserve: So many of the connections are for checkouts with priority="high" only: one of normal priority is
             served while fewer than max_connections - reserve are in use by anybody (idle ones are not in use), and
             waits else, although something is free. Below max_connections. With a reserve, high priority comes before
-            normal without bound, the order is first come, first served, and a checkout takes about a third longer.
+            normal without bound, the order is first come, first served, and a warm checkout and checkin take about
+            twice as long.
         idle_timeout: An idle connection is closed after this; None: never.
         checkout_timeout: A checkout waits so long at most; None: no limit; not given: connect_timeout, as in hackney.
         connect_timeout: Opening a connection may take so long.

@@ -26,6 +26,7 @@ from .layout import (
     IDLE,
     IDLE_COUNT,
     KEY,
+    MANY_TICKETS,
     MAX,
     NEXT,
     NEXT_FREE,
@@ -50,6 +51,7 @@ from .layout import (
     Geometry,
     is_high,
     tag_of,
+    ticket_of,
 )
 
 
@@ -104,6 +106,8 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
 def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> None:
     """Rebuild the queue in the order of the turns, the cells' grants, and the list of free cells."""
     base = geometry.cell_base
+    if w[TICKET] >= MANY_TICKETS:
+        _number_anew(w, geometry)
     words = w[base : base + CELL * geometry.cells : CELL].tolist()
     high = 0
     for index, word in enumerate(words):
@@ -118,7 +122,7 @@ def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> N
         if w[RESERVE] and word & 15 in (CELL_WAITING, CELL_STALLED) and is_high(word) and word & ORDINARY:
             word = w[at] = word & ~ORDINARY  # it waited before there was a reserve: now it stands before all others
         w[at + GRANT] = granted.get(at, 0)
-        ticket = max(ticket, (word >> NUMBER_SHIFT & NUMBER_MASK) + 1)
+        ticket = max(ticket, ticket_of(word) + 1)
         if word & 15 == CELL_FREE:
             w[at + NEXT] = free
             free = at
@@ -128,6 +132,26 @@ def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> N
     w[CELL_HIGH] = high
     w[TICKET] = ticket
     _link(w, [at for _, at in sorted(queue)])
+
+
+def _number_anew(w: memoryview[int], geometry: Geometry) -> None:
+    """Give those who wait the lowest tickets in the order that they have.
+
+    The lowest first, and a new ticket is never above the old one: so the order holds at every store.
+    """
+    base = geometry.cell_base
+    words = w[base : base + CELL * geometry.cells : CELL].tolist()
+    waiting = [
+        (ticket_of(word), word, base + CELL * index)
+        for index, word in enumerate(words)
+        if word & 15 in (CELL_WAITING, CELL_STALLED)
+    ]
+    number = last = 0
+    for ticket, word, at in sorted(waiting):
+        if ticket != last:
+            number, last = number + 1, ticket
+        w[at] = word & ~(NUMBER_MASK << NUMBER_SHIFT) | number << NUMBER_SHIFT
+    w[TICKET] = number + 1
 
 
 def _link(w: memoryview[int], queue: list[int]) -> None:

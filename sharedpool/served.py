@@ -51,6 +51,7 @@ from .layout import (
     IDLE_TIMEOUT,
     KEY,
     LEASED,
+    MANY_TICKETS,
     MAX,
     MAX_WAITING,
     OPENING,
@@ -72,6 +73,7 @@ from .layout import (
     STICKY,
     STOPPED,
     STRICT,
+    TICKET,
     TOTALS_ROW,
     USED,
     WAITING_COUNT,
@@ -628,6 +630,9 @@ class ServedPool:
         for index, _, word in self.slots():
             if word & STATE == CLOSING:
                 self.begin_closing(index, now)
+        w = self.words
+        if w[TICKET] >= MANY_TICKETS:
+            self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & (PAUSED | STOPPED), w[RESERVE]))
 
     def _expire(self, now: int) -> int:
         """Close what has been idle too long; gives when the next one will be."""

@@ -47,6 +47,7 @@ from .layout import (
     IDLE,
     IDLE_COUNT,
     KEY,
+    MANY_TICKETS,
     MAX,
     MAX_WAITING,
     MOST_PASSED,
@@ -1120,11 +1121,12 @@ class Table:
         """Set the cap, the reserve and the flags PAUSED and STOPPED; whatever was decided before is decided again.
 
         With a reserve it leaves the table to be repaired, and repairs it: that counts what is idle and sets RESERVING.
+        The same after very many tickets: that numbers those who wait anew.
         """
         w = self._words
         mutex = self.mutex
         me = self.row
-        uncounted = me if reserve else 0
+        unmade = me if reserve or self._words[TICKET] >= MANY_TICKETS else 0
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1136,7 +1138,7 @@ class Table:
                     w[IDLE_COUNT] = 0
                     w[GATE] = (w[GATE] & -32) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
                     w[VER] = w[VER] + 1
-                    w[DIRTY] = uncounted
+                    w[DIRTY] = unmade
                     done = 1
             finally:
                 +mutex
@@ -1146,6 +1148,6 @@ class Table:
                 ~mutex
             finally:
                 +mutex
-        if done and reserve:
+        if done:
             self.missed(0)
         return done or self.missed(rc)

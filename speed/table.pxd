@@ -54,5 +54,5 @@ cdef class Table:
     cpdef int leave(self, uint64_t cell, uint64_t seen, uint64_t new) except -2
     @cython.locals(at=cython.ulonglong, done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
     cpdef int set_row(self, uint64_t row, uint64_t seen, uint64_t new, uint64_t nonce, uint64_t now) except -2
-    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, uncounted=cython.ulonglong, w=Word[::1])
+    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, unmade=cython.ulonglong, w=Word[::1])
     cpdef int set_limit(self, uint64_t maximum, uint64_t flags, uint64_t reserve=*) except -2

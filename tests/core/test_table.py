@@ -33,6 +33,7 @@ from sharedpool.layout import (
     IDLE_COUNT,
     KEY,
     LEASED,
+    MANY_TICKETS,
     MAX,
     MAX_WAITING,
     MOST_PASSED,
@@ -48,6 +49,7 @@ from sharedpool.layout import (
     STATE,
     STAYS,
     STOPPED,
+    TICKET,
     TURN_SHIFT,
     USED,
     VER,
@@ -745,6 +747,52 @@ def test_a_new_limit_begins_a_new_epoch_and_says_what_is_in_the_way(flags: int, 
     assert world.gate == epoch + EPOCH + expected
     assert (world.words[MAX], world.words[VER]) == (maximum, ver + 1)
     invariants.check(world.table(ONE))
+
+
+# --- very many tickets ------------------------------------------------------------------------------------------------
+
+
+def after_very_many_tickets() -> tuple[World, list[int]]:
+    """A world in which all kinds of waiters have high tickets, and their cells in order."""
+    world = World(maximum=4, cells=30)
+    world.limit(4, reserve=1)
+    strict = [world.waiting(ONE, high=True), world.waiting(ONE, high=True)]
+    world.words[TICKET] = MANY_TICKETS - 2
+    strict.append(world.waiting(ONE, high=True))
+    world.limit(4)
+    normal = [world.waiting(TWO), world.waiting(TWO), world.waiting(TWO)]
+    high = [world.waiting(THREE, high=True) for _ in range(MOST_PASSED + 2)]
+    return world, [*strict, *high[:MOST_PASSED], normal[0], *high[MOST_PASSED:], *normal[1:]]
+
+
+def test_after_very_many_tickets_those_who_wait_are_numbered_anew_in_their_order() -> None:
+    world, expected = after_very_many_tickets()
+    assert ticket_of(world.words[expected[-1]]) > MANY_TICKETS
+    world.limit(4)
+    assert invariants.queue(world.table(ONE)) == expected
+    assert world.words[TICKET] == 1 + len({ticket_of(world.words[cell]) for cell in expected})
+    invariants.check(world.table(ONE))
+    expected.insert(-2, world.waiting(THREE, high=True))
+    expected.append(world.waiting(TWO))
+    assert invariants.queue(world.table(ONE)) == expected
+    invariants.check(world.table(ONE))
+
+
+def test_their_order_holds_wherever_the_numbering_is_broken_off() -> None:
+    for k in range(1, 400):
+        world, expected = after_very_many_tickets()
+        try:
+            breaking(world, ARBITER_ROW, Breaker(k).store).set_limit(4, 0)
+        except Broken:
+            turns = [world.words[cell] >> TURN_SHIFT for cell in expected]
+            assert turns == sorted(turns)
+            world.table(THREE).missed(0)
+            invariants.check(world.table(ONE))
+            assert invariants.queue(world.table(ONE)) == expected
+        else:
+            assert k > 60
+            return
+    raise AssertionError("it does not end")
 
 
 # --- a reserve --------------------------------------------------------------------------------------------------------

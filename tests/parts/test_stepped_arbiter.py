@@ -10,7 +10,7 @@ import pytest
 
 import sharedpool
 from sharedpool import view
-from sharedpool.layout import CELL_HIGH, GATE, GRANT, IDLE, LEASED, VER
+from sharedpool.layout import CELL_HIGH, GATE, GRANT, IDLE, LEASED, MANY_TICKETS, TICKET, VER, ticket_of
 from sharedpool.served import ServedPool
 from sharedpool.stats import PoolStats
 from sharedpool.table import DONE
@@ -161,3 +161,15 @@ def test_an_error_in_one_pool_does_not_end_the_others(
     arbiter.pass_time(1.1)
     assert numbers(sound).expired == 1
     assert "pool 'broken'" in caplog.text
+
+
+def test_after_very_many_tickets_the_arbiter_has_those_who_wait_numbered_anew(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(max_connections=1, reserve=0)
+    worker = arbiter.worker(pool)
+    worker.open()
+    pool.words[TICKET] = MANY_TICKETS
+    first, second = (wait_in_line(arbiter, pool, worker) for _ in range(2))
+    arbiter.pass_time(1.1)
+    arbiter.pass_time(1.1)
+    assert pool.words[TICKET] == 3
+    assert [ticket_of(pool.words[cell]) for cell in (first, second)] == [1, 2]
