@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 import sharedpool
@@ -9,6 +11,7 @@ from sharedpool import OptionError, PoolTimeout, TooManyWaiting
 from tests.support import commands
 from tests.support.backend import Backend, Target
 from tests.support.state import State
+from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Pending, Worker
 from tests.system.lineup import line_up
 
@@ -295,3 +298,29 @@ def test_a_worker_killed_with_the_reserve_gives_it_back(two: list[Worker], backe
     two[1].kill()
     two[0].checkin(normal.result())
     two[0].wait_stats(idle=1, used=1)
+
+
+def test_with_a_reserve_and_priorities_a_storm_of_kills_settles_at_zero_and_then_serves(
+    harness: Harness, backend: Backend, tcp: Target, unix: Target, seeded: random.Random
+) -> None:
+    watcher = harness.start()
+    watcher.attach(max_connections=3, reserve=1)
+    for _ in range(6):
+        workers = harness.start_many(4)
+        for number, worker in enumerate(workers):
+            worker.attach(max_connections=3, reserve=1)
+            for thread in range(2):
+                priority = "high" if (number + thread) % 2 else "normal"
+                worker.begin(
+                    commands.requests_until_told, [tcp, unix], thread=f"load {thread}", checkout_timeout=30,
+                    priority=priority,
+                )  # fmt: skip
+        reached = watcher.stats().checkouts + seeded.randint(50, 300)
+        wait_until(lambda: watcher.stats().checkouts >= reached)  # noqa: B023
+        for worker in workers:
+            worker.kill()
+    stats = watcher.wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0)
+    backend.wait_open(stats.idle)
+    assert backend.peak <= 3
+    assert watcher.use(tcp) > 0
+    assert watcher.use(unix, priority="high") > 0
