@@ -42,6 +42,7 @@ from .held import Entry, Patience, Route
 from .hooks import Hooks
 from .layout import (
     ACTIVE,
+    ANY_NUMBER,
     BEAT,
     CAN_MOVE,
     CELL_SINCE,
@@ -64,6 +65,8 @@ from .layout import (
     OPENING,
     OVER,
     PAUSED,
+    QUEUED,
+    RESERVING,
     ROW_CLOSES,
     ROW_CONNECT_SECONDS,
     ROW_LEASE_SECONDS,
@@ -85,6 +88,7 @@ from .layout import (
     WATCH,
     generation_of,
     holder_of,
+    is_high,
     leased_word,
     opening_word,
 )
@@ -111,6 +115,8 @@ _REGISTER: Final = 100_000_000
 _HUNG: Final = 2_000_000_000
 #: Seconds between two attempts to find or start an arbiter.
 _AGAIN: Final = 0.2
+#: In GATE: somebody waits, or nothing new may begin.
+_CROWDED: Final = GATE_FLAGS & ~RESERVING
 #: From an idle slot's word to its lease by the same process: the next state, the next serial.
 _TO_LEASED: Final = 1 + SERIAL_ONE
 #: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
@@ -247,6 +253,10 @@ class Attachment:
             self._tell_name(known)
         return known
 
+    def urgent(self, route: Route) -> Route:
+        """The same route for checkouts with high priority."""
+        return route.with_high_priority()
+
     # --- checkout -----------------------------------------------------------------------------------------------------
 
     def checkout(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
@@ -351,13 +361,15 @@ class Attachment:
             if straight:
                 self.gate = gate
             at = 0
-            if straight or (route.sticky and self._may_stick(gate, now)):
+            if straight or (route.sticky and not gate & RESERVING and self._may_stick(gate, now)):
                 at, seen = self._find_idle(route, refused, own_only=not straight)
             if at:
                 counter = self._reuses if holder_of(seen) == self.row else self._takeovers
                 idle = now - self.words[at + SINCE]
                 lease.place = at
                 result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, self._scrap, now)
+            elif gate & RESERVING:
+                result, counter, idle = self._acquire_counted(route, lease, gate, ver, limit, now, refused)
             elif straight and w[USED] < w[MAX]:
                 result = self._take_free(route, lease, gate, now)
             else:
@@ -369,7 +381,35 @@ class Attachment:
                 if not patience.wait():
                     raise OutOfTime
 
-    def _take_free(self, route: Route, lease: Lease[Any], gate: int, now: int) -> int:
+    def _acquire_counted(
+        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, refused: set[int]
+    ) -> tuple[int, int, int]:
+        """The same in a pool with a reserve, once: high priority is behind its like only, normal has its share.
+
+        Returns:
+            DONE, STALE or BUSY, then as `_acquire`.
+        """
+        w = self.words
+        first = w[HEAD]
+        waits = w[first] if first else 0
+        behind = bool(first and is_high(waits)) if route.high else bool(gate & QUEUED)
+        most = ANY_NUMBER if route.high else view.share(w)
+        if not behind and not gate & (OVER | PAUSED) and view.in_use(w) < most:
+            at, seen = self._find_idle(route, refused, own_only=False)
+            if at:
+                counter = self._reuses if holder_of(seen) == self.row else self._takeovers
+                idle = now - w[at + SINCE]
+                lease.place = at
+                new = leased_word(seen, self.row)
+                result = self.table.take_idle_counted(at, seen, new, gate, first, waits, most, lease, self._scrap, now)
+                return result, counter, idle
+            if w[USED] < w[MAX]:
+                return self._take_free(route, lease, gate, now, first, waits, most), self._handoffs, 0
+        return self.room.wait(route, lease, gate, ver, limit, now, behind), self._handoffs, 0
+
+    def _take_free(
+        self, route: Route, lease: Lease[Any], gate: int, now: int, first: int = 0, waits: int = 0, most: int = 0
+    ) -> int:
         w = self.words
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
         seen = w[at]
@@ -379,6 +419,8 @@ class Attachment:
         new = opening_word(seen, self.row, OPENING if connects else LEASED)
         counter = self._counters["attempts"] if connects else self._scrap
         lease.place = at
+        if most:
+            return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most)
         return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
 
     def _may_stick(self, gate: int, now: int) -> bool:
@@ -820,12 +862,13 @@ class Attachment:
 
     def crowded(self) -> bool:
         """Whether somebody waits, or nothing new may begin."""
-        return self.inert or bool(self.words[GATE] & GATE_FLAGS)
+        return self.inert or bool(self.words[GATE] & _CROWDED)
 
     def has_room(self) -> bool:
-        """Whether a permit is free that nobody waits for."""
+        """Whether a permit is free that nobody waits for, and that is not reserved."""
         w = self.words
-        return not self.crowded() and w[USED] < w[MAX]
+        room = w[USED] < w[MAX] and (not w[GATE] & RESERVING or view.in_use(w) < view.share(w))
+        return room and not self.crowded()
 
     def warm(self, route: Route, count: int | None, connect_timeout: float, opening: Opening) -> None:
         """Open one connection of a key and leave it idle, if a permit is free that nobody waits for.
@@ -836,9 +879,10 @@ class Attachment:
         w = self.words
         gate = w[GATE]
         lease: Lease[Any] = Lease(self, None, 0)
-        if gate & GATE_FLAGS or not self.has_room():
+        if gate & _CROWDED or not self.has_room():
             return
-        if self._take_free(route, lease, gate, monotonic_ns()) != DONE:
+        most = view.share(w) if gate & RESERVING else 0
+        if self._take_free(route, lease, gate, monotonic_ns(), 0, 0, most) != DONE:
             return
         if self.missing(route, count) < 0:
             self._give_up(lease, refused=True, registered=False)

@@ -48,7 +48,7 @@ def attach(name: str = "default", *, app: str | None = None, update: bool = True
 
 def permit(
     name: str, *, app: str | None = None, update: bool = True,
-    checkout_timeout: float | NotGiven | None = NOT_GIVEN, **given: Any,
+    checkout_timeout: float | NotGiven | None = NOT_GIVEN, priority: str = "normal", **given: Any,
 ) -> Permit:  # fmt: skip
     """A cap for anything, without a connection: a context manager and a decorator.
 
@@ -57,6 +57,7 @@ def permit(
         app: As for attach.
         update: As for attach.
         checkout_timeout: Seconds to wait for a permit; None: no limit.
+        priority: "normal", or "high": served before those of normal priority, as for Pool.checkout.
         **given: Options, as for attach: max_connections is the cap.
 
     Raises:
@@ -69,7 +70,7 @@ def permit(
         app = options.check_app_name(app)
     values = options.given(name, given, os.environ)
     pool: Pool[None] = Pool(name, values, app=app, update=update, transport="permit")
-    return Permit(pool, name, NOT_GIVEN)
+    return Permit(pool, name, NOT_GIVEN, options.check_priority(priority))
 
 
 def start(dir: str | None = None, app: str | None = None) -> None:  # noqa: A002 - the issue's and the user's word
@@ -201,7 +202,8 @@ def get_stats(name: str = "default") -> dict[str, int | str]:
 
 def checkout(
     host: str, port: int = 0, transport: str | None = None, *, pool: str = "default",
-    connect_timeout: float | NotGiven = NOT_GIVEN, checkout_timeout: float | NotGiven | None = NOT_GIVEN, **given: Any,
+    connect_timeout: float | NotGiven = NOT_GIVEN, checkout_timeout: float | NotGiven | None = NOT_GIVEN,
+    priority: str = "normal", **given: Any,
 ) -> Lease[socket.socket]:  # fmt: skip
     """Lease a connection of a pool, by its name alone; waits in line when the cap is reached.
 
@@ -214,6 +216,7 @@ def checkout(
         pool: The pool's name.
         connect_timeout: Seconds for opening a connection. Not given: 8.0, or what the environment says for this pool.
         checkout_timeout: Seconds for all of it; None: no limit. Not given: connect_timeout.
+        priority: "normal", or "high": served before those of normal priority, as for Pool.checkout.
         **given: Options (see PoolOptions), as for attach.
 
     Raises:
@@ -222,17 +225,18 @@ def checkout(
         PoolStopped: The pool was stopped while this checkout waited.
     """
     handle = _handle(pool, given)
+    how: dict[str, Any] = {
+        "checkout_timeout": checkout_timeout, "connect_timeout": connect_timeout, "priority": priority,
+    }  # fmt: skip
     try:
-        return handle.checkout(
-            host, port, transport, checkout_timeout=checkout_timeout, connect_timeout=connect_timeout
-        )
+        return handle.checkout(host, port, transport, **how)
     except PoolStopped as error:
         if error.waited:
             raise
     if pool != "default" and not handle.declares:
         raise PoolNotFound(f"pool {pool!r} was stopped, and no options were given to declare it with")
     start_pool(pool, **given)
-    return handle.checkout(host, port, transport, checkout_timeout=checkout_timeout, connect_timeout=connect_timeout)
+    return handle.checkout(host, port, transport, **how)
 
 
 def checkin(lease: Lease[Any]) -> None:

@@ -39,7 +39,7 @@ class ConnectFailed(SharedPoolError, ConnectionError):
 
 
 class TooManyWaiting(SharedPoolError):
-    """Every waiting place of the pool is taken."""
+    """As many checkouts wait as may: max_waiting, or all waiting places. Fields: stats (a PoolStats), pool."""
 
 
 class PoolStopped(SharedPoolError):

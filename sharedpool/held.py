@@ -58,10 +58,14 @@ class Entry:
 class Route:
     """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO).
 
-    `checks` is the driver's active check, where the pool wants it asked.
+    `checks` is the driver's active check, where the pool wants it asked; `high` says that its checkouts have high
+    priority.
     """
 
-    __slots__ = ("checks", "clean", "driver", "host", "key", "port", "stack", "stays", "sticky", "tag", "where")
+    __slots__ = (
+        "checks", "clean", "driver", "high", "host", "key", "port", "stack", "stays", "sticky", "tag", "urgent",
+        "where",
+    )  # fmt: skip
 
     def __init__(
         self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool,
@@ -77,7 +81,20 @@ class Route:
         self.stays = 0 if moves else STAYS
         self.sticky = sticky
         self.checks = checks
+        self.high = False
+        self.urgent: Route | None = None
         self.where = f"{driver.name}://{host}:{port}" if port else f"{driver.name}:{host}"
+
+    def with_high_priority(self) -> Route:
+        """The same route for checkouts with high priority; both have one stack."""
+        if self.urgent is None:
+            urgent = Route(
+                self.driver, self.host, self.port, self.key,
+                moves=not self.stays, sticky=self.sticky, checks=self.checks,
+            )  # fmt: skip
+            urgent.stack, urgent.high = self.stack, True
+            self.urgent = urgent
+        return self.urgent
 
     def push(self, entry: Entry) -> None:
         """Remember an idle connection; on the stack once, however often it comes and goes."""

@@ -29,6 +29,7 @@ from .layout import (
     HEADER,
     HIGH,
     IDLE,
+    IDLE_COUNT,
     KEY,
     LEASED,
     MAX,
@@ -40,6 +41,8 @@ from .layout import (
     PAUSED,
     PREV,
     QUEUED,
+    RESERVE,
+    RESERVING,
     ROW,
     ROW_CLOSES,
     ROW_COUNTERS,
@@ -49,12 +52,14 @@ from .layout import (
     STOPPED,
     TAIL,
     TICKET,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     WAITING_COUNT,
     describe,
     holder_of,
+    is_high,
     tag_of,
+    ticket_of,
 )
 from .stats import COUNTERS, REASONS
 from .table import Table
@@ -106,6 +111,20 @@ def the_cap_holds_or_over_says_not(table: Table) -> Violations:
         yield f"USED {table.words[USED]}, MAX {table.words[MAX]}, OVER {table.words[GATE] & OVER}"
 
 
+def with_a_reserve_idle_slots_are_counted(table: Table) -> Violations:
+    """RESERVING says that there is a reserve; only then IDLE_COUNT counts, and high priority stands before normal."""
+    w = table.words
+    reserving = bool(w[GATE] & RESERVING)
+    if reserving != bool(w[RESERVE]):
+        yield f"RESERVE is {w[RESERVE]}, RESERVING {reserving}"
+    count = sum(word & STATE == IDLE for _, _, word in slots(table)) if reserving else 0
+    if w[IDLE_COUNT] != count:
+        yield f"IDLE_COUNT is {w[IDLE_COUNT]} and not {count}"
+    ranks = [not is_high(w[at]) for at in queue(table)]
+    if reserving and ranks != sorted(ranks):
+        yield f"those of high priority do not stand before the others: {ranks}"
+
+
 def marks_are_the_tags_of_idle_slots(table: Table) -> Violations:
     """A slot has its key's tag as its mark while it is IDLE, else 0."""
     for index, at, word in slots(table):
@@ -150,15 +169,13 @@ def free_cells_are_listed_once(table: Table) -> Violations:
         yield "a cell beyond CELL_HIGH has a word"
 
 
-def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
-    """The queue is the waiting cells without a grant in the order of their tickets, linked both ways."""
+def the_queue_is_who_waits_by_turn(table: Table) -> Violations:
+    """The queue is the waiting cells without a grant in the order of their turns, linked both ways."""
     w = table.words
-    waiting = [
-        (word >> TICKET_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]
-    ]
+    waiting = [(word >> TURN_SHIFT, at) for at, word in cells(table) if word & 15 == CELL_WAITING and not w[at + GRANT]]
     linked = queue(table)
     if linked != [at for _, at in sorted(waiting)]:
-        yield f"waiting by ticket: {sorted(waiting)}, linked: {linked}"
+        yield f"waiting by turn: {sorted(waiting)}, linked: {linked}"
     if linked and w[linked[-1] + NEXT]:
         yield "the queue has a cycle"
     if [w[at + PREV] for at in linked] != [0, *linked[:-1]][: len(linked)]:
@@ -171,11 +188,12 @@ def the_queue_is_who_waits_by_ticket(table: Table) -> Violations:
         yield f"QUEUED is {w[GATE] & QUEUED}, the queue {linked}"
 
 
-def tickets_are_given_once(table: Table) -> Violations:
-    """No ticket twice, and the next one is above all."""
-    tickets = [word >> TICKET_SHIFT for _, word in cells(table) if word & 15 in (CELL_WAITING, CELL_STALLED)]
-    if len(set(tickets)) != len(tickets):
-        yield f"a ticket twice: {tickets}"
+def turns_are_given_once(table: Table) -> Violations:
+    """No turn twice, and the next ticket is above all."""
+    waiting = [word for _, word in cells(table) if word & 15 in (CELL_WAITING, CELL_STALLED)]
+    if len({word >> TURN_SHIFT for word in waiting}) != len(waiting):
+        yield f"a turn twice: {waiting}"
+    tickets = [ticket_of(word) for word in waiting]
     if max(tickets, default=0) >= table.words[TICKET]:
         yield f"the next ticket is {table.words[TICKET]}, in use are {tickets}"
 
@@ -215,11 +233,12 @@ ALL: tuple[Callable[[Table], Violations], ...] = (
     nobody_is_storing,
     used_counts_what_is_not_free,
     the_cap_holds_or_over_says_not,
+    with_a_reserve_idle_slots_are_counted,
     marks_are_the_tags_of_idle_slots,
     free_slots_are_listed_once,
     free_cells_are_listed_once,
-    the_queue_is_who_waits_by_ticket,
-    tickets_are_given_once,
+    the_queue_is_who_waits_by_turn,
+    turns_are_given_once,
     grants_are_known_to_both,
     holders_are_rows_in_use,
 )
@@ -271,6 +290,8 @@ def nobody_waits_in_vain(table: Table) -> Violations:
     w = table.words
     head = w[HEAD]
     if not head or w[GATE] & (PAUSED | STOPPED):
+        return
+    if w[RESERVE] and not is_high(w[head]) and w[USED] - w[IDLE_COUNT] >= w[MAX] - w[RESERVE]:
         return
     if w[USED] < w[MAX]:
         yield f"cell {head} waits beside a free permit: USED {w[USED]}, MAX {w[MAX]}"

@@ -5,8 +5,8 @@ The memory is one array of 64-bit words, followed by two arrays of 32-bit marks:
     header | rows | slots | cells        (64-bit words)
     marks of the slots | kicks of the cells (32-bit)
 
-*Committed* words are the slot words, the cell words, the row words, MAX, and in GATE the epoch, PAUSED and STOPPED.
-Everything else is *derived*: it can be rebuilt from them, and `table.repair` does that.
+*Committed* words are the slot words, the cell words, the row words, MAX, RESERVE, and in GATE the epoch, PAUSED and
+STOPPED. Everything else is *derived*: it can be rebuilt from them, and `table.repair` does that.
 
 A slot word, from the top: lease serial 12 | generation 28 | holder 16 | flags 4 | state 4. The holder of a GRANTED slot
 is a cell, else a row. (slot, generation) names a connection for ever; (slot, generation, serial) names a lease.
@@ -17,9 +17,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-LAYOUT: Final = 1
+LAYOUT: Final = 2
 MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 MASK32: Final = 0xFFFF_FFFF
+#: What MAX_WAITING says where there is no limit.
+ANY_NUMBER: Final = 0xFFFF_FFFF
 
 # --- header words -----------------------------------------------------------------------------------------------------
 DIRTY: Final = 0  # the row that is storing; 0 between sections
@@ -47,19 +49,23 @@ INCARNATION: Final = 21
 MAX_IDLE: Final = 22  # MASK64: no limit
 MAX_LIFETIME: Final = 23  # ns; 0: none
 LEASE_TIMEOUT: Final = 24  # ns; 0: none
+MAX_WAITING: Final = 27  # nobody queues while so many wait; never 0
+RESERVE: Final = 28  # slots for checkouts with high priority only
+IDLE_COUNT: Final = 29  # idle slots, while GATE says RESERVING; else 0 (derived)
 FOLD: Final = 30  # how many counters of ended rows were folded << 32 | the place of the one being folded; see counting
 FOLD_TOTAL: Final = 31  # what its total becomes
 MIN_IDLE: Final = 32  # connections of a named key that are to exist
 CHECK_AFTER: Final = 33  # ns; idle longer than this, a driver's active check is asked
 HEADER: Final = 64
 
-# --- GATE: epoch << 4 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
+# --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
 QUEUED: Final = 1  # somebody waits (derived)
 OVER: Final = 2  # more slots in use than MAX allows (derived)
 PAUSED: Final = 4
 STOPPED: Final = 8
-GATE_FLAGS: Final = 15
-EPOCH: Final = 16
+RESERVING: Final = 16  # RESERVE is not 0 (derived): idle slots are counted, and takers verify who is served
+GATE_FLAGS: Final = 31
+EPOCH: Final = 32
 
 # --- RULES ------------------------------------------------------------------------------------------------------------
 CAN_MOVE: Final = 1
@@ -120,7 +126,12 @@ SERIAL_ONE: Final = 1 << SERIAL_SHIFT
 SERIAL: Final = 0xFFF << 52
 IDENTITY: Final = SERIAL | GEN | HOLDER
 
-# --- cells: word | key | next | previous | granted slot | deadline | since --------------------------------------------
+# --- cells: word | key | next | previous | granted slot | deadline | since | passed -----------------------------------
+# A cell's word, from the top: turn 44 (ordinary 1 | ticket 40 | part 3) | row 16 | state 4. Turns are the order of the
+# queue: the lower one is served first, and no two are equal. Who asks with normal priority takes the next ticket and
+# PART. With high priority one takes a turn just before the first of normal priority, of his ticket and a lower part;
+# of those there are MOST_PASSED, so nobody is passed more often. If all have been passed, the next ticket. While there
+# is a reserve, whoever has high priority takes the next ticket without ORDINARY: before all others.
 CELL: Final = 8
 CELL_SHIFT: Final = 3
 CELL_KEY: Final = 1
@@ -129,6 +140,7 @@ PREV: Final = 3
 GRANT: Final = 4  # the slot granted to this cell (derived)
 CELL_DEADLINE: Final = 5
 CELL_SINCE: Final = 6
+PASSED: Final = 7  # how many with high priority took a turn before this one's
 
 CELL_FREE: Final = 0
 CELL_OWNED: Final = 1  # belongs to a process, nobody waits in it
@@ -136,7 +148,14 @@ CELL_WAITING: Final = 2
 CELL_STALLED: Final = 3  # did not take its grant: passed over until its owner stirs; keeps its ticket
 CELL_ROW_SHIFT: Final = 4
 CELL_ROW: Final = 0xFFFF << CELL_ROW_SHIFT
-TICKET_SHIFT: Final = 20
+TURN_SHIFT: Final = 20
+NUMBER_SHIFT: Final = 23
+NUMBER_MASK: Final = 0xFF_FFFF_FFFF
+PART: Final = 7 << TURN_SHIFT  # all of it: normal priority
+ORDINARY: Final = 1 << 63
+MOST_PASSED: Final = 7
+#: From here on a repair numbers those who wait anew, long before tickets outgrow their bits.
+MANY_TICKETS: Final = 1 << 39
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,6 +212,16 @@ def opening_word(word: int, row: int, state: int = OPENING) -> int:
     """A slot's word after a new connection was begun in it: next generation, next serial, no flags."""
     generation = (generation_of(word) + 1) & GEN_MASK
     return (((word & SERIAL) + SERIAL_ONE) & MASK64) | generation << GEN_SHIFT | row << HOLDER_SHIFT | state
+
+
+def ticket_of(word: int) -> int:
+    """The ticket in a waiting cell's word; those with high priority may share one with whom they passed."""
+    return word >> NUMBER_SHIFT & NUMBER_MASK
+
+
+def is_high(word: int) -> bool:
+    """Whether who waits in a cell does so with high priority; its word."""
+    return word & PART != PART
 
 
 def with_state(word: int, state: int) -> int:

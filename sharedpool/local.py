@@ -33,9 +33,11 @@ from .errors import (
     PoolStopped,
     PoolTimeout,
     SharedPoolError,
+    TooManyWaiting,
     file_limit,
 )
 from .hooks import Hooks
+from .layout import MOST_PASSED
 from .lease import Lease
 from .notices import Notices
 from .options import PoolOptions
@@ -68,6 +70,7 @@ class LocalRoute:
     driver: drivers.Driver[Any]
     host: str
     port: int
+    high: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -167,13 +170,17 @@ def _readable(number: int) -> bool:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Waiter:
-    """One waiting thread: for what, how it is woken, what it was granted, and whether the pool was stopped."""
+    """One waiting thread: for what, how it is woken, what it was granted, whether the pool was stopped.
+
+    `passed`: how many with high priority came later and stand before it.
+    """
 
     route: LocalRoute
     bell: threading.Condition
     slot: _Slot | None = None
     stopped: bool = False
     since: float = dataclasses.field(default_factory=monotonic)
+    passed: int = 0
 
 
 class LocalPool:
@@ -225,6 +232,10 @@ class LocalPool:
         driver = drivers.find(transport)
         return LocalRoute(driver, *driver.address(host, port))
 
+    def urgent(self, route: LocalRoute) -> LocalRoute:
+        """The same route for checkouts with high priority."""
+        return dataclasses.replace(route, high=True)
+
     def stats(self) -> PoolStats:
         """The numbers of this process, which are all there are."""
         with self._lock:
@@ -235,7 +246,8 @@ class LocalPool:
             if leased:
                 more.update(longest_lease=monotonic() - min(leased), longest_lease_pid=os.getpid())
             if self._queue:
-                more.update(longest_wait=monotonic() - self._queue[0].since, longest_wait_pid=os.getpid())
+                longest = monotonic() - min(waiter.since for waiter in self._queue)
+                more.update(longest_wait=longest, longest_wait_pid=os.getpid())
             more["connections"] = sum(slot.watch is not None and slot.state != OPENING for slot in self.slots)
             return from_counts(
                 self.name, self.options.max_connections, states, self.counters, len(self._queue), 1, self.closes, **more
@@ -251,7 +263,7 @@ class LocalPool:
                 self.stopped = self.ended = False
             if self.stopped:
                 raise PoolStopped(f"pool {self.name!r} was stopped")
-            slot = None if self._queue else self._find(route)
+            slot = None if self._is_behind(route) else self._find(route)
             self._begin(slot or self._wait(route, limit), lease)
         slot = lease._entry
         if slot.state == OPENING:
@@ -289,7 +301,8 @@ class LocalPool:
                 lease: Lease[Any] = Lease(self, None, 0)
                 with self._lock:
                     slot = _Slot(route)
-                    if self._queue or len(self.slots) >= self.options.max_connections or self.stopped:
+                    full = len(self.slots) >= self.options.max_connections or not self._may_have(route)
+                    if self._queue or full or self.stopped:
                         return
                     self.slots.add(slot)
                     self._begin(slot, lease)
@@ -309,9 +322,21 @@ class LocalPool:
             self._tidy()
             return sum(slot.route == route and slot.state != CLOSING for slot in self.slots) < wanted
 
+    def _is_behind(self, route: LocalRoute) -> bool:
+        """Whether those come first who wait; with a reserve, normal priority waits although others need not."""
+        passes = self.options.reserve and route.high
+        return bool(self._queue) and not (passes and not self._queue[0].route.high)
+
+    def _may_have(self, route: LocalRoute) -> bool:
+        """Whether the cap and the reserve let it have one more."""
+        most = self.options.max_connections
+        if route.high or not self.options.reserve:
+            return len(self.slots) <= most
+        return len(self.slots) - sum(map(len, self._idle.values())) < most - self.options.reserve
+
     def _find(self, route: LocalRoute) -> _Slot | None:
         """An idle connection that is alive, else a permit for a new one, if there is any of the two."""
-        if self.paused or len(self.slots) > self.options.max_connections:
+        if self.paused or not self._may_have(route):
             return None
         idle = self._idle.get(route, [])
         while idle:
@@ -369,8 +394,10 @@ class LocalPool:
         """Queue until something is granted; whatever is raised, the place in the queue has been left."""
         if limit is not None and monotonic() >= limit:
             raise self._timeout(route)
+        if len(self._queue) >= (self.options.max_waiting or options.MOST_WAITING):
+            raise self._full()
         waiter = _Waiter(route, threading.Condition(self._lock))
-        self._queue.append(waiter)
+        self._join(waiter)
         self.counters["waits"] += 1
         try:
             self._serve()
@@ -388,6 +415,17 @@ class LocalPool:
         if waiter.stopped:
             raise PoolStopped(f"pool {self.name!r} was stopped while this checkout waited")
         raise self._timeout(route)
+
+    def _join(self, waiter: _Waiter) -> None:
+        """The end of the queue, or with high priority before the first that may be passed."""
+        normal = (one for one in self._queue if not one.route.high)
+        may_be_passed = (one for one in normal if self.options.reserve or one.passed < MOST_PASSED)
+        passed = next(may_be_passed, None) if waiter.route.high else None
+        if passed is None:
+            self._queue.append(waiter)
+        else:
+            passed.passed += 1
+            self._queue.insert(self._queue.index(passed), waiter)
 
     def _nap(self, waiter: _Waiter, limit: float | None) -> None:
         """Sleep until woken, or until there is something to look after."""
@@ -416,7 +454,7 @@ class LocalPool:
                 waiter = self._queue.popleft()
                 waiter.slot = slot
                 waiter.bell.notify()
-            elif not self._make_room():
+            elif not (self._may_have(self._queue[0].route) and self._make_room()):
                 break
         if self._queue and self._closing:
             self._queue[0].bell.notify()
@@ -425,6 +463,12 @@ class LocalPool:
         """Close the idle connection longest unused, wherever it leads, unless as many are closing as are waited for."""
         over = self.paused or len(self.slots) > self.options.max_connections
         return not over and len(self._closing) < len(self._queue) and self._close_idle(1, "evicted")
+
+    def _full(self) -> TooManyWaiting:
+        stats = self.stats()
+        text = f"pool {self.name!r}: {self.options.max_waiting} checkouts wait already, and no more may"
+        text += f" (max_waiting) {stats.numbers()}"
+        return TooManyWaiting(text, stats=stats, pool=self.name)
 
     def _timeout(self, route: LocalRoute) -> PoolTimeout:
         self.counters["timeouts"] += 1
@@ -651,9 +695,16 @@ class LocalPool:
         return bool(chosen)
 
     def apply(self, wanted: PoolOptions) -> None:
-        """Put options in force, at once, for idle connections and waiters too; a stopped pool runs again."""
+        """Put options in force, at once, for idle connections and waiters too; a stopped pool runs again.
+
+        Raises:
+            OptionError: The reserve is not below the limit.
+        """
+        options.check_reserve(wanted)
         with self._lock:
             self.options = wanted
+            if wanted.reserve:
+                self._queue = collections.deque(sorted(self._queue, key=lambda waiter: not waiter.route.high))
             self.stopped = self.ended = False
             self._tidy()
             self._close_idle(len(self.slots) - len(self._closing) - wanted.max_connections, "over_limit")
@@ -783,6 +834,7 @@ def declare(
                     f"nobody declared a pool {name!r} here; give options, as in attach({name!r}, max_connections=20);"
                     f" pools here: {', '.join(sorted(pools())) or 'none'}"
                 )
+            options.check_reserve(options.make(given))
             if pool is None:
                 pool = _pools[_scope(app), name] = LocalPool(name, options.make(given))
             pool.apply(options.make(given))

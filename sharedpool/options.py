@@ -16,6 +16,8 @@ from .errors import OptionError
 
 #: A slot's number and a cell's number must fit into 16 bits of a slot word.
 MOST_CONNECTIONS: Final = 32_768
+#: As many places to wait at has a pool.
+MOST_WAITING: Final = 16_384
 LONGEST: Final = 2_000_000.0  # seconds; a socket timeout must fit into an int of milliseconds
 
 POOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:@-]{1,100}")
@@ -131,6 +133,8 @@ _Rule = _Seconds | _Count | _Flag | _Choice
 
 RULES: Final[Mapping[str, _Rule]] = {
     "max_connections": _Count(1, MOST_CONNECTIONS),
+    "max_waiting": _Count(1, MOST_WAITING, none=True),
+    "reserve": _Count(0, MOST_CONNECTIONS - 1),
     "idle_timeout": _Seconds(none=True),
     "checkout_timeout": _Seconds(none=True, zero=True),
     "connect_timeout": _Seconds(),
@@ -163,6 +167,13 @@ class PoolOptions:
 
     Attributes:
         max_connections: The cap over all processes of the scope: opening, idle, in use, on the way and closing.
+        max_waiting: A checkout that would have to queue while so many wait raises TooManyWaiting at once; None: no
+            limit. Those who wait already when it is lowered go on waiting.
+        reserve: So many of the connections are for checkouts with priority="high" only: one of normal priority is
+            served while fewer than max_connections - reserve are in use by anybody (idle ones are not in use), and
+            waits else, although something is free. Below max_connections. With a reserve, high priority comes before
+            normal without bound, the order is first come, first served, and a warm checkout and checkin take about
+            twice as long.
         idle_timeout: An idle connection is closed after this; None: never.
         checkout_timeout: A checkout waits so long at most; None: no limit; not given: connect_timeout, as in hackney.
         connect_timeout: Opening a connection may take so long.
@@ -187,6 +198,8 @@ class PoolOptions:
     """
 
     max_connections: int = 50
+    max_waiting: int | None = None
+    reserve: int = 0
     idle_timeout: float | None = 150.0
     checkout_timeout: float | NotGiven | None = NOT_GIVEN
     connect_timeout: float = 8.0
@@ -285,7 +298,10 @@ def given(pool: str, call: Mapping[str, Any], environ: Mapping[str, str]) -> dic
         if value is NOT_GIVEN:
             continue
         _once(spoken, option, check(option, value, f"the call for pool {pool!r}"), f"the call for pool {pool!r}")
-    return {**found, **spoken}
+    values = {**found, **spoken}
+    if "reserve" in values and "max_connections" in values:
+        check_reserve(make(values), f"the options for pool {pool!r}")
+    return values
 
 
 def _once(found: dict[str, Any], option: str, value: Any, source: str) -> None:
@@ -329,6 +345,27 @@ def differing(known: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
         name: value for name, value in values.items()
         if name not in OF_THE_HANDLE and known.get(name, NOT_GIVEN) != value
     }  # fmt: skip
+
+
+PRIORITIES: Final = ("normal", "high")
+
+
+def check_priority(priority: object) -> str:
+    """The priority of a checkout, or OptionError."""
+    if priority not in PRIORITIES:
+        raise _refusal("priority", priority, "the call", "one of 'normal', 'high'")
+    return str(priority)
+
+
+def check_reserve(options: PoolOptions, source: str = "the call") -> None:
+    """Refuse a reserve that leaves nothing for normal priority.
+
+    Raises:
+        OptionError: It is not below max_connections.
+    """
+    most = options.max_connections
+    if options.reserve >= most:
+        raise _refusal("reserve", options.reserve, source, f"less than max_connections, which is {most}")
 
 
 def check_pool_name(name: object) -> str:

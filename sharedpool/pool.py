@@ -47,6 +47,7 @@ class Attached(Protocol):
     def welcome(self) -> Mapping[str, Any]: ...
 
     def route(self, transport: str, host: str, port: int) -> Any: ...
+    def urgent(self, route: Any) -> Any: ...
     def checkout(self, route: Any, patience: float | None, connect_timeout: float) -> Lease[Any]: ...
     def stats(self) -> PoolStats: ...
     def own_counters(self) -> dict[str, int]: ...
@@ -258,6 +259,7 @@ class Pool(Generic[T]):
         *,
         checkout_timeout: float | NotGiven | None = NOT_GIVEN,
         connect_timeout: float | NotGiven = NOT_GIVEN,
+        priority: str = "normal",
     ) -> Lease[T]:
         """Lease a connection; waits in line when the cap is reached.
 
@@ -267,6 +269,9 @@ class Pool(Generic[T]):
             transport: "tcp" (the default), "unix", "permit".
             checkout_timeout: Seconds for all of it. None: no limit. Not given: the pool's, else connect_timeout.
             connect_timeout: Seconds for opening a connection. Not given: the pool's, 8.0 by default.
+            priority: "normal", or "high": if it has to wait, it is served before those of normal priority, and in the
+                order of asking among its like. Between two of normal priority at most 7 are served that asked later:
+                behind n of its like, one of normal priority is passed by 7 * (n + 1) at most.
 
         Raises:
             PoolTimeout: None became free in time.
@@ -281,6 +286,9 @@ class Pool(Generic[T]):
             route = self._routes[transport or self.transport, host, port]
         except (KeyError, TypeError):
             route = self._route(attached, transport, host, port)
+        if priority != "normal":
+            options.check_priority(priority)
+            route = attached.urgent(route)
         if connect_timeout is NOT_GIVEN:
             connect: Any = self._options.connect_timeout
         else:
@@ -300,7 +308,10 @@ class Pool(Generic[T]):
             if error.waited or not attached.lost:
                 raise
         self._leave(attached)  # its arbiter was stopped; there may be a new one
-        return self.checkout(host, port, transport, checkout_timeout=checkout_timeout, connect_timeout=connect_timeout)
+        return self.checkout(
+            host, port, transport,
+            checkout_timeout=checkout_timeout, connect_timeout=connect_timeout, priority=priority,
+        )  # fmt: skip
 
     def _route(self, attached: Attached, transport: str | None, host: str, port: int) -> Any:
         kind, where, number = transport or self.transport, host, port
@@ -319,9 +330,10 @@ class Pool(Generic[T]):
         *,
         checkout_timeout: float | NotGiven | None = NOT_GIVEN,
         connect_timeout: float | NotGiven = NOT_GIVEN,
+        priority: str = "normal",
     ) -> AbstractContextManager[T]:
         """Lease a connection for a with block, as `checkout` does; an exception in the block discards it."""
-        return _Leasing(self, host, port, transport, checkout_timeout, connect_timeout)
+        return _Leasing(self, host, port, transport, checkout_timeout, connect_timeout, priority)
 
     def checkin(self, lease: Lease[Any]) -> None:
         """The same as `lease.checkin()`."""
@@ -484,19 +496,22 @@ def _remove(callbacks: list[Callback], callback: Callback) -> None:
 class _Leasing(AbstractContextManager[T]):
     """`with pool.connection(...)`; may be entered once."""
 
-    __slots__ = ("_arguments", "_lease", "_pool", "_timeouts")
+    __slots__ = ("_arguments", "_lease", "_pool", "_priority", "_timeouts")
 
     def __init__(
         self, pool: Pool[T], host: str, port: int, transport: str | None,
-        checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven,
+        checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> None:  # fmt: skip
         self._pool = pool
         self._arguments = (host, port, transport)
         self._timeouts = (checkout_timeout, connect_timeout)
+        self._priority = priority
 
     def __enter__(self) -> T:
         patience, connect = self._timeouts
-        self._lease = self._pool.checkout(*self._arguments, checkout_timeout=patience, connect_timeout=connect)
+        self._lease = self._pool.checkout(
+            *self._arguments, checkout_timeout=patience, connect_timeout=connect, priority=self._priority
+        )
         return self._lease.conn
 
     def __exit__(
@@ -512,16 +527,20 @@ class Permit:
         pool: The pool that counts; its transport is "permit".
         name: What the permit is for.
         checkout_timeout: Seconds to wait for it; None: no limit.
+        priority: "normal" or "high", as for `Pool.checkout`.
     """
 
-    def __init__(self, pool: Pool[None], name: str, checkout_timeout: float | NotGiven | None) -> None:
+    def __init__(
+        self, pool: Pool[None], name: str, checkout_timeout: float | NotGiven | None, priority: str = "normal"
+    ) -> None:
         self.pool = pool
         self.name = name
         self._patience = checkout_timeout
+        self._priority = priority
         self._held = threading.local()
 
     def __enter__(self) -> Self:
-        lease = self.pool.checkout(self.name, 0, "permit", checkout_timeout=self._patience)
+        lease = self.pool.checkout(self.name, 0, "permit", checkout_timeout=self._patience, priority=self._priority)
         try:
             self._held.leases.append(lease)
         except AttributeError:

@@ -10,6 +10,7 @@ from .layout import (
     CELL,
     CELL_FREE,
     CELL_HIGH,
+    CELL_STALLED,
     CELL_WAITING,
     EPOCH,
     FREE,
@@ -23,25 +24,34 @@ from .layout import (
     HOLDER,
     HOLDER_SHIFT,
     IDLE,
+    IDLE_COUNT,
     KEY,
+    MANY_TICKETS,
     MAX,
     NEXT,
     NEXT_FREE,
+    NUMBER_MASK,
+    NUMBER_SHIFT,
+    ORDINARY,
     OVER,
     PAUSED,
     PREV,
     QUEUED,
+    RESERVE,
+    RESERVING,
     SLOT,
     STATE,
     STOPPED,
     TAIL,
     TICKET,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     VER,
     WAITING_COUNT,
     Geometry,
+    is_high,
     tag_of,
+    ticket_of,
 )
 
 
@@ -54,7 +64,8 @@ def rebuild(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> N
     _cells(w, geometry, granted)
     over = OVER if w[USED] > w[MAX] else 0
     queued = QUEUED if w[HEAD] else 0
-    w[GATE] = ((w[GATE] & ~15) + EPOCH) | (w[GATE] & (PAUSED | STOPPED)) | queued | over
+    reserving = RESERVING if w[RESERVE] else 0
+    w[GATE] = ((w[GATE] & -EPOCH) + EPOCH) | (w[GATE] & (PAUSED | STOPPED)) | queued | over | reserving
     w[VER] = w[VER] + 1
 
 
@@ -63,12 +74,14 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
     base = geometry.slot_base
     words = w[base : geometry.cell_base : SLOT].tolist()
     granted: dict[int, int] = {}
-    used = 0
+    used = idle = 0
     high = 0
     for index, word in enumerate(words):
         state = word & STATE
         if state != FREE:
             used += 1
+        if state == IDLE:
+            idle += 1
         if word:
             high = index + 1
         if state == GRANTED:
@@ -84,14 +97,17 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
     for index in range(high, max(high, w[HIGH])):
         marks[index] = 0
     w[USED] = used
+    w[IDLE_COUNT] = idle if w[RESERVE] else 0
     w[FREE_SLOT] = free
     w[HIGH] = high
     return granted
 
 
 def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> None:
-    """Rebuild the queue in the order of the tickets, the cells' grants, and the list of free cells."""
+    """Rebuild the queue in the order of the turns, the cells' grants, and the list of free cells."""
     base = geometry.cell_base
+    if w[TICKET] >= MANY_TICKETS:
+        _number_anew(w, geometry)
     words = w[base : base + CELL * geometry.cells : CELL].tolist()
     high = 0
     for index, word in enumerate(words):
@@ -103,17 +119,39 @@ def _cells(w: memoryview[int], geometry: Geometry, granted: dict[int, int]) -> N
     for index in range(high - 1, -1, -1):
         at = base + CELL * index
         word = words[index]
+        if w[RESERVE] and word & 15 in (CELL_WAITING, CELL_STALLED) and is_high(word) and word & ORDINARY:
+            word = w[at] = word & ~ORDINARY  # it waited before there was a reserve: now it stands before all others
         w[at + GRANT] = granted.get(at, 0)
-        ticket = max(ticket, (word >> TICKET_SHIFT) + 1)
+        ticket = max(ticket, ticket_of(word) + 1)
         if word & 15 == CELL_FREE:
             w[at + NEXT] = free
             free = at
         elif word & 15 == CELL_WAITING and at not in granted:
-            queue.append((word >> TICKET_SHIFT, at))
+            queue.append((word >> TURN_SHIFT, at))
     w[FREE_CELL] = free
     w[CELL_HIGH] = high
     w[TICKET] = ticket
     _link(w, [at for _, at in sorted(queue)])
+
+
+def _number_anew(w: memoryview[int], geometry: Geometry) -> None:
+    """Give those who wait the lowest tickets in the order that they have.
+
+    The lowest first, and a new ticket is never above the old one: so the order holds at every store.
+    """
+    base = geometry.cell_base
+    words = w[base : base + CELL * geometry.cells : CELL].tolist()
+    waiting = [
+        (ticket_of(word), word, base + CELL * index)
+        for index, word in enumerate(words)
+        if word & 15 in (CELL_WAITING, CELL_STALLED)
+    ]
+    number = last = 0
+    for ticket, word, at in sorted(waiting):
+        if ticket != last:
+            number, last = number + 1, ticket
+        w[at] = word & ~(NUMBER_MASK << NUMBER_SHIFT) | number << NUMBER_SHIFT
+    w[TICKET] = number + 1
 
 
 def _link(w: memoryview[int], queue: list[int]) -> None:

@@ -32,6 +32,7 @@ from .layout import (
     OVER,
     PAUSED,
     QUEUED,
+    RESERVING,
     ROW_CLOSES,
     SINCE,
     STATE,
@@ -134,7 +135,7 @@ class Returns:
                 outcome = CLOSED
             elif not gate & QUEUED or gate & PAUSED:
                 outcome = with_state(seen, IDLE) | route.stays
-                result = self._table.put_idle(at, seen, outcome, gate, route.tag, now)
+                result = self._put_idle(at, seen, outcome, gate, route.tag, now)
             else:
                 result, outcome = self._to_waiter(at, seen, route, gate, now)
             if result == DONE:
@@ -153,7 +154,11 @@ class Returns:
         waits = w[head]  # before its key: with another ticket it may wait for something else
         same = w[head + CELL_KEY] == route.key
         fits = same and (not route.stays or (waits & CELL_ROW) >> CELL_ROW_SHIFT == self._table.row)
-        if route.sticky:
+        most = view.share_for(w, gate, waits)
+        if most and view.in_use(w) > most:
+            outcome = with_state(seen, IDLE) | route.stays
+            return self._put_idle(at, seen, outcome, gate, route.tag, now, head, waits, most), outcome
+        if route.sticky and not gate & RESERVING:
             if now - w[head + CELL_SINCE] < view.steal_after(w):
                 own, own_waits = self._own_waiter(route.key)
                 if own:
@@ -163,14 +168,23 @@ class Returns:
                     return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
         if not fits:
             return self._close(at, seen, now, self.reasons["evicted"]), CLOSED
-        return self._hand(at, seen, seen, head, waits, gate, now), GIVEN
+        return self._hand(at, seen, seen, head, waits, gate, now, 0, most and most + 1), GIVEN
 
-    def _hand(self, at: int, word: int, seen: int, cell: int, waits: int, gate: int, now: int, bare: int = 0) -> int:
+    def _put_idle(
+        self, at: int, seen: int, new: int, gate: int, tag: int, now: int, first: int = 0, waits: int = 0, most: int = 0
+    ) -> int:
+        if gate & RESERVING:
+            return self._table.put_idle_counted(at, seen, new, gate, first, waits, most, tag, now)
+        return self._table.put_idle(at, seen, new, gate, tag, now)
+
+    def _hand(
+        self, at: int, word: int, seen: int, cell: int, waits: int, gate: int, now: int, bare: int = 0, most: int = 0
+    ) -> int:
         """To a waiter, and wake it in the same stretch: nothing can come between the commit and the call."""
         number = cell - self._cells >> CELL_SHIFT
         waker = self._wakers.get(cell) or self._waker(cell)
         new = word & _KEPT | bare | number << HOLDER_SHIFT | GRANTED
-        result = self._table.hand(at, seen, new, gate, cell, waits, 0, now)
+        result = self._table.hand(at, seen, new, gate, cell, waits, 0, now, most)
         if result == DONE:
             -waker
         return result
@@ -190,7 +204,7 @@ class Returns:
             seen = self._check(at, word)
             gate, head = w[GATE], w[HEAD]
             if head and not gate & (OVER | PAUSED | STOPPED):
-                result = self._hand(at, seen, seen, head, w[head], gate, monotonic_ns(), BARE)
+                result = self._permit_to_waiter(at, seen, head, gate)
             elif not head and gate & QUEUED:
                 result = self._table.missed(0)  # the queue is changing, or a section was left half done
             else:
@@ -199,6 +213,14 @@ class Returns:
                 return GIVEN
             if result == BUSY and not patience.wait():
                 return LATER
+
+    def _permit_to_waiter(self, at: int, seen: int, head: int, gate: int) -> int:
+        w = self.words
+        waits = w[head]
+        most = view.share_for(w, gate, waits)
+        if most and view.in_use(w) > most:
+            return self._table.free(at, seen, gate, 0, head, waits, most)
+        return self._hand(at, seen, seen, head, waits, gate, monotonic_ns(), BARE, most and most + 1)
 
     def closed(self, at: int, word: int, limit: int, reason: str = "") -> int:
         """End a lease by closing its connection; the permit goes on once the remote has closed, too.

@@ -174,6 +174,7 @@ def create(pool: str, geometry: Geometry, scope: str = "") -> Segment:
     words[layout.VER] = 1
     words[layout.TICKET] = 1
     words[layout.GATE] = layout.EPOCH
+    words[layout.MAX_WAITING] = layout.ANY_NUMBER
     return segment
 
 

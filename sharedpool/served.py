@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from . import counting, view
+from . import options as rules
 from . import segment as segments
 from .drivers.sockets import Ending, goodbye
 from .errors import OptionError
 from .layout import (
     ACTIVE,
+    ANY_NUMBER,
     ARBITER_ROW,
     BARE,
     BEAT,
@@ -53,16 +55,19 @@ from .layout import (
     KEY,
     LEASE_TIMEOUT,
     LEASED,
+    MANY_TICKETS,
     MASK64,
     MAX,
     MAX_IDLE,
     MAX_LIFETIME,
+    MAX_WAITING,
     MIN_IDLE,
     OPENED,
     OPENING,
     OVER,
     PAUSED,
     RECLAIM,
+    RESERVE,
     ROW,
     ROW_CLOSES,
     ROW_COUNTERS,
@@ -80,6 +85,7 @@ from .layout import (
     STICKY,
     STOPPED,
     STRICT,
+    TICKET,
     TOTALS_ROW,
     UNPOLLED,
     USED,
@@ -88,6 +94,7 @@ from .layout import (
     Geometry,
     generation_of,
     holder_of,
+    is_high,
     tag_of,
     with_state,
 )
@@ -151,22 +158,27 @@ class Closing:
 
 def options_in(w: memoryview[int]) -> PoolOptions:
     """The options that are in force in a table: what `apply` wrote down."""
-    rules = w[RULES]
+    flags = w[RULES]
 
     def seconds(at: int) -> float | None:
         return w[at] / 1e9 if w[at] else None
 
     return PoolOptions(
         max_connections=w[MAX],
+        max_waiting=None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
+        reserve=min(w[RESERVE], w[MAX] - 1),  # its arbiter may have been killed between the two
         idle_timeout=seconds(IDLE_TIMEOUT),
         close_timeout=seconds(CLOSE_TIMEOUT) or 1.0,
         steal_after=NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
-        move=bool(rules & CAN_MOVE),
-        order="sticky" if rules & STICKY else "fifo" if rules & STRICT else "auto",
+        move=bool(flags & CAN_MOVE),
+        order="sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
         max_idle=None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
         max_lifetime=seconds(MAX_LIFETIME),
         lease_timeout=seconds(LEASE_TIMEOUT),
-        reclaim=bool(rules & RECLAIM),
+        reclaim=bool(flags & RECLAIM),
+        min_idle=w[MIN_IDLE],
+        check="none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
+        check_after=seconds(CHECK_AFTER) or 0.0,
     )
 
 
@@ -219,6 +231,7 @@ class ServedPool:
         scope: str = "",
         inherited: segments.Segment | None = None,
     ) -> None:
+        rules.check_reserve(options)
         self.name = name
         self.options = options
         self.declared_by = declared_by
@@ -305,8 +318,9 @@ class ServedPool:
         """Put options in force, at once, for idle connections and waiters too.
 
         Raises:
-            OptionError: The limit is above what the segment has room for.
+            OptionError: The limit is above what the segment has room for, or not above the reserve.
         """
+        rules.check_reserve(options)
         room = self.segment.geometry.slots
         if options.max_connections > room:
             raise OptionError(
@@ -329,8 +343,9 @@ class ServedPool:
         w[MAX_IDLE] = MASK64 if options.max_idle is None else options.max_idle
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
+        w[MAX_WAITING] = options.max_waiting or ANY_NUMBER
         flags = w[GATE] & PAUSED
-        self._insist(lambda: self.table.set_limit(options.max_connections, flags))
+        self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve))
         self.options = options
         self._expire_at = 0
         self.policies.changed()
@@ -341,7 +356,7 @@ class ServedPool:
     def stop(self) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
         w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED))
+        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED, w[RESERVE]))
         now = self._clock()
         for _, at, word in self.slots():
             if word & STATE == IDLE:
@@ -355,11 +370,13 @@ class ServedPool:
 
     def pause(self) -> None:
         """Nobody gets anything any more until `resume`; leases go on, and checkouts wait within their deadlines."""
-        self._insist(lambda: self.table.set_limit(self.words[MAX], self.words[GATE] & STOPPED | PAUSED))
+        w = self.words
+        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED | PAUSED, w[RESERVE]))
 
     def resume(self) -> None:
         """Those who wait are served at once, in their order."""
-        self._insist(lambda: self.table.set_limit(self.words[MAX], self.words[GATE] & STOPPED))
+        w = self.words
+        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED, w[RESERVE]))
         self._serve(self._clock())
 
     def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> Drain:
@@ -628,8 +645,12 @@ class ServedPool:
             if w[at] != word:
                 return DONE
             if cell and not gate & (OVER | PAUSED | STOPPED):
+                waits = w[cell]
+                most = view.share_for(w, gate, waits)
+                if most and view.in_use(w) > most:
+                    return self.table.free(at, word, gate, old_cell, cell, waits, most)
                 new = _granted(word, self.table.cell_index(cell)) | BARE
-                result = self.table.hand(at, word, new, gate, cell, w[cell], old_cell, now)
+                result = self.table.hand(at, word, new, gate, cell, waits, old_cell, now, most and most + 1)
                 if result == DONE:
                     self._wake(cell)
                 return result
@@ -653,19 +674,22 @@ class ServedPool:
         w = self.words
         while (cell := w[HEAD]) and not (gate := w[GATE]) & (OVER | PAUSED | STOPPED):
             cell_word = w[cell]
-            if self._serve_idle(cell, cell_word, gate, now):
+            most = view.share_for(w, gate, cell_word)
+            if most and view.in_use(w) >= most:
+                return
+            if self._serve_idle(cell, cell_word, gate, now, most):
                 continue
             if w[USED] < w[MAX]:
                 at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
                 word = w[at]
                 new = _granted(word + GEN_ONE & GEN | word & SERIAL, self.table.cell_index(cell)) | BARE
-                if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now)):  # noqa: B023
+                if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now, most)):  # noqa: B023
                     self._count("rescued")
                     self._wake(cell)
             elif not self._make_room(cell, now):
                 return
 
-    def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int) -> bool:
+    def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int, most: int) -> bool:
         """Try to give an idle connection of its key to the head of the queue; False if there is none."""
         w = self.words
         key = w[cell + CELL_KEY]
@@ -676,7 +700,7 @@ class ServedPool:
             word = w[at]
             if word & STATE == IDLE and w[at + KEY] == key and not word & STAYS:
                 new = _granted(word, self.table.cell_index(cell))
-                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now)):  # noqa: B023
+                if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now, most)):  # noqa: B023
                     self._count("rescued")
                     self._wake(cell)
                 return True
@@ -729,6 +753,9 @@ class ServedPool:
             return
         waits = w[head]  # before its key: with another ticket it may wait for something else
         bare = word & BARE
+        most = view.share_for(w, gate, waits) if is_high(w[cell]) else 0
+        if most and view.in_use(w) > most:
+            return  # it is not for one of normal priority
         if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & (OVER | PAUSED | STOPPED)):
             if self._close(at, word, "revoked", now, cell):
                 self._count("revoked")
@@ -736,7 +763,7 @@ class ServedPool:
         if gate & (OVER | PAUSED | STOPPED):
             return
         new = _granted(word, self.table.cell_index(head)) | bare
-        if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now)):
+        if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1)):
             self._count("revoked")
             self._wake(head)
 
@@ -869,6 +896,9 @@ class ServedPool:
         for index, _, word in self.slots():
             if word & STATE == CLOSING:
                 self.begin_closing(index, now)
+        w = self.words
+        if w[TICKET] >= MANY_TICKETS:
+            self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & (PAUSED | STOPPED), w[RESERVE]))
 
     def _expire(self, now: int) -> int:
         """Close what has been idle too long; gives when the next one will be."""

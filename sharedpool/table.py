@@ -46,15 +46,26 @@ from .layout import (
     HIGH,
     HOLDER,
     HOLDER_SHIFT,
+    IDLE,
+    IDLE_COUNT,
     KEY,
+    MANY_TICKETS,
     MASK32,
     MAX,
+    MAX_WAITING,
+    MOST_PASSED,
     NEXT,
     NEXT_FREE,
+    NUMBER_SHIFT,
     OPENED,
+    ORDINARY,
     OVER,
+    PART,
+    PASSED,
     PREV,
     QUEUED,
+    RESERVE,
+    RESERVING,
     ROW,
     ROW_COUNTERS,
     ROW_EVICTED,
@@ -66,7 +77,7 @@ from .layout import (
     STATE,
     TAIL,
     TICKET,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     VER,
     VERSION,
@@ -79,6 +90,8 @@ from .repair import rebuild
 DONE: Final = 1
 STALE: Final = 0
 BUSY: Final = -1
+#: `enqueue` only: as many wait as may.
+FULL: Final = 2
 
 #: What the mutex of a process that has left the pool answers: nothing of it can commit any more.
 LEFT: Final = errno.ECANCELED
@@ -240,12 +253,88 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
+    def take_idle_counted(
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        first: int,
+        waits: int,
+        most: int,
+        lease: HasWord,
+        counter: int,
+        now: int,
+    ) -> int:
+        """IDLE -> LEASED, as `take_idle`, in a pool with a reserve.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be.
+            gate: GATE as it was searched.
+            first: The head of the queue as it was searched; 0: nobody waited.
+            waits: Its word.
+            most: Fewer slots than so many must be in use, which are neither free nor idle.
+            lease: Gets `new`.
+            counter: What is counted.
+            now: When the lease began.
+        """
+        w = self._words
+        marks = self._marks
+        mutex = self.mutex
+        me = self.row
+        mark = at - self.slot_base >> SLOT_SHIFT
+        since = at + SINCE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if (
+                    w[at] == seen
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and w[HEAD] == first
+                    and (first == 0 or w[first] == waits)
+                    and w[USED] - w[IDLE_COUNT] < most
+                ):
+                    w[DIRTY] = me
+                    w[since] = now
+                    lease.word = new
+                    w[at] = new
+                    marks[mark] = 0
+                    w[IDLE_COUNT] = w[IDLE_COUNT] - 1
+                    w[counter] = w[counter] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
     def take_free(
-        self, at: int, seen: int, new: int, gate: int, lease: HasWord, key: int, counter: int, now: int
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        lease: HasWord,
+        key: int,
+        counter: int,
+        now: int,
+        first: int = 0,
+        waits: int = 0,
+        most: int = 0,
     ) -> int:
         """FREE -> OPENING, or -> LEASED for a bare permit, below the cap with nobody waiting.
 
-        `at` must be the head of the list of free slots or, where that is empty, the first slot never used.
+        `at` must be the head of the list of free slots or, where that is empty, the first slot never used. In a pool
+        with a reserve, `most` is not 0, and `first`, `waits` and `most` are verified as in `take_idle_counted`.
         """
         w = self._words
         mutex = self.mutex
@@ -257,7 +346,10 @@ class Table:
         if rc == 0:
             try:
                 if w[at] == seen and w[GATE] == gate and not w[DIRTY] and w[USED] < w[MAX]:
-                    if w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index):
+                    if (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)) and (
+                        most == 0
+                        or (w[HEAD] == first and (first == 0 or w[first] == waits) and w[USED] - w[IDLE_COUNT] < most)
+                    ):
                         w[DIRTY] = me
                         w[at + KEY] = key
                         w[at + SINCE] = now
@@ -472,7 +564,69 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def hand(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, old_cell: int, now: int) -> int:
+    def put_idle_counted(
+        self, at: int, seen: int, new: int, gate: int, first: int, waits: int, most: int, tag: int, now: int
+    ) -> int:
+        """LEASED -> IDLE, as `put_idle`, in a pool with a reserve.
+
+        Args:
+            at: The slot.
+            seen: Its word as it was searched.
+            new: Its word as it is to be.
+            gate: GATE as it was searched.
+            first: The head of the queue as it was searched, of normal priority, who may not have it.
+            waits: Its word.
+            most: More slots than so many are in use, which is why; 0: nobody waits who may have it anyway, and `first`
+                and `waits` are not verified.
+            tag: The key's tag.
+            now: When it became idle.
+        """
+        w = self._words
+        marks = self._marks
+        mutex = self.mutex
+        me = self.row
+        mark = at - self.slot_base >> SLOT_SHIFT
+        since = at + SINCE
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if (
+                    w[at] == seen
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                ):
+                    w[DIRTY] = me
+                    w[since] = now
+                    w[at] = new
+                    marks[mark] = tag
+                    w[IDLE_COUNT] = w[IDLE_COUNT] + 1
+                    w[VER] = w[VER] + 1
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    def hand(
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        cell: int,
+        cell_word: int,
+        old_cell: int,
+        now: int,
+        most: int = 0,
+    ) -> int:
         """A slot that is in use, idle, closed or granted -> GRANTED to a waiting cell, which leaves the queue.
 
         Args:
@@ -484,12 +638,14 @@ class Table:
             cell_word: Its word as it was searched.
             old_cell: The cell that loses a grant it did not take, and stalls; 0 for none.
             now: When the grant was given.
+            most: In a pool with a reserve, for normal priority: fewer slots must be in use; 0: not verified.
         """
         w = self._words
         marks = self._marks
         mutex = self.mutex
         me = self.row
         mark = (at - self.slot_base) // SLOT
+        idle = seen & STATE == IDLE and gate & RESERVING
         kick = self.geometry.slots + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
@@ -497,7 +653,14 @@ class Table:
         rc = -mutex
         if rc == 0:
             try:
-                if w[at] == seen and w[cell] == cell_word and w[cell + GRANT] == 0 and w[GATE] == gate and not w[DIRTY]:
+                if (
+                    w[at] == seen
+                    and w[cell] == cell_word
+                    and w[cell + GRANT] == 0
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                ):
                     w[DIRTY] = me
                     w[at + SINCE] = now
                     w[at] = new
@@ -505,6 +668,8 @@ class Table:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
                     marks[mark] = 0
+                    if idle:
+                        w[IDLE_COUNT] = w[IDLE_COUNT] - 1
                     n = w[cell + NEXT]
                     p = w[cell + PREV]
                     if p:
@@ -532,8 +697,13 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def hand_free(self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int) -> int:
-        """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired."""
+    def hand_free(
+        self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int, most: int = 0
+    ) -> int:
+        """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired.
+
+        `most` as in `hand`.
+        """
         w = self._words
         marks = self._marks
         mutex = self.mutex
@@ -548,7 +718,11 @@ class Table:
         if rc == 0:
             try:
                 if w[at] == seen and w[cell] == cell_word and w[cell + GRANT] == 0 and w[GATE] == gate and not w[DIRTY]:
-                    if w[USED] < w[MAX] and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)):
+                    if (
+                        w[USED] < w[MAX]
+                        and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index))
+                        and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                    ):
                         w[DIRTY] = me
                         w[at + SINCE] = now
                         w[at + OPENED] = 0
@@ -586,10 +760,12 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def free(self, at: int, seen: int, gate: int, old_cell: int) -> int:
+    def free(self, at: int, seen: int, gate: int, old_cell: int, first: int = 0, waits: int = 0, most: int = 0) -> int:
         """A slot without a connection -> FREE: nobody waits, or the cap was lowered below what is in use.
 
-        The caller has checked that `gate` says one of the two. `old_cell` loses its grant, as in `hand`.
+        The caller has checked that `gate` says one of the two; or `most` is not 0, and who waits may not have it for
+        the reserve: verified by `first`, `waits` and `most` as in `put_idle_counted`. `old_cell` loses its grant, as in
+        `hand`.
         """
         w = self._words
         marks = self._marks
@@ -601,7 +777,12 @@ class Table:
         rc = -mutex
         if rc == 0:
             try:
-                if w[at] == seen and w[GATE] == gate and not w[DIRTY]:
+                if (
+                    w[at] == seen
+                    and w[GATE] == gate
+                    and not w[DIRTY]
+                    and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                ):
                     w[DIRTY] = me
                     w[at] = new
                     if old_cell:
@@ -643,6 +824,7 @@ class Table:
         me = self.row
         mark = (at - self.slot_base) // SLOT
         new = with_state(seen, 5)
+        idle = seen & STATE == IDLE
         if old_cell:
             new = new & ~HOLDER | me << HOLDER_SHIFT
         done = 0
@@ -657,6 +839,8 @@ class Table:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
                     marks[mark] = 0
+                    if idle and w[GATE] & RESERVING:
+                        w[IDLE_COUNT] = w[IDLE_COUNT] - 1
                     w[at + CAUSE] = counter
                     if w[at + OPENED]:
                         w[counter] = w[counter] + 1
@@ -721,9 +905,12 @@ class Table:
         counter: int,
         now: int,
     ) -> int:
-        """An owned cell joins the end of the queue; in the same go another key's idle connection is closed for it.
+        """An owned cell joins the end of the queue with normal priority.
 
-        Verified by VER: nothing has become usable since the search that found nothing.
+        In the same go another key's idle connection is closed for it.
+
+        Verified by VER: nothing has become usable since the search that found nothing. FULL if it would join, but
+        MAX_WAITING wait already; a cell that rejoins may make them one more.
 
         Args:
             cell: A cell of this row in which nobody waits.
@@ -741,7 +928,7 @@ class Table:
         mutex = self.mutex
         me = self.row
         owned = CELL_OWNED | me << CELL_ROW_SHIFT
-        waiting = CELL_WAITING | me << CELL_ROW_SHIFT
+        waiting = ORDINARY | PART | CELL_WAITING | me << CELL_ROW_SHIFT
         place = evict or self.slot_base
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
@@ -753,7 +940,9 @@ class Table:
             try:
                 # If somebody was before it when it decided to wait, somebody still is: else it has to look again.
                 if w[VER] == ver and (w[GATE] == gate or w[GATE] == queued) and w[cell] == owned and not w[DIRTY]:
-                    if evict == 0 or w[place] == evict_seen:
+                    if w[WAITING_COUNT] >= w[MAX_WAITING]:
+                        done = FULL
+                    elif evict == 0 or w[place] == evict_seen:
                         w[DIRTY] = me
                         ticket = w[TICKET]
                         tail = w[TAIL]
@@ -764,9 +953,12 @@ class Table:
                             w[place + SINCE] = now
                             w[place] = closing
                             marks[mark] = 0
+                            if gate & RESERVING:
+                                w[IDLE_COUNT] = w[IDLE_COUNT] - 1
                             w[place + CAUSE] = evicted
                             w[evicted] = w[evicted] + 1
-                        w[cell] = waiting | ticket << TICKET_SHIFT
+                        w[cell + PASSED] = 0
+                        w[cell] = waiting | ticket << NUMBER_SHIFT
                         w[TICKET] = ticket + 1
                         w[cell + NEXT] = 0
                         w[cell + PREV] = tail
@@ -790,13 +982,124 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
+    def enqueue_high(
+        self,
+        cell: int,
+        key: int,
+        gate: int,
+        ver: int,
+        word: int,
+        after: int,
+        after_word: int,
+        before: int,
+        before_word: int,
+        passed: int,
+        ticket: int,
+        evict: int,
+        evict_seen: int,
+        deadline: int,
+        counter: int,
+        now: int,
+    ) -> int:
+        """An owned cell joins the queue with high priority, between two cells; else as `enqueue`.
+
+        Args:
+            cell: A cell of this row in which nobody waits.
+            key: What it waits for.
+            gate: GATE as it was searched.
+            ver: VER as it was searched.
+            word: The cell's word as it is to be.
+            after: The cell behind which it joins; 0: at the head.
+            after_word: Its word as it was searched.
+            before: The cell before which it joins; 0: at the end.
+            before_word: Its word as it was searched.
+            passed: How many had taken a turn before that one, as it was searched.
+            ticket: The next ticket, if this one takes it; 0: it takes a turn before `before`.
+            evict: An idle slot that goes CLOSING for its permit; 0 for none.
+            evict_seen: Its word as it was searched.
+            deadline: When it gives up, monotonic ns; 0: never.
+            counter: What is counted.
+            now: Monotonic ns.
+        """
+        w = self._words
+        marks = self._marks
+        mutex = self.mutex
+        me = self.row
+        owned = CELL_OWNED | me << CELL_ROW_SHIFT
+        place = evict or self.slot_base
+        mark = (place - self.slot_base) // SLOT
+        closing = with_state(evict_seen, 5)
+        queued = gate | QUEUED
+        evicted = self.row_at + ROW_EVICTED
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[VER] == ver and (w[GATE] == gate or w[GATE] == queued) and w[cell] == owned and not w[DIRTY]:
+                    if w[WAITING_COUNT] >= w[MAX_WAITING]:
+                        done = FULL
+                    elif (
+                        (evict == 0 or w[place] == evict_seen)
+                        and (ticket == 0 or w[TICKET] == ticket)
+                        and (w[after] == after_word and w[after + NEXT] == before if after else w[HEAD] == before)
+                        and (
+                            w[before] == before_word and w[before + PREV] == after and w[before + PASSED] == passed
+                            if before
+                            else w[TAIL] == after
+                        )
+                    ):
+                        w[DIRTY] = me
+                        w[cell + CELL_KEY] = key
+                        w[cell + CELL_DEADLINE] = deadline
+                        w[cell + CELL_SINCE] = now
+                        if evict:
+                            w[place + SINCE] = now
+                            w[place] = closing
+                            marks[mark] = 0
+                            if gate & RESERVING:
+                                w[IDLE_COUNT] = w[IDLE_COUNT] - 1
+                            w[place + CAUSE] = evicted
+                            w[evicted] = w[evicted] + 1
+                        if ticket:
+                            w[TICKET] = ticket + 1
+                        else:
+                            w[before + PASSED] = passed + 1
+                        w[cell] = word
+                        w[cell + NEXT] = before
+                        w[cell + PREV] = after
+                        if after:
+                            w[after + NEXT] = cell
+                        else:
+                            w[HEAD] = cell
+                        if before:
+                            w[before + PREV] = cell
+                        else:
+                            w[TAIL] = cell
+                        w[GATE] = queued
+                        w[WAITING_COUNT] = w[WAITING_COUNT] + 1
+                        w[counter] = w[counter] + 1
+                        w[DIRTY] = 0
+                        done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
     def rejoin(self, cell: int, seen: int, after: int, before: int, ver: int, gate: int) -> int:
-        """A stalled cell returns to its place in the queue, between the cells `after` and `before` (0: none)."""
+        """A stalled cell returns to its place in the queue, between the cells `after` and `before` (0: none).
+
+        It has had its turn once, so nobody passes it any more: who waits with high priority may stand behind it.
+        """
         w = self._words
         mutex = self.mutex
         me = self.row
         waiting = with_state(seen, CELL_WAITING)
-        ticket = seen >> TICKET_SHIFT
+        turn = seen >> TURN_SHIFT
         gate = gate | QUEUED
         done = 0
         rc = -mutex
@@ -804,19 +1107,16 @@ class Table:
             try:
                 if w[cell] == seen and w[VER] == ver and w[GATE] | 1 == gate and not w[DIRTY]:
                     if (
-                        w[after + NEXT] == before
-                        and w[after] & 15 == CELL_WAITING
-                        and w[after] >> TICKET_SHIFT < ticket
+                        w[after + NEXT] == before and w[after] & 15 == CELL_WAITING and w[after] >> TURN_SHIFT < turn
                         if after
                         else w[HEAD] == before
                     ) and (
-                        w[before + PREV] == after
-                        and w[before] & 15 == CELL_WAITING
-                        and w[before] >> TICKET_SHIFT > ticket
+                        w[before + PREV] == after and w[before] & 15 == CELL_WAITING and w[before] >> TURN_SHIFT > turn
                         if before
                         else w[TAIL] == after
                     ):
                         w[DIRTY] = me
+                        w[cell + PASSED] = MOST_PASSED
                         w[cell] = waiting
                         w[cell + NEXT] = before
                         w[cell + PREV] = after
@@ -913,11 +1213,16 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def set_limit(self, maximum: int, flags: int) -> int:
-        """Set the cap and the flags PAUSED and STOPPED; whatever was decided under the old ones is decided again."""
+    def set_limit(self, maximum: int, flags: int, reserve: int = 0) -> int:
+        """Set the cap, the reserve and the flags PAUSED and STOPPED; whatever was decided before is decided again.
+
+        With a reserve it leaves the table to be repaired, and repairs it: that counts what is idle and sets RESERVING.
+        The same after very many tickets: that numbers those who wait anew.
+        """
         w = self._words
         mutex = self.mutex
         me = self.row
+        unmade = me if reserve or self._words[TICKET] >= MANY_TICKETS else 0
         done = 0
         rc = -mutex
         if rc == 0:
@@ -925,9 +1230,11 @@ class Table:
                 if not w[DIRTY]:
                     w[DIRTY] = me
                     w[MAX] = maximum
-                    w[GATE] = (w[GATE] & -16) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
+                    w[RESERVE] = reserve
+                    w[IDLE_COUNT] = 0
+                    w[GATE] = (w[GATE] & -32) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
                     w[VER] = w[VER] + 1
-                    w[DIRTY] = 0
+                    w[DIRTY] = unmade
                     done = 1
             finally:
                 +mutex
@@ -937,4 +1244,6 @@ class Table:
                 ~mutex
             finally:
                 +mutex
+        if done:
+            self.missed(0)
         return done or self.missed(rc)

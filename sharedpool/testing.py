@@ -22,7 +22,7 @@ from .arbiter import Arbiter
 from .attachment import Attachment
 from .errors import PoolNotFound, PoolTimeout
 from .invariants import check, violations
-from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, opening_word, tag_of, with_state
+from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, RESERVING, opening_word, tag_of, with_state
 from .lease import Lease
 from .local import LocalPool
 from .pool import Permit, Pool, close_all, mode
@@ -253,8 +253,11 @@ class SteppedWorker:
     def leave_idle(self, at: int) -> None:
         """Check a connection in, where nobody waits."""
         w = self.table.words
-        tag = tag_of(w[at + 1])
-        done = self.table.put_idle(at, w[at], with_state(w[at], IDLE), w[GATE], tag, self._arbiter.clock())
+        tag, gate, now = tag_of(w[at + 1]), w[GATE], self._arbiter.clock()
+        if gate & RESERVING:
+            done = self.table.put_idle_counted(at, w[at], with_state(w[at], IDLE), gate, 0, 0, 0, tag, now)
+        else:
+            done = self.table.put_idle(at, w[at], with_state(w[at], IDLE), gate, tag, now)
         assert done == DONE, "somebody waits, or the limit was lowered"
 
     def peer(self, at: int) -> socket.socket:

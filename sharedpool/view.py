@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Final
 
 from .counting import folding, is_folding
@@ -27,12 +28,22 @@ from .layout import (
     HEADER,
     HIGH,
     IDLE,
+    IDLE_COUNT,
     KEY,
     LEASED,
     MASK64,
     MAX,
+    MOST_PASSED,
+    NEXT,
+    NUMBER_SHIFT,
     OPENED,
     OPENING,
+    ORDINARY,
+    PART,
+    PASSED,
+    PREV,
+    RESERVE,
+    RESERVING,
     ROW,
     ROW_CLOSES,
     ROW_CONNECT_SECONDS,
@@ -45,10 +56,15 @@ from .layout import (
     SLOT,
     STATE,
     STEAL_AFTER,
+    TAIL,
+    TICKET,
     TOTALS_ROW,
+    TURN_SHIFT,
+    USED,
     WAITING_COUNT,
     Geometry,
     holder_of,
+    is_high,
 )
 from .stats import (
     ARBITER_COUNTERS,
@@ -77,6 +93,21 @@ _STEAL_MOST: Final = 500_000_000
 def steal_after(w: memoryview[int]) -> int:
     """How long sticky order lets the longest waiter wait, ns."""
     return w[STEAL_AFTER] or min(_STEAL_MOST, max(_STEAL_LEAST, _STEAL_CONNECTS * w[CONNECT_TIME]))
+
+
+def in_use(w: memoryview[int]) -> int:
+    """In a pool with a reserve: slots that are neither free nor idle."""
+    return w[USED] - w[IDLE_COUNT]
+
+
+def share(w: memoryview[int]) -> int:
+    """In a pool with a reserve: normal priority is served while fewer slots than so many are in use."""
+    return max(1, w[MAX] - w[RESERVE])
+
+
+def share_for(w: memoryview[int], gate: int, waits: int) -> int:
+    """The share that holds for a waiter, by its cell's word; 0 for none."""
+    return share(w) if gate & RESERVING and not is_high(waits) else 0
 
 
 def slot_words(w: memoryview[int], geometry: Geometry) -> list[int]:
@@ -256,9 +287,17 @@ def leases(w: memoryview[int], geometry: Geometry) -> list[LeaseView]:
 
 
 def longest_wait(w: memoryview[int], now: int) -> int:
-    """How long the head of the queue has waited, ns; 0 if nobody waits."""
-    head = w[HEAD]
-    return max(0, now - w[head + CELL_SINCE]) if head else 0
+    """How long the one in the queue who came first has waited, ns; 0 if nobody waits.
+
+    With priorities that is not always its head. The queue may change meanwhile: no more steps than wait.
+    """
+    cell, longest = w[HEAD], 0
+    for _ in range(w[WAITING_COUNT]):
+        if not cell:
+            break
+        longest = max(longest, now - w[cell + CELL_SINCE])
+        cell = w[cell + NEXT]
+    return longest
 
 
 def count_idle(w: memoryview[int], geometry: Geometry, key: int) -> int:
@@ -277,6 +316,62 @@ def count_existing(w: memoryview[int], geometry: Geometry, key: int) -> int:
         word & STATE in (OPENING, IDLE, LEASED, GRANTED) and not word & BARE and w[base + SLOT * index + KEY] == key
         for index, word in enumerate(slot_words(w, geometry))
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """Where a high-priority waiter joins; the arguments of `Table.enqueue_high` in its order."""
+
+    word: int
+    after: int
+    after_word: int
+    before: int
+    before_word: int
+    passed: int
+    ticket: int
+
+
+def high_turn(w: memoryview[int], waiting: int, gate: int) -> Turn | None:
+    """The turn of a high-priority waiter whose cell's word will be `waiting` besides; None: the queue is changing."""
+    ticket = w[TICKET]
+    reserving = gate & RESERVING
+    after, before = _join_before(w, _is_ordinary if reserving else _may_be_passed)
+    after_word = w[after] if after else 0
+    if after and after_word & 15 != CELL_WAITING:
+        return None
+    if reserving:
+        before_word, passed = (w[before], w[before + PASSED]) if before else (0, 0)
+        return Turn(ticket << NUMBER_SHIFT | waiting, after, after_word, before, before_word, passed, ticket)
+    if not before:
+        return Turn(ORDINARY | ticket << NUMBER_SHIFT | waiting, after, after_word, 0, 0, 0, ticket)
+    before_word, passed = w[before], w[before + PASSED]
+    if before_word & (PART | 15) != PART | CELL_WAITING or passed >= MOST_PASSED:
+        return None
+    turn = (before_word & ~PART) >> TURN_SHIFT | passed
+    return Turn(turn << TURN_SHIFT | waiting, after, after_word, before, before_word, passed, 0)
+
+
+def _join_before(w: memoryview[int], passes: Callable[[memoryview[int], int], bool]) -> tuple[int, int]:
+    """Behind which cell and before which: the first that `passes`. Looks from both ends of the queue at once."""
+    first, last = w[HEAD], w[TAIL]
+    if not last or not passes(w, last):
+        return last, 0
+    while first and last:
+        if passes(w, first):
+            return w[first + PREV], first
+        earlier = w[last + PREV]
+        if not earlier or not passes(w, earlier):
+            return earlier, last
+        first, last = w[first + NEXT], earlier
+    return w[TAIL], 0  # the queue is changing: this will not hold
+
+
+def _may_be_passed(w: memoryview[int], cell: int) -> bool:
+    return not is_high(w[cell]) and w[cell + PASSED] < MOST_PASSED
+
+
+def _is_ordinary(w: memoryview[int], cell: int) -> bool:
+    return bool(w[cell] & ORDINARY)
 
 
 def victim(w: memoryview[int], marks: memoryview[int], geometry: Geometry, spared: int) -> int:

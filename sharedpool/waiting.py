@@ -1,4 +1,7 @@
-"""Waiting in the queue: cells, sleeping, and taking what one was given. Strictly first come, first served."""
+"""Waiting in the queue: cells, sleeping, and taking what one was given. First come, first served.
+
+Those with high priority come before the others, and first come, first served among themselves.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +38,18 @@ from .layout import (
     KEY,
     LEASED,
     MASK64,
+    MAX_WAITING,
     NEXT,
     OPENING,
     OVER,
     PAUSED,
+    RESERVING,
     ROW_SCRAP,
     ROW_WAIT_SECONDS,
     SERIAL_ONE,
     STATE,
     STOPPED,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     VER,
     WATCH,
     generation_of,
@@ -55,7 +60,7 @@ from .lease import Lease
 from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
-from .table import BUSY, DONE, Table
+from .table import BUSY, DONE, FULL, Table
 
 _NEVER: Final = 0x4000_0000_0000_0000
 #: Who sleeps looks up so often, ns, whatever happens.
@@ -132,13 +137,24 @@ class WaitingRoom:
             cell = waiter.cell
             word = w[cell]  # before its key: with another ticket it may wait for something else
             if word & 15 == CELL_WAITING and w[cell + CELL_KEY] == key and not w[cell + GRANT]:
-                waiting.append((word >> TICKET_SHIFT, cell, word))
+                waiting.append((word >> TURN_SHIFT, cell, word))
         return min(waiting, default=(0, 0, 0))[1:]
 
     # --- joining ------------------------------------------------------------------------------------------------------
 
-    def wait(self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int) -> int:
+    def wait(
+        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, behind: bool = False
+    ) -> int:
         """Join the queue and wait until the lease has been given a slot.
+
+        Args:
+            route: What for.
+            lease: Gets the slot.
+            gate: GATE as it was searched.
+            ver: VER as it was searched.
+            limit: Until when, monotonic ns.
+            now: Monotonic ns.
+            behind: High priority, in a pool with a reserve: others of high priority waited when it decided to wait.
 
         Returns:
             DONE; or STALE or BUSY if it did not come to queueing.
@@ -151,20 +167,19 @@ class WaitingRoom:
             raise OutOfTime
         waiter = self._free.pop() if self._free else self._claim(limit)
         cell = waiter.cell
-        sticky = route.sticky
+        sticky = route.sticky and not gate & RESERVING
         if w[HIGH] != self._looked_at:
             self._look_at(w[HIGH])
         evict = seen = 0
         if not sticky and -self._any_idle and not gate & (OVER | PAUSED):
-            evict = view.victim(self.words, self.marks, self._segment.geometry, route.key)
+            evict = self._victim(route, gate)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
                 return self._table.missed(0)
         queued = joined = False
         try:
-            deadline = 0 if limit == _NEVER else limit
-            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
+            result = self._join(cell, route, gate, ver, evict, seen, limit, now, behind)
             if result != DONE:
                 return result
             queued = joined = True
@@ -194,6 +209,38 @@ class WaitingRoom:
         w[at] = w[at] + took
         if self._on_wait:
             self._hooks.tell("wait", took / 1e9)
+
+    def _victim(self, route: Route, gate: int) -> int:
+        """Another key's idle connection to be closed for its permit; 0 for none, or where the permit is not for it."""
+        w = self.words
+        if gate & RESERVING and not route.high and view.in_use(w) >= view.share(w):
+            return 0
+        return view.victim(w, self.marks, self._segment.geometry, route.key)
+
+    def _join(
+        self, cell: int, route: Route, gate: int, ver: int, evict: int, seen: int, limit: int, now: int, behind: bool
+    ) -> int:
+        """Join the queue with the route's priority; TooManyWaiting where it is as long as it may be."""
+        deadline = 0 if limit == _NEVER else limit
+        if not route.high:
+            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
+        else:
+            turn = view.high_turn(self.words, CELL_WAITING | self._table.row << CELL_ROW_SHIFT, gate)
+            if turn is None or (behind and not turn.after):  # those before it have gone: look again
+                return self._table.missed(0)
+            result = self._table.enqueue_high(
+                cell, route.key, gate, ver, turn.word, turn.after, turn.after_word, turn.before, turn.before_word,
+                turn.passed, turn.ticket, evict, seen, deadline, self._waits, now,
+            )  # fmt: skip
+        if result == FULL:
+            raise self._full()
+        return result
+
+    def _full(self) -> TooManyWaiting:
+        stats = view.stats(self.words, self._segment.geometry, self._name)
+        limit = self.words[MAX_WAITING]
+        text = f"pool {self._name!r}: {limit} checkouts wait already, and no more may (max_waiting) {stats.numbers()}"
+        return TooManyWaiting(text, stats=stats, pool=self._name)
 
     def _look_at(self, slots: int) -> None:
         """`_any_idle` covers the slots ever used, not all of them: 4 kB of cold memory cost a wait 1 us."""
@@ -281,9 +328,9 @@ class WaitingRoom:
         """It slept through a grant, which went on to the next: back to its place by its ticket."""
         w = self.words
         gate, ver = w[GATE], w[VER]
-        ticket = word >> TICKET_SHIFT
+        turn = word >> TURN_SHIFT
         after, before = 0, w[HEAD]
-        while before and w[before] >> TICKET_SHIFT < ticket:
+        while before and w[before] >> TURN_SHIFT < turn:
             after, before = before, w[before + NEXT]
         if self._table.rejoin(cell, word, after, before, ver, gate) == DONE:
             self._tell_watch()
@@ -291,6 +338,8 @@ class WaitingRoom:
     def _steal(self, cell: int, now: int) -> int:
         """Sticky order: at the head for too long, close somebody's idle connection; gives how long to sleep."""
         w = self.words
+        if w[GATE] & RESERVING:  # with a reserve there is no sticky order
+            return _LOOK_UP
         over = w[cell + CELL_SINCE] + view.steal_after(w) - now
         if over > 0:
             return over

@@ -12,11 +12,11 @@ cdef class Entry:
 
 
 cdef class Route:
-    cdef public object checks, clean, driver, host, where
+    cdef public object checks, clean, driver, host, urgent, where
     cdef public list stack
     cdef public uint64_t key, stays, tag
     cdef public int port
-    cdef public bint sticky
+    cdef public bint high, sticky
     cpdef void push(self, Entry entry)
     cpdef Entry pop(self)
 

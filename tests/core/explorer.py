@@ -24,18 +24,24 @@ from sharedpool.layout import (
     GRANTED,
     HEAD,
     IDLE,
+    IDLE_COUNT,
     LEASED,
     MAX,
+    MAX_WAITING,
     OPENING,
+    PART,
     PAUSED,
+    RESERVE,
     ROW_DEAD,
     STATE,
     STOPPED,
     USED,
     VER,
+    WAITING_COUNT,
+    is_high,
     with_state,
 )
-from sharedpool.table import DONE, Table
+from sharedpool.table import DONE, FULL, Table
 
 from . import moves
 from .moves import AGAIN, STOP, Plan
@@ -61,6 +67,7 @@ class Worker:
         fails: Its connect may fail.
         gives_up: It may leave the queue at any time.
         discards: It closes what it had.
+        high: It asks with high priority.
         keeps: It never gives back what it got.
     """
 
@@ -70,6 +77,7 @@ class Worker:
     gives_up: bool = False
     discards: bool = False
     keeps: bool = False
+    high: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +101,8 @@ class Explorer:
         idle: Keys of connections that are idle at the start, left by another process.
         watch: The arbiter looks after whoever waits beside what it could have.
         flags: PAUSED at the start.
+        reserve: Slots for high priority only.
+        max_waiting: Who would have to queue while so many wait is refused.
         unsaid: Transitions that do not bump VER: what the version rule is for.
     """
 
@@ -105,6 +115,8 @@ class Explorer:
         idle: tuple[int, ...] = (),
         watch: bool = False,
         flags: int = 0,
+        reserve: int = 0,
+        max_waiting: int = 0,
         unsaid: frozenset[str] = frozenset(),
     ) -> None:
         self.workers = workers
@@ -116,8 +128,11 @@ class Explorer:
         for at in [self.world.leased(FIRST_ROW + len(workers), key) for key in idle]:
             self.world.give_back(at)
         self.cells = [self.world.cell(FIRST_ROW + index) for index in range(len(workers))]
-        if flags:
-            self.world.limit(maximum, flags)
+        if max_waiting:
+            self.world.words[MAX_WAITING] = max_waiting
+        if flags or reserve:
+            self.world.limit(maximum, flags, reserve)
+        self.disorder = "revoke" in script or any(worker.high for worker in workers)
         self.states = 0
         self._sound: set[bytes] = set()
 
@@ -194,17 +209,48 @@ class Explorer:
         w = table.words
         queue, used, limit, ver = invariants.queue(table), w[USED], w[MAX], w[VER]
         answer, word = moves.carry_out(table, plan)
+        if answer == FULL:
+            assert len(queue) == w[WAITING_COUNT] == w[MAX_WAITING]
+            assert not list(invariants.nobody_waits_in_vain(table)), "refused where it need not have queued"
+            return True, FULL
         if answer != DONE:
             return False, 0
         if plan.method in self.unsaid:
             w[VER] = ver
-        if plan.method in ("take_idle", "take_free"):
-            assert not queue, f"{plan.method} overtakes {queue}"
-        elif plan.method in ("hand", "hand_free") and "revoke" not in self.script:
-            # A cell that stalled may return to the head between a handoff's search and its commit.
+        if w[RESERVE]:
+            self._commit_with_reserve(table, plan)
+        if plan.method in ("take_idle", "take_free", "take_idle_counted"):
+            before = [cell for cell in queue if not self._passes(table, cell)]
+            assert not before, f"{plan.method} overtakes {before}"
+        elif plan.method == "enqueue_high":
+            after = invariants.queue(table)
+            assert [cell for cell in after if cell != plan.at] == queue
+            ranks = [w[cell] & PART == PART for cell in after]
+            assert ranks == sorted(ranks), f"high ones behind normal ones: {ranks}"
+            assert not any(w[cell] & PART != PART for cell in after[after.index(plan.at) + 1 :]), "before its like"
+        elif plan.method in ("hand", "hand_free") and not self.disorder:
+            # One that stalled, or asks with high priority, may come to the head between a search and its commit.
             assert plan.arguments[4] == queue[0], f"{plan.method} to {plan.arguments[4]}, first is {queue[0]}"
         assert w[USED] <= max(limit, used), f"USED {w[USED]} above MAX {limit}"
         return True, word
+
+    def _passes(self, table: Table, cell: int) -> bool:
+        """Whether this worker need not wait for who waits in a cell."""
+        return bool(table.words[RESERVE]) and self._is_high(table.row) and not is_high(table.words[cell])
+
+    def _is_high(self, row: int) -> bool:
+        return row != ARBITER_ROW and self.workers[row - FIRST_ROW].high
+
+    def _commit_with_reserve(self, table: Table, plan: Plan) -> None:
+        """Nothing was given to normal priority that is for high."""
+        w = table.words
+        in_use, most = w[USED] - w[IDLE_COUNT], w[MAX] - w[RESERVE]
+        if plan.method in ("take_idle", "take_free", "take_idle_counted"):
+            assert self._is_high(table.row) or in_use <= most, f"{in_use} in use, {most} for normal priority"
+        elif plan.method in ("hand", "hand_free"):
+            old_cell = plan.arguments[6] if plan.method == "hand" else 0
+            normal = not is_high(plan.arguments[5]) and not (old_cell and not is_high(w[old_cell]))
+            assert not normal or in_use <= most, f"{in_use} in use, {most} for normal priority"
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
@@ -231,7 +277,7 @@ class Explorer:
 
     def _looked(self, index: int, table: Table, gate: int, ver: int, _: int) -> tuple[str, Place]:
         worker = self.workers[index]
-        plan = moves.checkout(table, worker.key, worker.connects, gate, ver, self.cells[index], NOW)
+        plan = moves.checkout(table, worker.key, worker.connects, gate, ver, self.cells[index], NOW, worker.high)
         if plan is STOP:
             return "finds the pool stopped", OVER
         return f"decides {plan}", START if plan is AGAIN else ("decided", plan)
@@ -240,7 +286,9 @@ class Explorer:
         done, word = self._commit(table, plan)
         if not done:
             return f"cannot {plan.method}", START
-        return plan.method, ("waits",) if plan.method == "enqueue" else self._holds(plan.at, word)
+        if word == FULL:
+            return "is refused", OVER
+        return plan.method, ("waits",) if plan.method.startswith("enqueue") else self._holds(plan.at, word)
 
     def _holds(self, at: int, word: int) -> Place:
         return ("opens" if word & STATE == OPENING else "has", at, word)
@@ -347,7 +395,7 @@ class Explorer:
         if scripted and not scripted.startswith("kill"):
             plan, more = self._scripted(table, scripted, gate)
             if plan is AGAIN:
-                plan, more = Plan("set_limit", (w[MAX], gate & (PAUSED | STOPPED))), False  # nothing to do
+                plan, more = Plan("set_limit", (w[MAX], gate & (PAUSED | STOPPED), w[RESERVE])), False  # nothing to do
             yield scripted, plan, state.script + (not more)
 
     def _scripted(self, table: Table, act: str, gate: int) -> tuple[Plan, bool]:
@@ -356,6 +404,11 @@ class Explorer:
         flags = gate & (PAUSED | STOPPED)
         limits = {"raise": (w[MAX] + 1, flags), "lower": (w[MAX] - 1, flags), "pause": (w[MAX], PAUSED)}
         limits |= {"resume": (w[MAX], 0), "stop": (w[MAX], STOPPED)}
+        if act == "reserve":
+            return Plan("set_limit", (w[MAX], flags, 1)), False
+        if act in limits and act != "end":
+            return Plan("set_limit", (*limits[act], w[RESERVE])), False
+        limits = {"end": (w[MAX], flags)}
         if act in limits:
             return Plan("set_limit", limits[act]), False
         if act.startswith("reap"):

@@ -12,6 +12,7 @@ from typing import Any, Final
 from sharedpool import view
 from sharedpool.invariants import cells, slots
 from sharedpool.layout import (
+    ANY_NUMBER,
     ARBITER_ROW,
     BARE,
     CELL_FREE,
@@ -19,6 +20,7 @@ from sharedpool.layout import (
     CELL_OWNED,
     CELL_ROW,
     CELL_ROW_SHIFT,
+    CELL_WAITING,
     CLOSING,
     DOOMED,
     FREE_SLOT,
@@ -40,15 +42,17 @@ from sharedpool.layout import (
     OVER,
     PAUSED,
     QUEUED,
+    RESERVING,
     ROW_CLOSES,
     SERIAL,
     SINCE,
     STATE,
     STAYS,
     STOPPED,
-    TICKET_SHIFT,
+    TURN_SHIFT,
     USED,
     holder_of,
+    is_high,
     leased_word,
     opening_word,
     tag_of,
@@ -79,7 +83,9 @@ AGAIN: Final = Plan("")
 STOP: Final = Plan("stop")
 
 #: The arguments before and after the lease, by method.
-_LEASE_AT = {"take_idle": 4, "take_free": 4, "take_grant": 4, "swap": 3, "connected": 3, "reopen": 3}
+_LEASE_AT = {
+    "take_idle": 4, "take_idle_counted": 7, "take_free": 4, "take_grant": 4, "swap": 3, "connected": 3, "reopen": 3,
+}  # fmt: skip
 
 
 def carry_out(table: Table, plan: Plan) -> tuple[int, int]:
@@ -95,30 +101,73 @@ def carry_out(table: Table, plan: Plan) -> tuple[int, int]:
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 
-def checkout(table: Table, key: int, connects: bool, gate: int, ver: int, cell: int, now: int) -> Plan:
+def checkout(
+    table: Table, key: int, connects: bool, gate: int, ver: int, cell: int, now: int, high: bool = False
+) -> Plan:
     """What a checkout decides that has read GATE and VER before: take, open, or queue in its cell."""
-    w = table.words
     if gate & STOPPED:
         return STOP
     counter = table.counter(0)
-    if not gate & GATE_FLAGS:
-        at = find_idle(table, key)
-        if at:
-            seen = w[at]
-            return Plan("take_idle", (at, seen, leased_word(seen, table.row), gate, counter, now))
-        if w[USED] < w[MAX]:
-            at = w[FREE_SLOT] or table.slot_at(w[HIGH])
-            seen = w[at]
-            if seen & STATE:
-                return AGAIN
-            new = opening_word(seen, table.row, OPENING if connects else LEASED)
-            return Plan("take_free", (at, seen, new, gate, key, counter, now))
+    if gate & RESERVING:
+        plan, behind = _take_with_reserve(table, key, connects, gate, counter, now, high)
+    else:
+        plan, behind = _take(table, key, connects, gate, counter, now), False
+    return plan or _queue(table, key, gate, ver, cell, now, high, behind)
+
+
+def _take_with_reserve(
+    table: Table, key: int, connects: bool, gate: int, counter: int, now: int, high: bool
+) -> tuple[Plan | None, bool]:
+    """What a checkout may take, and whether those of its like that wait come first."""
+    w = table.words
+    first = w[HEAD]
+    waits = w[first] if first else 0
+    behind = bool(first and is_high(waits)) if high else bool(gate & QUEUED)
+    most = ANY_NUMBER if high else view.share(w)
+    if behind or gate & CLOSED or view.in_use(w) >= most:
+        return None, behind
+    if at := find_idle(table, key):
+        new = leased_word(w[at], table.row)
+        return Plan("take_idle_counted", (at, w[at], new, gate, first, waits, most, counter, now)), behind
+    return _open(table, key, connects, gate, counter, now, first, waits, most), behind
+
+
+def _take(table: Table, key: int, connects: bool, gate: int, counter: int, now: int) -> Plan | None:
+    w = table.words
+    if gate & GATE_FLAGS:
+        return None
+    if at := find_idle(table, key):
+        return Plan("take_idle", (at, w[at], leased_word(w[at], table.row), gate, counter, now))
+    return _open(table, key, connects, gate, counter, now)
+
+
+def _open(table: Table, key: int, connects: bool, gate: int, counter: int, now: int, *with_reserve: int) -> Plan | None:
+    w = table.words
+    if w[USED] >= w[MAX]:
+        return None
+    at = w[FREE_SLOT] or table.slot_at(w[HIGH])
+    seen = w[at]
+    if seen & STATE:
+        return AGAIN
+    new = opening_word(seen, table.row, OPENING if connects else LEASED)
+    return Plan("take_free", (at, seen, new, gate, key, counter, now, *with_reserve))
+
+
+def _queue(table: Table, key: int, gate: int, ver: int, cell: int, now: int, high: bool, behind: bool) -> Plan:
+    """Nothing is to be had: queue, and close another key's idle connection for its permit."""
+    w, counter = table.words, table.counter(0)
     evict = seen = 0
-    if not gate & OVER:
+    if not gate & OVER and not (gate & RESERVING and not high and view.in_use(w) >= view.share(w)):
         evict = view.victim(w, table.marks, table.geometry, key)
         seen = w[evict] if evict else 0
         if evict and seen & STATE != IDLE:
             return AGAIN
+    if high:
+        turn = view.high_turn(w, CELL_WAITING | table.row << CELL_ROW_SHIFT, gate)
+        if turn is None or (behind and not turn.after):
+            return AGAIN
+        places = dataclasses.astuple(turn)
+        return Plan("enqueue_high", (cell, key, gate, ver, *places, evict, seen, 0, counter, now))
     return Plan("enqueue", (cell, key, gate, ver, evict, seen, 0, counter, now))
 
 
@@ -154,7 +203,7 @@ def rejoin(table: Table, cell: int, word: int, gate: int, ver: int) -> Plan:
     """Back to its place by its ticket."""
     w = table.words
     after, before = 0, w[HEAD]
-    while before and w[before] >> TICKET_SHIFT < word >> TICKET_SHIFT:
+    while before and w[before] >> TURN_SHIFT < word >> TURN_SHIFT:
         after, before = before, w[before + NEXT]
     return Plan("rejoin", (cell, word, after, before, ver, gate))
 
@@ -185,30 +234,47 @@ def checkin(table: Table, at: int, seen: int, gate: int, key: int, now: int) -> 
     if seen & DOOMED or gate & (OVER | STOPPED):
         return close(table, at, seen, 0, now)
     if not gate & QUEUED or gate & PAUSED:
-        return Plan("put_idle", (at, seen, with_state(seen, IDLE), gate, tag_of(key), now))
+        return put_idle(at, seen, gate, key, now, 0, 0, 0)
     head = w[HEAD]
     if not head:
         return AGAIN
+    waits = w[head]
+    most = view.share_for(w, gate, waits)
+    if most and view.in_use(w) > most:
+        return put_idle(at, seen, gate, key, now, head, waits, most)
     if w[head + CELL_KEY] != key:
         return close(table, at, seen, 0, now)
-    return hand(table, at, seen, gate, head, 0, now, bare=False)
+    return hand(table, at, seen, gate, head, 0, now, bare=False, most=most and most + 1)
+
+
+def put_idle(at: int, seen: int, gate: int, key: int, now: int, head: int, waits: int, most: int) -> Plan:
+    new, tag = with_state(seen, IDLE), tag_of(key)
+    if gate & RESERVING:
+        return Plan("put_idle_counted", (at, seen, new, gate, head, waits, most, tag, now))
+    return Plan("put_idle", (at, seen, new, gate, tag, now))
 
 
 def close(table: Table, at: int, seen: int, old_cell: int, now: int) -> Plan:
     return Plan("close", (at, seen, table.words[at + SINCE], old_cell, reason(table, "discarded"), now))
 
 
-def hand(table: Table, at: int, seen: int, gate: int, cell: int, old_cell: int, now: int, *, bare: bool) -> Plan:
+def hand(
+    table: Table, at: int, seen: int, gate: int, cell: int, old_cell: int, now: int, *, bare: bool, most: int = 0
+) -> Plan:
     new = seen & ~(STATE | HOLDER | 0xF0) | seen & STAYS | (BARE if bare else 0)
     new |= table.cell_index(cell) << HOLDER_SHIFT | GRANTED
-    return Plan("hand", (at, seen, new, gate, cell, table.words[cell], old_cell, now))
+    return Plan("hand", (at, seen, new, gate, cell, table.words[cell], old_cell, now, most))
 
 
 def pass_on(table: Table, at: int, seen: int, gate: int, old_cell: int, now: int) -> Plan:
     """A permit without a connection goes to the longest waiter, or becomes free."""
     head = table.words[HEAD]
     if head and not gate & CLOSED:
-        return hand(table, at, seen, gate, head, old_cell, now, bare=True)
+        waits = table.words[head]
+        most = view.share_for(table.words, gate, waits)
+        if most and view.in_use(table.words) > most:
+            return Plan("free", (at, seen, gate, old_cell, head, waits, most))
+        return hand(table, at, seen, gate, head, old_cell, now, bare=True, most=most and most + 1)
     if not head and gate & QUEUED:
         return AGAIN
     return Plan("free", (at, seen, gate, old_cell))
@@ -223,16 +289,19 @@ def serve(table: Table, gate: int, now: int) -> Plan:
     cell = w[HEAD]
     if not cell or gate & CLOSED:
         return AGAIN
+    most = view.share_for(w, gate, w[cell])
+    if most and view.in_use(w) >= most:
+        return AGAIN
     if w[USED] < w[MAX]:
         at = w[FREE_SLOT] or table.slot_at(w[HIGH])
         word = w[at]
         new = (word + GEN_ONE & GEN) | word & SERIAL | BARE | table.cell_index(cell) << HOLDER_SHIFT | GRANTED
-        return Plan("hand_free", (at, word, new, gate, cell, w[cell], now))
+        return Plan("hand_free", (at, word, new, gate, cell, w[cell], now, most))
     idle = [(at, word) for _, at, word in slots(table) if word & STATE == IDLE and not word & STAYS]
     closing = sum(word & STATE == CLOSING for _, _, word in slots(table))
     for at, word in idle:
         if w[at + KEY] == w[cell + CELL_KEY]:
-            return hand(table, at, word, gate, cell, 0, now, bare=False)
+            return hand(table, at, word, gate, cell, 0, now, bare=False, most=most)
     if idle and not closing:
         return close(table, *idle[0], 0, now)
     return AGAIN
@@ -247,12 +316,15 @@ def revoke(table: Table, at: int, gate: int, now: int) -> Plan:
     cell = table.cell_at(holder_of(word))
     if w[cell + GRANT] != at:
         return AGAIN
+    most = view.share_for(w, gate, w[head]) if is_high(w[cell]) else 0
+    if most and view.in_use(w) > most:
+        return AGAIN
     bare = bool(word & BARE)
     if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & CLOSED):
         return close(table, at, word, cell, now)
     if gate & CLOSED:
         return AGAIN
-    return hand(table, at, word, gate, head, cell, now, bare=bare)
+    return hand(table, at, word, gate, head, cell, now, bare=bare, most=most and most + 1)
 
 
 def reap_cell(table: Table, cell: int, gate: int, now: int) -> Plan:

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from sharedpool import view
 from sharedpool.layout import (
+    ANY_NUMBER,
     ARBITER_ROW,
     CELL_HIGH,
     CELL_OWNED,
@@ -24,7 +26,10 @@ from sharedpool.layout import (
     HOLDER,
     HOLDER_SHIFT,
     LEASED,
+    MAX,
+    MOST_PASSED,
     NEXT,
+    PASSED,
     PREV,
     ROW,
     ROW_CLOSES,
@@ -34,6 +39,7 @@ from sharedpool.layout import (
     STAYS,
     STOPPED,
     TAIL,
+    TICKET,
     VER,
     leased_word,
     opening_word,
@@ -198,6 +204,89 @@ def _swap(world: World, row: int, at: int, new: int, expected: int, bump: int = 
     )
 
 
+def reserve(world: World, number: int, more: int = 0) -> None:
+    world.limit(world.words[MAX] + more, reserve=number)
+
+
+def take_idle_before_the_reserve(world: World) -> Ready:
+    at = world.idle(TWO)
+    world.idle(TWO, B)
+    reserve(world, 1)
+    return _take_idle_counted(world, at, view.share(world.words))
+
+
+def take_idle_of_the_reserve(world: World) -> Ready:
+    at = world.idle(TWO)
+    world.leased(THREE)
+    reserve(world, 1)
+    world.waiting(TWO)
+    return _take_idle_counted(world, at, ANY_NUMBER)
+
+
+def _take_idle_counted(world: World, at: int, most: int) -> Ready:
+    w, table = world.words, world.table(ONE)
+    seen, gate, first, counter, now = w[at], world.gate, w[HEAD], table.counter(0), world.tick()
+    waits, new = w[first] if first else 0, leased_word(seen, ONE)
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_idle_counted(at, seen, new, gate, first, waits, most, lease, counter, now),
+        (at, GATE, HEAD, *([first] if first else [])),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def take_free_before_the_reserve(world: World) -> Ready:
+    reserve(world, 2, 1)
+    return _take_free_counted(world, view.share(world.words))
+
+
+def take_free_of_the_reserve(world: World) -> Ready:
+    world.leased(TWO)
+    reserve(world, 2, 1)
+    world.waiting(TWO)
+    return _take_free_counted(world, ANY_NUMBER)
+
+
+def _take_free_counted(world: World, most: int) -> Ready:
+    w, at, gate, first = world.words, world.next_free(), world.gate, world.words[HEAD]
+    seen, counter, waits = w[at], world.table(ONE).counter(0), w[first] if first else 0
+    new, now = opening_word(seen, ONE), world.tick()
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_free(at, seen, new, gate, lease, B, counter, now, first, waits, most),
+        (at, GATE, HEAD, *([first] if first else [])),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def put_idle_where_nobody_waits_with_a_reserve(world: World) -> Ready:
+    at = world.leased(ONE)
+    reserve(world, 1)
+    return _put_idle_counted(world, at, 0)
+
+
+def put_idle_for_the_reserve(world: World) -> Ready:
+    at = world.leased(ONE)
+    world.leased(TWO)
+    reserve(world, 1)
+    world.waiting(THREE)
+    return _put_idle_counted(world, at, view.share(world.words))
+
+
+def _put_idle_counted(world: World, at: int, most: int) -> Ready:
+    w = world.words
+    seen, gate, first, now = w[at], world.gate, w[HEAD], world.tick()
+    waits, new, tag = w[first] if first else 0, seen - 1, tag_of(A)
+    return Ready(
+        ONE,
+        lambda table, _: table.put_idle_counted(at, seen, new, gate, first, waits, most, tag, now),
+        (at, GATE, *([HEAD, first] if most else [])),
+        slots=(at,),
+    )
+
+
 def put_idle(world: World) -> Ready:
     world.idle(TWO)
     at = world.leased(ONE)
@@ -222,6 +311,67 @@ def hand_to_one_in_the_middle(world: World) -> Ready:
     return _hand(world, ONE, at, own)
 
 
+def hand_before_the_reserve(world: World) -> Ready:
+    at = world.leased(ONE)
+    reserve(world, 1)
+    return _hand(world, ONE, at, world.waiting(TWO), most=view.share(world.words) + 1)
+
+
+def hand_an_idle_connection_before_the_reserve(world: World) -> Ready:
+    at = world.idle(ONE)
+    reserve(world, 1)
+    return _hand(world, ARBITER_ROW, at, world.waiting(TWO), most=view.share(world.words))
+
+
+def hand_an_idle_connection_of_the_reserve(world: World) -> Ready:
+    at = world.idle(ONE)
+    world.leased(ONE)
+    reserve(world, 1)
+    world.waiting(TWO)
+    return _hand(world, ARBITER_ROW, at, world.waiting(THREE, high=True))
+
+
+def hand_a_free_slot_before_the_reserve(world: World) -> Ready:
+    reserve(world, 1)
+    world.waiting(TWO)
+    return _hand_free(world, view.share(world.words))
+
+
+def free_for_the_reserve(world: World) -> Ready:
+    at = world.closing(ONE)
+    world.leased(TWO)
+    reserve(world, 1)
+    cell = world.waiting(THREE)
+    seen, gate, waits, most = world.words[at], world.gate, world.words[cell], view.share(world.words)
+    return Ready(
+        ARBITER_ROW,
+        lambda table, _: table.free(at, seen, gate, 0, cell, waits, most),
+        (at, GATE, HEAD, cell),
+        slots=(at,),
+    )
+
+
+def close_an_idle_one_with_a_reserve(world: World) -> Ready:
+    at = world.idle(ONE)
+    reserve(world, 1)
+    return _close(world, ARBITER_ROW, at)
+
+
+def enqueue_and_evict_with_a_reserve(world: World) -> Ready:
+    evict = world.idle(TWO, B)
+    reserve(world, 1)
+    return _enqueue(world, evict)
+
+
+def enqueue_high_before_the_others_with_a_reserve(world: World) -> Ready:
+    evict = world.idle(TWO, B)
+    reserve(world, 1)
+    world.waiting(TWO)
+    world.waiting(THREE, high=True)
+    world.waiting(TWO)
+    return _enqueue_high(world, evict)
+
+
 def hand_the_last_one(world: World) -> Ready:
     at = world.leased(ONE)
     _, last = [world.waiting(row) for row in (TWO, THREE)]
@@ -242,12 +392,12 @@ def revoke(world: World) -> Ready:
     return _hand(world, ARBITER_ROW, at, world.waiting(THREE), old_cell=slow)
 
 
-def _hand(world: World, row: int, at: int, cell: int, *, bare: bool = False, old_cell: int = 0) -> Ready:
+def _hand(world: World, row: int, at: int, cell: int, *, bare: bool = False, old_cell: int = 0, most: int = 0) -> Ready:
     seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
     new = world.granted_word(at, cell, bare=bare)
     return Ready(
         row,
-        lambda table, _: table.hand(at, seen, new, gate, cell, word, old_cell, now),
+        lambda table, _: table.hand(at, seen, new, gate, cell, word, old_cell, now, most),
         (at, GATE, cell, cell + GRANT),
         slots=(at,),
         cells=(cell, old_cell) if old_cell else (cell,),
@@ -268,13 +418,13 @@ def hand_a_slot_used_before(world: World) -> Ready:
     return _hand_free(world)
 
 
-def _hand_free(world: World) -> Ready:
+def _hand_free(world: World, most: int = 0) -> Ready:
     at, cell = world.next_free(), world.words[HEAD]
     seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
     new = world.granted_word(at, cell, bare=True) + GEN_ONE
     return Ready(
         ARBITER_ROW,
-        lambda table, _: table.hand_free(at, seen, new, gate, cell, word, now),
+        lambda table, _: table.hand_free(at, seen, new, gate, cell, word, now, most),
         (at, GATE, cell, cell + GRANT),
         slots=(at,),
         cells=(cell,),
@@ -379,30 +529,76 @@ def _enqueue(world: World, evict: int = 0) -> Ready:
     )
 
 
+def enqueue_high_alone(world: World) -> Ready:
+    return _enqueue_high(world)
+
+
+def enqueue_high_before_the_head(world: World) -> Ready:
+    world.waiting(TWO)
+    world.waiting(THREE)
+    return _enqueue_high(world)
+
+
+def enqueue_high_behind_its_like(world: World) -> Ready:
+    world.waiting(TWO)
+    world.waiting(THREE, high=True)
+    return _enqueue_high(world)
+
+
+def enqueue_high_at_the_end(world: World) -> Ready:
+    world.words[world.waiting(TWO) + PASSED] = MOST_PASSED
+    world.waiting(THREE, high=True)
+    return _enqueue_high(world)
+
+
+def enqueue_high_and_evict(world: World) -> Ready:
+    world.leased(TWO)
+    evict = world.idle(TWO, B)
+    world.waiting(TWO)
+    return _enqueue_high(world, evict)
+
+
+def _enqueue_high(world: World, evict: int = 0) -> Ready:
+    cell, table, turn = world.cell(ONE), world.table(ONE), world.high_turn(ONE)
+    seen = world.words[evict] if evict else 0
+    gate, ver, counter, now = world.gate, world.words[VER], table.counter(1), world.tick()
+    places = dataclasses.astuple(turn)
+    guards = [GATE, VER, cell, turn.after + NEXT if turn.after else HEAD, turn.before + PREV if turn.before else TAIL]
+    guards += [turn.after] * bool(turn.after) + [turn.before, turn.before + PASSED] * bool(turn.before)
+    guards += [TICKET] * bool(turn.ticket) + [evict] * bool(evict)
+    return Ready(
+        ONE,
+        lambda table, _: table.enqueue_high(cell, A, gate, ver, *places, evict, seen, now + 50, counter, now),
+        tuple(guards),
+        slots=(evict,) if evict else (),
+        cells=(cell,),
+    )
+
+
 def rejoin_alone(world: World) -> Ready:
-    return _rejoin(world, world.stalled(ONE), 0, 0)
+    return rejoin(world, world.stalled(ONE), 0, 0)
 
 
 def rejoin_at_the_head(world: World) -> Ready:
     cell = world.stalled(ONE)
-    return _rejoin(world, cell, 0, world.waiting(TWO))
+    return rejoin(world, cell, 0, world.waiting(TWO))
 
 
 def rejoin_at_the_end(world: World) -> Ready:
     at = world.leased(TWO)
     first, cell = world.waiting(THREE), world.waiting(ONE)
     world.close(world.grant(at, cell), cell)
-    return _rejoin(world, cell, first, 0)
+    return rejoin(world, cell, first, 0)
 
 
 def rejoin_in_the_middle(world: World) -> Ready:
     at = world.leased(TWO)
     first, cell, third = world.waiting(THREE), world.waiting(ONE), world.waiting(THREE)
     world.close(world.grant(at, cell), cell)
-    return _rejoin(world, cell, first, third)
+    return rejoin(world, cell, first, third)
 
 
-def _rejoin(world: World, cell: int, after: int, before: int) -> Ready:
+def rejoin(world: World, cell: int, after: int, before: int) -> Ready:
     seen, ver, gate = world.words[cell], world.words[VER], world.gate
     guards = [cell, VER, GATE, after + NEXT if after else HEAD, before + PREV if before else TAIL]
     return Ready(
@@ -485,6 +681,20 @@ def lower_the_limit(world: World) -> Ready:
     return Ready(ARBITER_ROW, lambda table, _: table.set_limit(1, 0), ())
 
 
+def make_a_reserve(world: World) -> Ready:
+    world.idle(ONE)
+    world.leased(THREE)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(3, 0, 2), ())
+
+
+def end_a_reserve(world: World) -> Ready:
+    world.idle(ONE)
+    world.leased(THREE)
+    reserve(world, 1)
+    world.waiting(TWO)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(2, 0), ())
+
+
 def stop(world: World) -> Ready:
     world.leased(ONE)
     world.waiting(TWO)
@@ -505,10 +715,17 @@ ALL: tuple[Operation, ...] = (
     close_a_leased_one, close_an_idle_one, close_what_was_not_taken,
     claim_a_cell_never_used, claim_a_cell_used_before,
     enqueue_first, enqueue_behind_others, enqueue_and_evict,
+    enqueue_high_alone, enqueue_high_before_the_head, enqueue_high_behind_its_like, enqueue_high_at_the_end,
+    enqueue_high_and_evict,
     rejoin_alone, rejoin_at_the_head, rejoin_at_the_end, rejoin_in_the_middle,
     leave_as_the_only_one, leave_from_the_head, leave_from_the_middle, leave_from_the_end,
     leave_after_sleeping_through, leave_for_ever, give_up_a_cell,
     a_process_comes, a_process_dies,
+    take_idle_before_the_reserve, take_idle_of_the_reserve, take_free_before_the_reserve, take_free_of_the_reserve,
+    put_idle_where_nobody_waits_with_a_reserve, put_idle_for_the_reserve, free_for_the_reserve,
+    hand_before_the_reserve, hand_an_idle_connection_before_the_reserve, hand_an_idle_connection_of_the_reserve,
+    hand_a_free_slot_before_the_reserve, close_an_idle_one_with_a_reserve, enqueue_and_evict_with_a_reserve,
+    enqueue_high_before_the_others_with_a_reserve, make_a_reserve, end_a_reserve,
     raise_the_limit, lower_the_limit, stop,
 )  # fmt: skip
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from typing import Any
 
+from sharedpool import view
 from sharedpool.layout import (
+    ANY_NUMBER,
     ARBITER_ROW,
     BARE,
     CELL_HIGH,
+    CELL_ROW_SHIFT,
+    CELL_WAITING,
     EPOCH,
     FIRST_ROW,
     FREE,
@@ -22,6 +27,8 @@ from sharedpool.layout import (
     HOLDER_SHIFT,
     LEASED,
     MAX,
+    MAX_WAITING,
+    RESERVING,
     ROW,
     ROW_CLOSES,
     ROW_LIVE,
@@ -98,6 +105,7 @@ class World:
         self.words[TICKET] = 1
         self.words[GATE] = EPOCH
         self.words[MAX] = maximum
+        self.words[MAX_WAITING] = ANY_NUMBER
         self.now = 1000
         self._tables: dict[int, Table] = {}
         arbiter = self.table(ARBITER_ROW)
@@ -158,7 +166,11 @@ class World:
         seen = self.words[at]
         key = self.words[at + 1]
         row = (seen >> HOLDER_SHIFT) & 0xFFFF
-        must(self.table(row).put_idle(at, seen, seen - 1, self.gate, tag_of(key), self.tick()))
+        table, gate, now = self.table(row), self.gate, self.tick()
+        if gate & RESERVING:
+            must(table.put_idle_counted(at, seen, seen - 1, gate, 0, 0, 0, tag_of(key), now))
+        else:
+            must(table.put_idle(at, seen, seen - 1, gate, tag_of(key), now))
 
     def take(self, row: int, at: int) -> None:
         """An idle slot becomes leased."""
@@ -191,12 +203,23 @@ class World:
         must(table.claim_cell(cell))
         return int(cell)
 
-    def waiting(self, row: int, key: int = A, cell: int = 0) -> int:
+    def waiting(self, row: int, key: int = A, cell: int = 0, *, high: bool = False) -> int:
         table = self.table(row)
         cell = cell or self.cell(row)
         now = self.tick()
+        if high:
+            turn = self.high_turn(row)
+            places = dataclasses.astuple(turn)
+            counter = table.counter(1)
+            must(table.enqueue_high(cell, key, self.gate, self.words[VER], *places, 0, 0, now + 1000, counter, now))
+            return cell
         must(table.enqueue(cell, key, self.gate, self.words[VER], 0, 0, now + 1000, table.counter(1), now))
         return cell
+
+    def high_turn(self, row: int) -> view.Turn:
+        turn = view.high_turn(self.words, CELL_WAITING | row << CELL_ROW_SHIFT, self.gate)
+        assert turn is not None
+        return turn
 
     def grant(self, at: int, cell: int, *, bare: bool = False, old_cell: int = 0) -> int:
         """Whatever the slot is, it is handed to the cell."""
@@ -224,8 +247,8 @@ class World:
         self.close(at, cell)
         return cell
 
-    def limit(self, maximum: int, flags: int = 0) -> None:
-        must(self.table(ARBITER_ROW).set_limit(maximum, flags))
+    def limit(self, maximum: int, flags: int = 0, reserve: int = 0) -> None:
+        must(self.table(ARBITER_ROW).set_limit(maximum, flags, reserve))
 
     def row_word(self, row: int) -> int:
         return int(self.words[HEADER + ROW * row])

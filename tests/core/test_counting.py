@@ -123,7 +123,7 @@ def some_step(machine: TableMachine, chance: random.Random) -> None:
     """Whatever a worker, a remote or the arbiter may do; mostly checkouts and checkins."""
     number, row, key = chance.randrange(8), chance.choice([ONE, TWO, THREE]), chance.choice([A, B])
     steps: list[Callable[[], None]] = [
-        lambda: machine.checkout(row=row, key=key, connects=chance.random() < 0.9),
+        lambda: machine.checkout(row=row, key=key, connects=chance.random() < 0.9, high=chance.random() < 0.3),
         lambda: machine.connect(number=number, fails=chance.random() < 0.2),
         lambda: machine.checkin(number=number, clean=chance.random() < 0.8),
         lambda: machine.take_grant(number=number),
@@ -135,7 +135,9 @@ def some_step(machine: TableMachine, chance: random.Random) -> None:
         lambda: machine.expire(number=number),
         lambda: machine.doom(number=number),
         lambda: machine.give_up_waiting(number=number),
-        lambda: machine.limit(maximum=chance.randint(1, 6), flags=chance.choice([0, 0, 0, PAUSED])),
+        lambda: machine.limit(
+            maximum=chance.randint(1, 6), flags=chance.choice([0, 0, 0, PAUSED]), reserve=chance.choice([0, 0, 0, 1, 2])
+        ),
         lambda: machine.die_and_be_reaped(row=row),
     ]
     chance.choices(steps, weights=[8, 8, 8, 6, 4, 2, 2, 1, 2, 1, 1, 1, 1, 1])[0]()

@@ -16,6 +16,7 @@ Case = tuple[list[Worker], tuple[str, ...], dict[str, Any]]
 patient, hasty = Worker(), Worker(gives_up=True)
 failing, permit = Worker(fails=True), Worker(connects=False)
 keeping, other, third = Worker(keeps=True), Worker(B), Worker(C)
+high, urgent = Worker(high=True), Worker(high=True, connects=False)
 watched = {"watch": True}
 
 WITHOUT_A_WATCHER: dict[str, Case] = {
@@ -33,6 +34,21 @@ WITHOUT_A_WATCHER: dict[str, Case] = {
     "an idle one to be closed for its permit": ([third, other], (), {"maximum": 2, "idle": (B, B)}),
     "an idle one expires": ([patient, patient], ("expire",), {}),
     "the limit is raised": ([patient, patient], ("raise",), {}),
+    "two of high priority": ([high, high], (), {}),
+    "one of high priority": ([patient, patient, high], (), {}),
+    "one of normal priority": ([high, patient, high], (), {}),
+    "of high priority for another key": ([patient, patient, Worker(B, high=True)], (), {}),
+    "high priority, time-outs": ([hasty, patient, Worker(high=True, gives_up=True)], (), {}),
+    "a reserve": ([patient, high], (), {"maximum": 2, "reserve": 1}),
+    "a reserve, two of normal priority": ([patient, patient, high], (), {"maximum": 2, "reserve": 1}),
+    "a reserve, two of high priority": ([patient, high, high], (), {"maximum": 2, "reserve": 1}),
+    "a reserve, idle ones": ([patient, other, high], (), {"maximum": 2, "reserve": 1, "idle": (A, A)}),
+    "a reserve, connects fail": ([failing, Worker(fails=True, high=True)], (), {"maximum": 2, "reserve": 1}),
+    "a reserve, bare permits": ([permit, permit, urgent], (), {"maximum": 2, "reserve": 1}),
+    "a reserve, time-outs": ([hasty, hasty, Worker(gives_up=True, high=True)], (), {"maximum": 2, "reserve": 1}),
+    "a reserve, two keys": ([patient, other, Worker(B, high=True)], (), {"maximum": 2, "reserve": 1}),
+    "one may wait": ([patient, patient, hasty], (), {"max_waiting": 1}),
+    "one may wait, connects fail": ([failing] * 3, (), {"max_waiting": 1}),
     "a lease is doomed": ([patient, patient], ("doom",), {}),
 }
 
@@ -44,6 +60,12 @@ WITH_A_WATCHER: dict[str, Case] = {
     "stopped": ([patient, patient], ("stop",), watched),
     "a worker is killed": ([patient, patient], ("kill0", "reap0"), watched),
     "a grant is revoked": ([patient] * 2, ("revoke",), watched),
+    "a grant is revoked, high priority": ([patient, high], ("revoke",), watched),
+    "a reserve, a grant is revoked": ([patient, high], ("revoke",), {**watched, "maximum": 2, "reserve": 1}),
+    "a reserve, a worker is killed": ([patient, high], ("kill0", "reap0"), {**watched, "maximum": 2, "reserve": 1}),
+    "a reserve, the limit is raised": ([patient, patient], ("raise",), {**watched, "maximum": 2, "reserve": 1}),
+    "a reserve is made": ([patient, high], ("reserve",), {**watched, "maximum": 2}),
+    "a reserve ends": ([patient, patient, high], ("end",), {**watched, "maximum": 2, "reserve": 1}),
     "behind a waiter of another key": (
         [Worker(B, keeps=True), keeping, third], (), {**watched, "idle": (A, A), "maximum": 3}
     ),
@@ -72,8 +94,9 @@ def test_nobody_waits_in_vain_nor_is_overtaken_while_the_arbiter_watches(name: s
         ("free", ([failing, failing], (), {})),
         ("free", ([patient, other], ("expire",), {})),
         ("set_limit", ([patient, patient], ("pause", "resume"), {})),
+        ("put_idle_counted", ([patient, patient], (), {"maximum": 2, "reserve": 1})),
     ],
-    ids=["a checkin", "a failed connect", "a closed connection", "a resumed pool"],
+    ids=["a checkin", "a failed connect", "a closed connection", "a resumed pool", "a checkin with a reserve"],
 )
 def test_without_the_version_rule_somebody_waits_in_vain(transition: str, case: Case) -> None:
     workers, script, more = case

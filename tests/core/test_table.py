@@ -31,22 +31,28 @@ from sharedpool.layout import (
     HEADER,
     HIGH,
     IDLE,
+    IDLE_COUNT,
     KEY,
     LEASED,
+    MANY_TICKETS,
     MAX,
+    MAX_WAITING,
+    MOST_PASSED,
     NEXT,
     OPENED,
     OPENING,
     OVER,
     PAUSED,
     QUEUED,
+    RESERVE,
     ROW,
     ROW_CLOSES,
     SINCE,
     STATE,
     STAYS,
     STOPPED,
-    TICKET_SHIFT,
+    TICKET,
+    TURN_SHIFT,
     USED,
     VER,
     WAITING_COUNT,
@@ -55,13 +61,14 @@ from sharedpool.layout import (
     leased_word,
     opening_word,
     tag_of,
+    ticket_of,
     with_state,
 )
-from sharedpool.table import BUSY, DONE, STALE
+from sharedpool.table import BUSY, DONE, FULL, STALE
 
 from . import operations
 from .operations import Operation
-from .tables import ONE, THREE, TWO, A, B, Lease, World, is_free, must, state_of
+from .tables import ONE, THREE, TWO, A, B, Breaker, Broken, Lease, World, breaking, is_free, must, state_of
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
@@ -441,10 +448,10 @@ def test_a_handoff_leaves_the_others_in_their_order() -> None:
 def test_a_grant_not_taken_goes_on_and_its_cell_stalls_with_its_ticket() -> None:
     world = World()
     at, slow = world.granted(ONE)
-    ticket = world.words[slow] >> TICKET_SHIFT
+    ticket = world.words[slow] >> TURN_SHIFT
     other = world.waiting(THREE)
     world.grant(at, other, old_cell=slow)
-    assert (world.words[slow] & 15, world.words[slow] >> TICKET_SHIFT) == (CELL_STALLED, ticket)
+    assert (world.words[slow] & 15, world.words[slow] >> TURN_SHIFT) == (CELL_STALLED, ticket)
     assert (world.words[slow + GRANT], world.words[other + GRANT]) == (0, at)
 
 
@@ -553,7 +560,7 @@ def test_who_queues_gets_the_next_ticket_and_the_end_of_the_queue() -> None:
     world = World()
     cells = [world.waiting(row) for row in (TWO, ONE, THREE)]
     assert invariants.queue(world.table(ONE)) == cells
-    assert [world.words[cell] >> TICKET_SHIFT for cell in cells] == [1, 2, 3]
+    assert [ticket_of(world.words[cell]) for cell in cells] == [1, 2, 3]
     assert [world.words[cell + CELL_KEY] for cell in cells] == [A, A, A]
     assert (world.words[WAITING_COUNT], world.gate & GATE_FLAGS) == (3, QUEUED)
 
@@ -577,6 +584,37 @@ def test_who_found_nothing_queues_although_others_have_queued_meanwhile() -> Non
     assert invariants.queue(world.table(ONE)) == [other, cell]
 
 
+def test_as_many_wait_as_may_and_who_comes_then_is_told_and_changes_nothing() -> None:
+    world = World()
+    world.words[MAX_WAITING] = 2
+    first, _ = world.waiting(ONE), world.waiting(TWO)
+    cell = world.cell(THREE)
+    before = world.save()
+    assert world.table(THREE).enqueue(cell, A, world.gate, world.words[VER], 0, 0, 0, 90, 1) == FULL
+    assert world.save() == before
+    must(world.table(ONE).leave(first, world.words[first], operations.owned_by(ONE)))
+    world.waiting(THREE, A, cell)
+
+
+def test_who_would_be_refused_looks_again_once_something_came_back() -> None:
+    world = World(maximum=1)
+    world.words[MAX_WAITING] = 1
+    at = world.leased(ONE)
+    first, cell = world.waiting(TWO), world.cell(THREE)
+    gate, ver = world.gate, world.words[VER]
+    must(world.table(TWO).leave(first, world.words[first], operations.owned_by(TWO)))
+    world.give_back(at)
+    assert world.table(THREE).enqueue(cell, A, gate, ver, 0, 0, 0, 90, 1) == STALE
+
+
+def test_who_stalled_returns_although_as_many_wait_as_may() -> None:
+    world = World()
+    world.words[MAX_WAITING] = 1
+    ready = operations.rejoin_at_the_head(world)
+    assert operations.run(world, ready)[0] == DONE
+    assert world.words[WAITING_COUNT] == 2
+
+
 def test_queueing_for_the_permit_of_anothers_idle_connection_closes_that_in_the_same_go() -> None:
     world = World()
     ready = operations.enqueue_and_evict(world)
@@ -597,6 +635,74 @@ def test_nobody_queues_for_the_permit_of_a_connection_that_was_leased_meanwhile(
     assert world.save() == before
 
 
+def test_who_has_high_priority_stands_before_the_others_and_behind_its_like() -> None:
+    world = World(cells=8)
+    normal = [world.waiting(TWO), world.waiting(THREE)]
+    high = [world.waiting(row, high=True) for row in (ONE, TWO, THREE)]
+    assert invariants.queue(world.table(ONE)) == [*high, *normal]
+    invariants.check(world.table(ONE))
+    must(world.table(TWO).leave(high[1], world.words[high[1]], operations.owned_by(TWO)))
+    high[1:] = [high[2], world.waiting(TWO, high=True, cell=high[1])]
+    assert invariants.queue(world.table(ONE)) == [*high, *normal]
+
+
+def test_between_two_of_normal_priority_pass_so_many_of_high_that_came_later_and_no_more() -> None:
+    world = World(cells=30)
+    early = [world.waiting(ONE, high=True) for _ in range(2)]
+    normal = [world.waiting(TWO) for _ in range(3)]
+    high = [world.waiting(THREE, high=True) for _ in range(2 * MOST_PASSED + 1)]
+    first, second, third = high[:MOST_PASSED], high[MOST_PASSED : 2 * MOST_PASSED], high[2 * MOST_PASSED :]
+    expected = [*early, *first, normal[0], *second, normal[1], *third, normal[2]]
+    assert invariants.queue(world.table(ONE)) == expected
+    invariants.check(world.table(ONE))
+    scramble(world)
+    world.table(ONE).repair()
+    assert invariants.queue(world.table(ONE)) == expected
+
+
+def test_where_all_have_been_passed_often_enough_one_of_high_priority_joins_the_end() -> None:
+    world = World(cells=30)
+    normal = world.waiting(TWO)
+    high = [world.waiting(THREE, high=True) for _ in range(MOST_PASSED + 2)]
+    expected = [*high[:MOST_PASSED], normal, *high[MOST_PASSED:]]
+    last = world.waiting(TWO)
+    expected += [world.waiting(THREE, high=True), last]
+    assert invariants.queue(world.table(ONE)) == expected
+
+
+def test_who_slept_through_a_grant_is_passed_by_nobody_any_more() -> None:
+    world = World(maximum=3, cells=8)
+    stalled = world.stalled(ONE)
+    other = world.waiting(TWO)
+    high = world.waiting(THREE, high=True)
+    ready = operations.rejoin(world, stalled, 0, high)
+    assert operations.run(world, ready)[0] == DONE
+    later = world.waiting(THREE, high=True)
+    assert invariants.queue(world.table(ONE)) == [stalled, high, later, other]
+
+
+def test_one_of_high_priority_does_not_pass_whom_another_has_passed_meanwhile() -> None:
+    world = World(cells=8)
+    ready = operations.enqueue_high_before_the_head(world)
+    world.waiting(THREE, high=True)
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+    must(world.table(THREE).leave(world.words[HEAD], world.words[world.words[HEAD]], operations.owned_by(THREE)))
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE, "the other has left, its turn is used all the same"
+    assert world.save() == before
+
+
+def test_as_many_wait_as_may_of_high_priority_too() -> None:
+    world = World()
+    ready = operations.enqueue_high_before_the_head(world)
+    world.words[MAX_WAITING] = 2
+    before = world.save()
+    assert operations.run(world, ready)[0] == FULL
+    assert world.save() == before
+
+
 def test_who_stirs_returns_to_his_place_by_his_ticket() -> None:
     world = World()
     ready = operations.rejoin_in_the_middle(world)
@@ -605,7 +711,7 @@ def test_who_stirs_returns_to_his_place_by_his_ticket() -> None:
     table = world.table(ONE)
     queue = invariants.queue(table)
     assert queue[1] == cell
-    assert [world.words[place] >> TICKET_SHIFT for place in queue] == [1, 2, 3]
+    assert [ticket_of(world.words[place]) for place in queue] == [1, 2, 3]
 
 
 def test_who_stirs_does_not_return_between_others_than_he_saw() -> None:
@@ -623,7 +729,7 @@ def test_who_stirs_does_not_return_behind_someone_who_came_later() -> None:
     at, cell = world.leased(ONE), world.stalled(THREE)  # ticket 1
     other = world.waiting(TWO)
     # ... as a plan made before would have it: the other one was served, and waits again in the same cell
-    assert world.words[other] >> TICKET_SHIFT > world.words[cell] >> TICKET_SHIFT
+    assert world.words[other] >> TURN_SHIFT > world.words[cell] >> TURN_SHIFT
     before = world.save()
     gate, ver = world.gate, world.words[VER]
     assert world.table(THREE).rejoin(cell, world.words[cell], other, 0, ver, gate) == STALE
@@ -684,6 +790,115 @@ def test_a_new_limit_begins_a_new_epoch_and_says_what_is_in_the_way(flags: int, 
     assert world.gate == epoch + EPOCH + expected
     assert (world.words[MAX], world.words[VER]) == (maximum, ver + 1)
     invariants.check(world.table(ONE))
+
+
+# --- very many tickets ------------------------------------------------------------------------------------------------
+
+
+def after_very_many_tickets() -> tuple[World, list[int]]:
+    """A world in which all kinds of waiters have high tickets, and their cells in order."""
+    world = World(maximum=4, cells=30)
+    world.limit(4, reserve=1)
+    strict = [world.waiting(ONE, high=True), world.waiting(ONE, high=True)]
+    world.words[TICKET] = MANY_TICKETS - 2
+    strict.append(world.waiting(ONE, high=True))
+    world.limit(4)
+    normal = [world.waiting(TWO), world.waiting(TWO), world.waiting(TWO)]
+    high = [world.waiting(THREE, high=True) for _ in range(MOST_PASSED + 2)]
+    return world, [*strict, *high[:MOST_PASSED], normal[0], *high[MOST_PASSED:], *normal[1:]]
+
+
+def test_after_very_many_tickets_those_who_wait_are_numbered_anew_in_their_order() -> None:
+    world, expected = after_very_many_tickets()
+    assert ticket_of(world.words[expected[-1]]) > MANY_TICKETS
+    world.limit(4)
+    assert invariants.queue(world.table(ONE)) == expected
+    assert world.words[TICKET] == 1 + len({ticket_of(world.words[cell]) for cell in expected})
+    invariants.check(world.table(ONE))
+    expected.insert(-2, world.waiting(THREE, high=True))
+    expected.append(world.waiting(TWO))
+    assert invariants.queue(world.table(ONE)) == expected
+    invariants.check(world.table(ONE))
+
+
+def test_their_order_holds_wherever_the_numbering_is_broken_off() -> None:
+    for k in range(1, 400):
+        world, expected = after_very_many_tickets()
+        try:
+            breaking(world, ARBITER_ROW, Breaker(k).store).set_limit(4, 0)
+        except Broken:
+            turns = [world.words[cell] >> TURN_SHIFT for cell in expected]
+            assert turns == sorted(turns)
+            world.table(THREE).missed(0)
+            invariants.check(world.table(ONE))
+            assert invariants.queue(world.table(ONE)) == expected
+        else:
+            assert k > 60
+            return
+    raise AssertionError("it does not end")
+
+
+# --- a reserve --------------------------------------------------------------------------------------------------------
+
+
+@operations.each
+def test_with_a_reserve_what_is_counted_outside_is_verified_inside(operation: Operation) -> None:
+    """One more or one less in use, and what was decided about the reserve no longer holds."""
+    more = {"take_idle_before_the_reserve", "take_free_before_the_reserve", "hand_before_the_reserve"}
+    more |= {"hand_an_idle_connection_before_the_reserve", "hand_a_free_slot_before_the_reserve"}
+    fewer = {"put_idle_for_the_reserve", "free_for_the_reserve"}
+    name = operation.__name__
+    if name not in more | fewer:
+        return
+    world = World()
+    ready = operation(world)
+    world.words[IDLE_COUNT] = world.words[IDLE_COUNT] + (name in fewer)
+    world.words[USED] = world.words[USED] + (name in more)
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+
+
+def test_a_checkin_for_the_reserve_is_stale_once_one_of_high_priority_waits() -> None:
+    world = World()
+    ready = operations.put_idle_for_the_reserve(world)
+    world.waiting(TWO, high=True)
+    before = world.save()
+    assert operations.run(world, ready)[0] == STALE
+    assert world.save() == before
+
+
+def test_those_of_high_priority_who_wait_come_before_the_others_once_there_is_a_reserve() -> None:
+    def with_a_queue() -> tuple[World, list[int], list[int]]:
+        world = World(maximum=4, cells=30)
+        world.leased(ONE)
+        early = world.waiting(ONE, high=True)
+        normal = [world.waiting(TWO), world.waiting(TWO)]
+        high = [world.waiting(THREE, high=True) for _ in range(MOST_PASSED + 2)]
+        return world, [early, *high], normal
+
+    world, high, normal = with_a_queue()
+    world.limit(4, reserve=1)
+    high.append(world.waiting(ONE, high=True))
+    assert invariants.queue(world.table(ONE)) == [*high, *normal]
+    invariants.check(world.table(ONE))
+    world.limit(4)
+    last = world.waiting(ONE, high=True)  # the first of normal priority has been passed often enough
+    assert invariants.queue(world.table(ONE)) == [*high, normal[0], last, normal[1]]
+    for k in range(1, 300):
+        world, high, normal = with_a_queue()
+        try:
+            breaking(world, ARBITER_ROW, Breaker(k).store).set_limit(4, 0, 1)
+        except Broken:
+            world.table(THREE).missed(0)
+            queue = invariants.queue(world.table(ONE))
+            assert queue == [*high, *normal] or not world.words[RESERVE]
+            assert [cell for cell in queue if cell in high] == high
+            invariants.check(world.table(ONE))
+        else:
+            assert k > 60
+            return
+    raise AssertionError("it does not end")
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------

@@ -27,11 +27,18 @@ from sharedpool.layout import (
     GRANTED,
     HEAD,
     IDLE,
+    IDLE_COUNT,
     LEASED,
     MAX,
+    MAX_WAITING,
+    MOST_PASSED,
+    NUMBER_SHIFT,
     OPENING,
     OVER,
+    PART,
+    PASSED,
     PAUSED,
+    RESERVE,
     ROW_DEAD,
     ROW_FREE,
     ROW_LIVE,
@@ -39,10 +46,12 @@ from sharedpool.layout import (
     STOPPED,
     USED,
     VER,
+    WAITING_COUNT,
     holder_of,
+    is_high,
     with_state,
 )
-from sharedpool.table import BUSY, DONE
+from sharedpool.table import BUSY, DONE, FULL
 
 from . import moves
 from .moves import AGAIN, STOP, Plan
@@ -76,6 +85,8 @@ class TableMachine(RuleBasedStateMachine):
                 return made, 0
             answer, word = moves.carry_out(self.world.table(row), made)
             assert answer != BUSY
+            if answer == FULL:
+                return STOP, FULL
             if answer == DONE:
                 return made, word
         raise AssertionError(f"a plan made at rest is stale: {made}")
@@ -96,8 +107,8 @@ class TableMachine(RuleBasedStateMachine):
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    @rule(row=rows, key=keys, connects=st.booleans())
-    def checkout(self, row: int, key: int, connects: bool) -> None:
+    @rule(row=rows, key=keys, connects=st.booleans(), high=st.booleans())
+    def checkout(self, row: int, key: int, connects: bool, high: bool) -> None:
         if not self.live(row) or sum(waiter[0] == row for waiter in self.waiters.values()) >= 2:
             return
         table, w = self.world.table(row), self.world.words
@@ -105,16 +116,36 @@ class TableMachine(RuleBasedStateMachine):
         wants = key if connects else ~key & 0xFFFF_FFFF_FFFF
         before = invariants.queue(table)
         plan, word = self.settle(
-            row, lambda: moves.checkout(table, wants, connects, w[GATE], w[VER], cell, self.world.tick())
+            row, lambda: moves.checkout(table, wants, connects, w[GATE], w[VER], cell, self.world.tick(), high)
         )
-        if plan.method == "enqueue":
+        if plan.method.startswith("enqueue"):
             self.waiters[cell] = (row, wants, connects)
-            assert invariants.queue(table) == [*before, cell]
+            assert invariants.queue(table) == self.in_order(before, cell, high)
             return
         self.cells[row].append(cell)
+        if word == FULL:
+            assert w[WAITING_COUNT] == len(before) >= w[MAX_WAITING]
         if plan is not STOP:
-            assert not before, "a newcomer overtook who waits"
+            passes = high and w[RESERVE] and not any(is_high(w[at]) for at in before)
+            assert not before or passes, "a newcomer overtook who waits"
+            assert high or not w[RESERVE] or w[USED] - w[IDLE_COUNT] <= w[MAX] - w[RESERVE], "it had of the reserve"
             self.hold(plan.at, word, wants, connects)
+
+    def in_order(self, before: list[int], cell: int, high: bool) -> list[int]:
+        """The queue after a cell has joined it: those of high priority before the others."""
+        if not high:
+            return [*before, cell]
+        w = self.world.words
+        if w[RESERVE]:
+            return [*filter(lambda at: is_high(w[at]), before), cell, *filter(lambda at: not is_high(w[at]), before)]
+        passed = [
+            at
+            for at in before
+            if w[at] & PART == PART
+            and w[at + PASSED] - (w[at] >> NUMBER_SHIFT == w[cell] >> NUMBER_SHIFT) < MOST_PASSED
+        ]
+        where = before.index(passed[0]) if passed else len(before)
+        return [*before[:where], cell, *before[where:]]
 
     def hold(self, at: int, word: int, key: int, connects: bool) -> None:
         assert at not in self.leases, "one slot leased twice"
@@ -231,9 +262,13 @@ class TableMachine(RuleBasedStateMachine):
             plan = Plan("swap", (at, word, word | DOOMED, 0, 0, since))
             assert moves.carry_out(self.table, plan)[0] == DONE
 
-    @rule(maximum=st.integers(1, 6), flags=st.sampled_from([0, 0, 0, PAUSED, STOPPED]))
-    def limit(self, maximum: int, flags: int) -> None:
-        self.world.limit(maximum, flags)
+    @rule(maximum=st.integers(1, 6), flags=st.sampled_from([0, 0, 0, PAUSED, STOPPED]), reserve=st.integers(0, 5))
+    def limit(self, maximum: int, flags: int, reserve: int) -> None:
+        self.world.limit(maximum, flags, reserve if reserve < maximum else 0)
+
+    @rule(number=st.integers(1, 6))
+    def limit_the_queue(self, number: int) -> None:
+        self.world.words[MAX_WAITING] = number
 
     @rule(row=rows)
     def die_and_be_reaped(self, row: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from ..core.explorer import Worker
 from ..core.tables import A, B
-from ..core.test_interleavings import Case, explored, hasty, keeping, other, patient, permit, third, watched
+from ..core.test_interleavings import Case, explored, hasty, high, keeping, other, patient, permit, third, watched
 
 SLOW: dict[str, Case] = {
     "three of three keys, idle ones": ([patient, other, third], (), {**watched, "maximum": 2, "idle": (A, B)}),
@@ -19,6 +19,19 @@ SLOW: dict[str, Case] = {
     "three permits, one grant is revoked": ([permit] * 3, ("revoke",), watched),
     "three, stopped": ([patient] * 3, ("stop", "doom"), {**watched, "maximum": 2}),
     "three of two keys, time-outs, failures": ([hasty, Worker(B, fails=True), hasty], ("expire",), {"maximum": 2}),
+    "three, one of high priority, one killed": ([patient, high, patient], ("kill1", "reap1"), watched),
+    "three, one of high priority, a grant revoked": ([patient, patient, high], ("revoke",), watched),
+    "three, a reserve, two of high priority, two keys": (
+        [patient, Worker(B, high=True), high],
+        (),
+        {**watched, "maximum": 2, "reserve": 1},
+    ),
+    "three, a reserve is made and ends": ([patient, patient, high], ("reserve", "end"), {**watched, "maximum": 2}),
+    "three, a reserve, a grant is revoked": (
+        [patient, patient, high],
+        ("revoke",),
+        {**watched, "maximum": 2, "reserve": 1},
+    ),
     "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
 }
 

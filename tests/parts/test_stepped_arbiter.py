@@ -10,7 +10,19 @@ import pytest
 
 import sharedpool
 from sharedpool import view
-from sharedpool.layout import CELL_HIGH, DOOMED, GATE, GRANT, IDLE, LEASED, VER, generation_of
+from sharedpool.layout import (
+    CELL_HIGH,
+    DOOMED,
+    GATE,
+    GRANT,
+    IDLE,
+    LEASED,
+    MANY_TICKETS,
+    TICKET,
+    VER,
+    generation_of,
+    ticket_of,
+)
 from sharedpool.served import ServedPool
 from sharedpool.stats import PoolStats
 from sharedpool.table import DONE
@@ -173,3 +185,42 @@ def test_a_mark_for_a_connection_that_ended_does_not_reach_the_next_one_in_its_s
     assert pool.words[at] == word
     pool._doom(at, generation_of(word))
     assert pool.words[at] == word | DOOMED
+
+
+def test_after_very_many_tickets_the_arbiter_has_those_who_wait_numbered_anew(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(max_connections=1, reserve=0)
+    worker = arbiter.worker(pool)
+    worker.open()
+    pool.words[TICKET] = MANY_TICKETS
+    first, second = (wait_in_line(arbiter, pool, worker) for _ in range(2))
+    arbiter.pass_time(1.1)
+    arbiter.pass_time(1.1)
+    assert pool.words[TICKET] == 3
+    assert [ticket_of(pool.words[cell]) for cell in (first, second)] == [1, 2]
+
+
+def test_with_a_reserve_the_arbiter_counts_what_it_closes_adopts_and_serves(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(max_connections=4, reserve=1, idle_timeout=10)
+    one, two = arbiter.worker(pool), arbiter.worker(pool, 2)
+    places = [one.open(), one.open()]
+    for at in places:
+        one.leave_idle(at)
+    two.open()
+    one.die()
+    assert (numbers(pool).idle, numbers(pool).adopted) == (2, 2)
+    check(pool.table)
+    arbiter.pass_time(10.1)
+    for at in places:
+        one.peer(at).close()
+    arbiter.pass_time(0.1)
+    assert (numbers(pool).idle, numbers(pool).expired, numbers(pool).used) == (0, 2, 1)
+    check(pool.table)
+    two.open()
+    two.open()
+    cell = wait_in_line(arbiter, pool, two)
+    arbiter.pass_time(0.1)
+    assert (numbers(pool).waiting, numbers(pool).rescued) == (1, 0), "what is left is the reserve"
+    arbiter.declare("default", {"reserve": 0}, os.getpid())
+    arbiter.pass_time(0.1)
+    assert pool.words[cell + GRANT]
+    assert (numbers(pool).waiting, numbers(pool).rescued) == (0, 1)
