@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,15 @@ from sharedpool.layout import (
     IDLE,
     LEASED,
     MANY_TICKETS,
+    MAX,
+    RESERVE,
+    RESERVING,
     TICKET,
     VER,
     generation_of,
     ticket_of,
 )
-from sharedpool.served import ServedPool
+from sharedpool.served import ServedPool, options_in
 from sharedpool.stats import PoolStats
 from sharedpool.table import DONE
 from sharedpool.testing import SteppedArbiter, SteppedWorker, check, scope
@@ -224,3 +228,34 @@ def test_with_a_reserve_the_arbiter_counts_what_it_closes_adopts_and_serves(arbi
     arbiter.pass_time(0.1)
     assert pool.words[cell + GRANT]
     assert (numbers(pool).waiting, numbers(pool).rescued) == (0, 1)
+
+
+def test_pausing_and_resuming_leave_the_reserve_as_it_is(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(max_connections=2, reserve=1)
+    for change in (pool.pause, pool.resume):
+        change()
+        assert (pool.words[RESERVE], pool.words[GATE] & RESERVING) == (1, RESERVING)
+        check(pool.table)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"max_connections": 4, "max_waiting": 9, "reserve": 2, "min_idle": 3, "max_idle": 2, "reclaim": True},
+        {"check": "active", "check_after": 5.0, "max_lifetime": 8.0, "lease_timeout": 7.0, "order": "fifo"},
+        {"check": "none", "idle_timeout": None, "order": "sticky", "move": False, "steal_after": 0.5},
+    ],
+)
+def test_an_heir_finds_the_options_in_the_table(arbiter: SteppedArbiter, given: dict[str, Any]) -> None:
+    pool = arbiter.pool(**given)
+    assert options_in(pool.words) == pool.options
+
+
+def test_an_heir_of_an_arbiter_killed_between_cap_and_reserve_has_options_that_fit(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(max_connections=8, reserve=5)
+    pool.words[MAX] = 3
+    found = options_in(pool.words)
+    assert (found.max_connections, found.reserve) == (3, 2)
+    pool.apply(found)
+    assert (pool.words[MAX], pool.words[RESERVE]) == (3, 2)

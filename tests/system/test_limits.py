@@ -165,6 +165,18 @@ def test_a_wrong_priority_is_an_error_at_once(solo: Worker, tcp: Target) -> None
     assert "priority" in str(solo.fails(OptionError, use_permit, "api", "urgent"))
 
 
+def use_by_name(state: State, target: Target, priority: str) -> None:
+    sharedpool.checkout(target.host, target.port, target.transport, checkout_timeout=0, priority=priority).checkin()
+
+
+def test_the_function_checkout_passes_the_priority_on(solo: Worker, tcp: Target) -> None:
+    solo.attach(max_connections=2, reserve=1)
+    solo.checkout(tcp)
+    solo.fails(PoolTimeout, use_by_name, tcp, "normal")
+    solo.call(use_by_name, tcp, "high")
+    assert "'urgent'" in str(solo.fails(OptionError, use_by_name, tcp, "urgent"))
+
+
 # --- reserve ----------------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,24 @@ def test_never_beyond_the_cap(worker: Worker, backend: Backend, tcp: Target, uni
     assert backend.peak == 3
 
 
+def has_room(state: State) -> bool:
+    attached: Any = commands.pool_of(state, "default").attached
+    return bool(attached.has_room())
+
+
+def test_with_a_reserve_it_goes_ahead_within_the_share_of_normal_priority(
+    worker: Worker, backend: Backend, tcp: Target
+) -> None:
+    worker.attach(max_connections=4, reserve=1)
+    held = [worker.checkout(tcp) for _ in range(3)]
+    assert not worker.call(has_room), "what is left is the reserve"
+    worker.checkin(held[0])
+    assert worker.call(has_room)
+    worker.call(prewarm, tcp, 10)
+    worker.wait_stats(idle=2, in_use=2, opening=0)
+    assert (worker.stats().prewarmed, backend.accepted) == (1, 4)
+
+
 def test_nothing_is_closed_for_it(worker: Worker, backend: Backend, tcp: Target, unix: Target) -> None:
     worker.attach(max_connections=2)
     labels = [worker.checkout(unix), worker.checkout(unix)]

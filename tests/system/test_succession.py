@@ -9,6 +9,7 @@ from itertools import count
 
 import pytest
 
+from sharedpool import TooManyWaiting
 from tests.support import commands, processes
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
@@ -53,6 +54,23 @@ def test_its_pools_go_on_with_their_limits_counters_and_connections(
     assert one.exchange(held) == 1
     assert other.use(tcp) == 2
     assert backend.accepted == 2
+
+
+def test_max_waiting_and_the_reserve_are_kept(two: list[Worker], scope: Scope, backend: Backend, tcp: Target) -> None:
+    one, other = two
+    for worker in two:
+        worker.attach(max_connections=2, max_waiting=1, reserve=1)
+    held = one.checkout(tcp)
+    (waiting,) = line_up(one, [(other, tcp)])
+    successor(one, kill_arbiter(scope))
+    one.fails(TooManyWaiting, commands.checkout, tcp, checkout_timeout=None)
+    urgent = one.checkout(tcp, priority="high")
+    options = one.call(commands.library, "find_pool", "default").options
+    assert (options.max_waiting, options.reserve) == (1, 1)
+    one.checkin(urgent)  # to nobody: it is the reserve
+    one.wait_stats(idle=1, in_use=1, waiting=1)
+    one.checkin(held)
+    other.exchange(waiting.result())
 
 
 def test_own_idle_connections_and_handoffs_need_no_arbiter(
