@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Final
 
-from .stats import ARBITER_COUNTERS, COUNTERS, PoolStats
+from .stats import ARBITER_COUNTERS, BOUNDS, COUNTERS, REASONS, Histogram, PoolStats
 
 PREFIX: Final = "sharedpool"
 #: The states of a slot, as PoolStats names them.
@@ -21,12 +22,22 @@ _GAUGES: Final = {
     "max_connections": "The cap on connections over all processes of the scope.",
     "waiting": "Checkouts in the queue now.",
     "processes": "Processes attached to the pool.",
+    "longest_wait": "Seconds for which the longest waiter has waited by now.",
+    "longest_lease": "Seconds for which the longest lease has lasted by now.",
+}
+_HISTOGRAMS: Final = {
+    "wait_seconds": "How long checkouts queued, those that gave up among them.",
+    "connect_seconds": "How long opening a connection took.",
+    "lease_seconds": "How long leases lasted.",
 }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Family:
-    """One metric: its name, "gauge" or "counter", what it means, and its values with their labels."""
+    """One metric: its name, "gauge", "counter" or "histogram", what it means, and its values with their labels.
+
+    A histogram's samples have the label `le` (cumulated, as Prometheus wants them), or `part` "sum" or "count".
+    """
 
     name: str
     kind: str
@@ -49,6 +60,8 @@ def families(pools: Iterable[PoolStats]) -> list[Family]:
         *(_family(name, "gauge", text, pools) for name, text in _GAUGES.items()),
         _family("checkouts", "counter", "Leases ever given.", pools),
         *(_family(name, "counter", text, pools) for name, text in counters.items()),
+        _closes(pools),
+        *(_histogram(name, text, pools) for name, text in _HISTOGRAMS.items()),
     ]
 
 
@@ -62,6 +75,27 @@ def _states(pools: list[PoolStats]) -> Family:
         ({"pool": stats.name, "state": state}, float(getattr(stats, state))) for stats in pools for state in STATES
     )
     return Family(f"{PREFIX}_connections", "gauge", "Permits taken, by state; together never above the cap.", samples)
+
+
+def _closes(pools: list[PoolStats]) -> Family:
+    samples = tuple(
+        ({"pool": stats.name, "reason": reason}, float(stats.closes.get(reason, 0)))
+        for stats in pools
+        for reason in REASONS
+    )
+    return Family(f"{PREFIX}_closes", "counter", "Connections closed, by reason; each has one.", samples)
+
+
+def _histogram(name: str, text: str, pools: list[PoolStats]) -> Family:
+    samples: list[tuple[dict[str, str], float]] = []
+    for stats in pools:
+        histogram: Histogram = getattr(stats, name)
+        bounds = [*map(str, BOUNDS), "+Inf"]
+        for bound, up_to in zip(bounds, accumulate(histogram.counts), strict=True):
+            samples.append(({"pool": stats.name, "le": bound}, float(up_to)))
+        samples.append(({"pool": stats.name, "part": "sum"}, histogram.sum))
+        samples.append(({"pool": stats.name, "part": "count"}, float(histogram.count)))
+    return Family(f"{PREFIX}_{name}", "histogram", text, tuple(samples))
 
 
 def _family(name: str, kind: str, text: str, pools: list[PoolStats]) -> Family:
@@ -81,9 +115,13 @@ def text(found: Iterable[Family]) -> str:
     for family in found:
         lines.append(f"# HELP {family.sample_name} {_escaped(family.help)}")
         lines.append(f"# TYPE {family.sample_name} {family.kind}")
-        for labels, value in family.samples:
-            inside = ",".join(f'{name}="{_quoted(each)}"' for name, each in labels.items())
-            lines.append(f"{family.sample_name}{f'{{{inside}}}' if inside else ''} {value:.17g}")
+        for given, value in family.samples:
+            labels = dict(given)
+            name = family.sample_name
+            if family.kind == "histogram":
+                name += "_" + labels.pop("part", "bucket")
+            inside = ",".join(f'{label}="{_quoted(each)}"' for label, each in labels.items())
+            lines.append(f"{name}{f'{{{inside}}}' if inside else ''} {value:.17g}")
     return "\n".join(lines) + "\n"
 
 

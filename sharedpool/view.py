@@ -226,8 +226,10 @@ def keys(w: memoryview[int], geometry: Geometry) -> dict[int, KeyStats]:
     found: dict[int, dict[str, int]] = {}
     base = geometry.slot_base
     for index, word in enumerate(slot_words(w, geometry)):
-        if word & STATE != FREE and word & STATE < len(_NAMES) and not word & BARE:
-            counts = found.setdefault(w[base + SLOT * index + KEY], {})
+        if word & STATE != FREE and word & STATE < len(_NAMES):
+            bare = word & BARE and word & STATE == GRANTED  # for what its waiter wants, whatever lay there before
+            key = w[geometry.cell_base + CELL * holder_of(word) + CELL_KEY] if bare else w[base + SLOT * index + KEY]
+            counts = found.setdefault(key, {})
             name = _NAMES[word & STATE]
             counts[name] = counts.get(name, 0) + 1
     for waiter in waiters(w, geometry):

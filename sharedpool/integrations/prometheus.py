@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
 
@@ -53,7 +53,20 @@ def register(registry: CollectorRegistry = REGISTRY, app: str | None = None) -> 
     return collector
 
 
+def _histogram(family: metrics.Family) -> Metric:
+    made = HistogramMetricFamily(family.name, family.help, labels=["pool"])
+    buckets: dict[str, list[tuple[str, float]]] = {}
+    for given, value in family.samples:
+        if "le" in given:
+            buckets.setdefault(given["pool"], []).append((given["le"], value))
+        elif given["part"] == "sum":
+            made.add_metric([given["pool"]], buckets[given["pool"]], value)
+    return made
+
+
 def _metric(family: metrics.Family) -> Metric:
+    if family.kind == "histogram":
+        return _histogram(family)
     labels = list(family.samples[0][0]) if family.samples else ["pool"]
     kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
     made = kind(family.name, family.help, labels=labels)

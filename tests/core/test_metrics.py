@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from sharedpool import metrics
-from sharedpool.stats import ARBITER_COUNTERS, COUNTERS, PoolStats
+from sharedpool.stats import ARBITER_COUNTERS, BOUNDS, COUNTERS, REASONS, Histogram, PoolStats
 
 API = PoolStats(name="api", max_connections=5, in_use=3, idle=1, granted=1, waiting=7, processes=2, reuses=40, opens=4)
 
@@ -18,7 +18,14 @@ def lines(*pools: PoolStats) -> list[str]:
 
 def test_every_number_of_a_pool_is_in_a_metric() -> None:
     values = range(100, 200)
-    names = [field.name for field in dataclasses.fields(PoolStats) if field.name != "name"]
+    by_reason = {"discards", "evictions", *REASONS}  # these are labels of `closes`
+    others = {"name", "connections", "longest_wait_pid", "longest_lease_pid"}  # the states tell the second one
+    kinds = {"int", "float"}
+    names = [
+        field.name for field in dataclasses.fields(PoolStats)
+        if field.name not in by_reason | others and field.type in kinds
+    ]  # fmt: skip
+    assert len(names) > 25
     stats = PoolStats(name="x", **dict(zip(names, values, strict=False)))
     seen = {value for family in metrics.families([stats]) for _, value in family.samples}
     assert {float(getattr(stats, name)) for name in names} <= seen
@@ -34,6 +41,24 @@ def test_gauges_have_states_and_counters_end_in_total() -> None:
     assert 'sharedpool_reuses_total{pool="api"} 40' in text
     assert 'sharedpool_checkouts_total{pool="api"} 44' in text
     assert "# TYPE sharedpool_checkouts_total counter" in text
+
+
+def test_closes_have_their_reason_as_a_label() -> None:
+    text = lines(dataclasses.replace(API, closes={"expired": 3}))
+    assert 'sharedpool_closes_total{pool="api",reason="expired"} 3' in text
+    assert 'sharedpool_closes_total{pool="api",reason="evicted"} 0' in text
+
+
+def test_histograms_are_cumulated() -> None:
+    counts = (2, 0, 1, *(0 for _ in BOUNDS[3:]), 4)
+    text = lines(dataclasses.replace(API, wait_seconds=Histogram(counts, 50.5)))
+    assert "# TYPE sharedpool_wait_seconds histogram" in text
+    assert [line.split()[-1] for line in text if line.startswith("sharedpool_wait_seconds_bucket")] == [
+        "2", "2", *["3"] * (len(BOUNDS) - 2), "7",
+    ]  # fmt: skip
+    assert 'sharedpool_wait_seconds_bucket{pool="api",le="+Inf"} 7' in text
+    assert 'sharedpool_wait_seconds_sum{pool="api"} 50.5' in text
+    assert 'sharedpool_wait_seconds_count{pool="api"} 7' in text
 
 
 def test_the_states_of_a_pool_add_up_to_what_counts_against_the_cap() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from sharedpool import view
 from sharedpool.layout import (
     ARBITER_ROW,
+    BARE,
     CELL_KEY,
     CELL_SINCE,
     CONNECT_TIME,
@@ -133,10 +136,10 @@ def test_keys_count_slots_by_state_and_who_waits() -> None:
     world.close(closing)
     world.waiting(ONE)
     found = view.keys(world.words, world.geometry)
-    assert {state: number for state, number in found[A].items() if number} == {
+    assert {state: number for state, number in dataclasses.asdict(found[A]).items() if number} == {
         "in_use": 1, "opening": 1, "closing": 1, "waiting": 1,
     }  # fmt: skip
-    assert {state: number for state, number in found[B].items() if number} == {"idle": 1}
+    assert {state: number for state, number in dataclasses.asdict(found[B]).items() if number} == {"idle": 1}
     assert set(found) == {A, B}
 
 
@@ -145,9 +148,10 @@ def test_a_grant_counts_for_the_key_that_its_waiter_wants() -> None:
     at = world.leased(ONE)
     cell = world.waiting(TWO)
     world.grant(at, cell)
+    world.words[at] |= BARE
     wanted = world.words[cell + CELL_KEY]
     world.words[at + KEY] = C  # what a bare permit's slot was used for before says nothing
-    assert view.keys(world.words, world.geometry)[wanted]["granted"] == 1
+    assert view.keys(world.words, world.geometry)[wanted].granted == 1
     assert C not in view.keys(world.words, world.geometry)
 
 

@@ -25,6 +25,8 @@ from sharedpool.layout import (
     STATE,
     VER,
     generation_of,
+    opening_word,
+    with_state,
 )
 from sharedpool.native import Sleeper
 from sharedpool.policies import lifetime_of
@@ -192,8 +194,11 @@ def test_a_slots_next_connection_has_an_age_of_its_own(arbiter: SteppedArbiter) 
     at = worker.open()
     arbiter.pass_time(20)
     ours, theirs = socket.socketpair()
-    pool.register(worker.table.row, pool.table.slot_index(at), generation_of(pool.words[at]), ours)  # opened anew
-    assert worker.table.swap(at, pool.words[at], pool.words[at] & ~DOOMED, arbiter_nobody(), 0, 0, 1) == DONE
+    table, lease, counter = worker.table, arbiter_nobody(), worker.table.counter(0)
+    opening = opening_word(pool.words[at], table.row)  # opened anew on the same permit
+    assert table.reopen(at, pool.words[at], opening, lease, 0, counter, counter, arbiter.clock()) == DONE
+    pool.register(table.row, table.slot_index(at), generation_of(opening), ours)
+    assert table.connected(at, opening, with_state(opening, LEASED), lease, opening, counter, arbiter.clock()) == DONE
     worker.leave_idle(at)
     pool.policies.changed()  # so that it is looked at earlier than it need be
     arbiter.pass_time(8)
@@ -357,17 +362,18 @@ def test_after_a_reset_every_counter_starts_from_zero_and_the_dead_still_count(a
     idle_ones(arbiter, one, 3)
     arbiter.pass_time(2)
     pool.reset_stats()
-    assert {name: getattr(numbers(pool), name) for name in ("opens", "expired", "closed")} == {
-        "opens": 0, "expired": 0, "closed": 0
-    }  # fmt: skip
+    after = numbers(pool)
+    assert (after.attempts, after.expired, after.closed, sum(after.closes.values())) == (0, 0, 0, 0)
+    assert after.opened == after.connections, "what is open was opened"
     two.open()
-    assert numbers(pool).opens == 1
+    assert (numbers(pool).attempts, numbers(pool).opened) == (1, after.opened + 1)
     one.die()  # what it had counted before the reset is taken from the row of the dead again
     arbiter.pass_time(2)
-    assert numbers(pool).opens == 1
+    assert (numbers(pool).attempts, numbers(pool).opened) == (1, after.opened + 1)
     two.die()
     arbiter.pass_time(2)
-    assert (numbers(pool).opens, numbers(pool).reaped) == (1, 1)
+    assert (numbers(pool).attempts, numbers(pool).reaped) == (1, 1)
+    assert numbers(pool).opened - numbers(pool).closed == numbers(pool).connections
 
 
 # --- what used to be lost ---------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_killed_in_the_midst_of_an_answer_its_connection_is_closed(
     two[0].call(commands.send, label, b"!late answer\n")
     (waiting,) = line_up(two[1], [(two[1], tcp)])
     two[0].kill()
-    backend.answer()
+    backend.answer([1])
     assert two[1].exchange(waiting.result(), "mine") == 2
     assert backend.peak == 1
 
