@@ -501,7 +501,8 @@ class Arbiter:
         for row in view.live_rows(w, geometry):
             nonce = w[HEADER + ROW * row + ROW_NONCE]
             client = Client(None, view.row_pid(w, row), pool=pool, row=row, nonce=nonce, expected=True)
-            pool.expected.add(row)
+            if not pool.stopped:  # else its processes know, and do not come back
+                pool.expected.add(row)
             self._clients.add(client)
             self._watch_process(client)
         pool.registered(0, self._clock())

@@ -15,7 +15,7 @@ from typing import Any
 from . import scope
 from .errors import ArbiterLost, NotSupported, PoolNotFound
 from .pool import mode
-from .stats import PoolStats
+from .stats import Histogram, PoolStats
 
 #: An arbiter that has not answered a greeting by then is stopped or stuck, s.
 _GREETING = 5.0
@@ -54,8 +54,12 @@ def overview(app: str | None = None) -> list[dict[str, Any]]:
 
 def stats_of(numbers: dict[str, Any]) -> PoolStats:
     """PoolStats of what an arbiter told, which may be of an older or a newer version and know other counters."""
-    known = {field.name for field in dataclasses.fields(PoolStats)}
-    return PoolStats(**{name: value for name, value in numbers.items() if name in known})
+    known = {field.name: field.type for field in dataclasses.fields(PoolStats)}
+    values = {name: value for name, value in numbers.items() if name in known}
+    for name, value in values.items():
+        if known[name] == "Histogram":
+            values[name] = Histogram(tuple(value["counts"]), value["sum"])
+    return PoolStats(**values)
 
 
 def _local_overview(pool: Any) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def _overview(pool: PoolServer) -> dict[str, Any]:
     now, w, geometry = time.monotonic_ns(), pool.words, pool.segment.geometry
     leases = view.leases(w, geometry)
     return {
-        "stats": dataclasses.asdict(view.stats(w, geometry, pool.name)),  # not pickled: versions may differ
+        "stats": dataclasses.asdict(view.stats(w, geometry, pool.name, now)),  # not pickled: versions may differ
         "options": pool.options.as_dict(),
         "paused": bool(w[layout.GATE] & layout.PAUSED),
         "longest_wait": view.longest_wait(w, now) / 1e9,

@@ -120,7 +120,7 @@ def text(found: Iterable[Family]) -> str:
             name = family.sample_name
             if family.kind == "histogram":
                 name += "_" + labels.pop("part", "bucket")
-            inside = ",".join(f'{label}="{_quoted(each)}"' for label, each in labels.items())
+            inside = ",".join(f'{label}="{_quoted(each)}"' for label, each in sorted(labels.items()))
             lines.append(f"{name}{f'{{{inside}}}' if inside else ''} {value:.17g}")
     return "\n".join(lines) + "\n"
 

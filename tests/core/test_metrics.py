@@ -56,7 +56,7 @@ def test_histograms_are_cumulated() -> None:
     assert [line.split()[-1] for line in text if line.startswith("sharedpool_wait_seconds_bucket")] == [
         "2", "2", *["3"] * (len(BOUNDS) - 2), "7",
     ]  # fmt: skip
-    assert 'sharedpool_wait_seconds_bucket{pool="api",le="+Inf"} 7' in text
+    assert 'sharedpool_wait_seconds_bucket{le="+Inf",pool="api"} 7' in text
     assert 'sharedpool_wait_seconds_sum{pool="api"} 50.5' in text
     assert 'sharedpool_wait_seconds_count{pool="api"} 7' in text
 

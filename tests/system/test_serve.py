@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import commands
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
 from tests.support.waiting import DEADLINE, wait_until
@@ -79,6 +80,7 @@ def test_sigterm_drains_and_a_second_one_ends_it_at_once(
         assert good(scope, "status").lines[0][2] == "1"  # it answers as long as somebody needs it
         process.send_signal(signal.SIGTERM)
         assert ended(process)[0] == 0
+        wait_until(lambda: worker.call(commands.library, "ping"))  # its worker starts another one
 
 
 def test_a_second_one_says_that_the_scope_is_served(scope: Scope) -> None:
