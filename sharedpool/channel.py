@@ -17,6 +17,8 @@ from .errors import ArbiterLost, AttachRefused, FileLimit, SharedPoolError
 from .wire import Kind, Message
 
 #: Between two attempts to reach an arbiter, ns.
+#: Seconds for one attempt to come back; a checkout without a limit makes another.
+_COME_BACK: Final = 30.0
 _PAUSE: Final = 5_000_000
 #: A successor reads at least one message within this, s.
 _TELL_SECONDS: Final = 30.0
@@ -244,12 +246,13 @@ class Channel:
         """Come back for the same row after the channel broke, to a successor if need be."""
         if self._left:
             raise ArbiterLost("this process has left the pool")
-        _, descriptor = self._greet(max(0.1, (limit - time.monotonic_ns()) / 1e9))
+        left = (limit - time.monotonic_ns()) / 1e9
+        _, descriptor = self._greet(min(max(0.1, left), _COME_BACK))
         os.close(descriptor)  # mapped already
         assert self._socket is not None
         return self._socket
 
-    def come_back(self, events: socket.socket, seconds: float = 30.0) -> socket.socket:
+    def come_back(self, events: socket.socket, seconds: float = _COME_BACK) -> socket.socket:
         """The event channel `events` ended: gives the one that took its place.
 
         Raises:

@@ -9,10 +9,13 @@ from itertools import count
 
 import pytest
 
-from sharedpool import TooManyWaiting
+import sharedpool
+from sharedpool import TooManyWaiting, control, segment
+from sharedpool.channel import Channel
 from tests.support import commands, processes
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
+from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
@@ -100,6 +103,27 @@ def test_opening_waits_for_the_successor(two: list[Worker], scope: Scope, backen
     assert sorted(one.exchange(label) for label in held) == [1, 2]
     assert backend.peak == 3
     successor(one, old)
+
+
+def fetch_without_limit(state: State) -> int | None:
+    """Of a successor, by a channel whose events nobody follows: so it is the fetch that comes back."""
+    channel = Channel(control._directory(), "api", {}, declares=True, update=True, holdings=lambda: iter(()))
+    _, descriptor = channel.attach(10)
+    kept = segment.attach(descriptor)  # by this a successor finds the pool
+    answer = sharedpool.ping()
+    assert answer is not None
+    pid = answer["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not processes.alive(pid))
+    try:
+        return channel.fetch(0, 1, 1 << 62)
+    finally:
+        channel.close()
+        del kept
+
+
+def test_who_asks_without_a_limit_gets_the_successors_answer(worker: Worker) -> None:
+    assert worker.call(fetch_without_limit) is None
 
 
 def test_a_takeover_waits_for_the_successor(two: list[Worker], scope: Scope, backend: Backend, tcp: Target) -> None:
