@@ -81,7 +81,8 @@ def test_sticky_order_can_be_chosen_for_what_could_move(two: list[Worker], backe
     foreign, own = line_up(two[0], [(two[1], tcp), (two[0], tcp)])
     two[0].checkin(label)
     two[0].checkin(own.result())
-    assert not foreign.done
+    # On a machine so busy that the own waiter did not take its grant within 0.1 s, the grant went on to the other.
+    assert not foreign.done or two[0].stats().revoked
     assert backend.accepted == 1
 
 
