@@ -159,7 +159,6 @@ class Attachment:
         self.entries: dict[int, Entry] = {}
         self.permits: dict[int, int] = {}
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
-        self.on_abandoned: list[events.Hook] = []
         self.places: dict[int, events.Place | None] = {}
         self._tidying = threading.Lock()
         self._dead, other = socket.socketpair()
@@ -176,6 +175,7 @@ class Attachment:
         self._polls = not self.words[RULES] & UNPOLLED
         self.hooks = Hooks(name)
         self.on_checkout = self.hooks.of("checkout")
+        self.on_abandoned = self.hooks.of("abandoned")
         self._on_checkin = self.hooks.of("checkin")
         self._warmer: Warmer | None = None
         self.room = WaitingRoom(
@@ -820,7 +820,6 @@ class Attachment:
             thread = self.permits.get(at, 0) if entry is None else entry.thread
             found = events.abandoned(self.name, thread, self.places.get(at), message.body)
             events.report(found, self.on_abandoned)
-            self.hooks.tell("abandoned", found)
 
     def _note_places(self, wanted: bool) -> None:
         """With a lease_timeout every checkout notes who called it. Without one the method itself is in its place."""

@@ -57,7 +57,6 @@ class Channel:
         self._request = 0
         self._socket: socket.socket | None = None
         self.events: socket.socket | None = None
-        self.arbiter_pid = 0
         self._left = False
         self._holdings = holdings
 
@@ -94,7 +93,6 @@ class Channel:
             channel.close()
             raise
         channel.setblocking(False)  # who only tells the arbiter something never waits for it
-        self.arbiter_pid = int(answer.body["arbiter_pid"])
         self._socket, self.events = channel, ours
         return dict(answer.body), descriptor
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,7 +42,6 @@ class PoolServer(ServedPool):
         super().__init__(name, wanted, declared_by, **hooks)
         self.declared: dict[str, Any] = {}
         self._publish = publish
-        self._log = logging.getLogger(f"sharedpool.pool.{name}")
         self._alive = False
         if hooks.get("inherited") is None:
             self.init(wanted, declared_by)

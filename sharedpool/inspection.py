@@ -68,7 +68,7 @@ def _local_overview(pool: Any) -> dict[str, Any]:
     return {
         "stats": stats,
         "options": pool.options.as_dict(),
-        "paused": getattr(pool, "paused", False),
+        "paused": pool.paused,
         "longest_wait": 0.0,
         "longest_lease": monotonic() - min(since) if since else 0.0,
     }
