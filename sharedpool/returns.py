@@ -268,7 +268,7 @@ class Returns:
         if keyed:
             head, waits = view.permit_heir(w, self._table.geometry, gate, w[at + KEY])
             if not head:
-                return self._table.free(at, seen, gate, 0, keyed=keyed)
+                return self._table.free(at, seen, gate, 0, 0, 0, 0, keyed)
         else:
             waits = w[head]
         most = view.share_for(w, gate, waits)

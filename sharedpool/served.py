@@ -672,7 +672,7 @@ class ServedPool:
                 if keyed:
                     cell, waits = view.permit_heir(w, self.segment.geometry, gate, w[at + KEY])
                     if not cell:
-                        return self.table.free(at, word, gate, old_cell, keyed=keyed)
+                        return self.table.free(at, word, gate, old_cell, 0, 0, 0, keyed)
                 most = view.share_for(w, gate, waits)
                 if not keyed and most and view.in_use(w) > most:
                     return self.table.free(at, word, gate, old_cell, cell, waits, most)
