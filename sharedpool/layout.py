@@ -17,7 +17,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-LAYOUT: Final = 2
+#: 3 is 2 and MAX_PER_KEY, KEYED, KEYS_OVER; what was there before lies where it lay.
+LAYOUT: Final = 3
+#: The layouts that this version serves, the oldest first. In an older one what came later is off.
+SERVED: Final = (2, 3)
+#: From this layout on there is a limit per key.
+WITH_KEYS: Final = 3
 MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 MASK32: Final = 0xFFFF_FFFF
 #: What MAX_WAITING says where there is no limit.
@@ -59,6 +64,7 @@ CHECK_AFTER: Final = 33  # ns; idle longer than this, a driver's active check is
 MAX_PER_KEY: Final = 34  # slots that one key may have; 0: no limit
 KEYED: Final = 35  # bumped under such a limit when a slot gets a key, and when somebody joins the queue or is served
 KEYS_OVER: Final = 40  # 1: keys may have more slots than MAX_PER_KEY since it was lowered; the arbiter's
+NOTED_PER_KEY: Final = 41  # a limit per key that comes into force once the table has the layout for it; 0: none
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------

@@ -54,6 +54,7 @@ from .layout import (
     IDLE_TIMEOUT,
     KEY,
     KEYS_OVER,
+    LAYOUT,
     LEASE_TIMEOUT,
     LEASED,
     MANY_TICKETS,
@@ -64,6 +65,7 @@ from .layout import (
     MAX_PER_KEY,
     MAX_WAITING,
     MIN_IDLE,
+    NOTED_PER_KEY,
     OPENED,
     OPENING,
     OVER,
@@ -94,6 +96,7 @@ from .layout import (
     VER,
     WAITING_COUNT,
     WATCH,
+    WITH_KEYS,
     Geometry,
     generation_of,
     holder_of,
@@ -169,7 +172,7 @@ def options_in(w: memoryview[int]) -> PoolOptions:
     return PoolOptions(
         max_connections=w[MAX],
         max_waiting=None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
-        max_per_key=w[MAX_PER_KEY] or None,
+        max_per_key=w[MAX_PER_KEY] or w[NOTED_PER_KEY] or None,
         reserve=min(w[RESERVE], w[MAX] - 1),  # its arbiter may have been killed between the two
         idle_timeout=seconds(IDLE_TIMEOUT),
         close_timeout=seconds(CLOSE_TIMEOUT) or 1.0,
@@ -218,6 +221,7 @@ class ServedPool:
     Attributes:
         expected: The rows of live processes that have not yet told an heir what they hold. Until they all have,
             nobody knows which connections are still open, and no slot becomes free.
+        layouts: The newest layout that each row's process knows, as it told.
     """
 
     def __init__(
@@ -249,6 +253,7 @@ class ServedPool:
         self.closings: dict[int, Closing] = {}
         self.key_names: dict[int, str] = {}
         self.reaping: set[int] = set()
+        self.layouts: dict[int, int] = {}
         self._watch = watch
         self._unwatch = unwatch
         self._tell_closed = tell_closed
@@ -351,7 +356,7 @@ class ServedPool:
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
         w[MAX_WAITING] = options.max_waiting or ANY_NUMBER
         flags = w[GATE] & PAUSED
-        per_key = options.max_per_key or 0
+        per_key = self._per_key(options)
         w[KEYS_OVER] = 1 if per_key else 0  # before it holds: from then on checkins look
         self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve, per_key))
         self.options = options
@@ -361,6 +366,24 @@ class ServedPool:
         self._trim()
         self._trim_keys()
         self.policies.trim(self._clock())
+
+    def _per_key(self, options: PoolOptions) -> int:
+        """The limit per key that may be in force now: none while processes are attached that know nothing of it."""
+        w, wanted = self.words, options.max_per_key or 0
+        late = self.segment.layout < WITH_KEYS
+        if late and wanted and w[NOTED_PER_KEY] != wanted:
+            self._log.warning(
+                "pool %r: max_per_key=%d is not in force before the last process of an older version of sharedpool has"
+                " gone: %s", self.name, wanted, ", ".join(str(row_pid(w, row)) for row in self.old_rows()),
+            )  # fmt: skip
+        w[NOTED_PER_KEY] = wanted if late else 0
+        return 0 if late else wanted
+
+    def old_rows(self) -> list[int]:
+        """The rows in use of processes whose version knows only an older layout, or has not told yet."""
+        words = self.words[HEADER : HEADER + ROW * self.segment.geometry.rows : ROW].tolist()
+        rows = [row for row in range(FIRST_ROW, len(words)) if words[row] & STATE != ROW_FREE]
+        return [row for row in rows if self.layouts.get(row, 0) < LAYOUT]
 
     def stop(self) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
@@ -429,6 +452,13 @@ class ServedPool:
         idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
         for _, at, word in idle[:surplus]:
             self._close(at, word, "over_limit", self._clock())
+
+    def _look_after_keys(self, now: int) -> None:
+        if self.words[NOTED_PER_KEY] and self.segment.layout >= WITH_KEYS:
+            self.apply(self.options)
+        if self.words[KEYS_OVER] and now >= self._keys_at:
+            self._keys_at = now + COUNT_EVERY
+            self._trim_keys()
 
     def _trim_keys(self) -> None:
         """The same for every key that has more than it may; once none has, checkins need not look any more."""
@@ -907,6 +937,7 @@ class ServedPool:
                 self._reap_slot(at, slot_word, now)
         counting.fold(w, row)
         self._insist(lambda: self.table.set_row(row, w[row_at], ROW_FREE, 0, now))
+        self.layouts.pop(row, None)
 
     def _reap_cell(self, cell: int, now: int) -> None:
         w = self.words
@@ -967,9 +998,7 @@ class ServedPool:
             due = min(due, now + 1_000_000)
         if self._unbacked:
             self._give_up_unbacked(now)
-        if w[KEYS_OVER] and now >= self._keys_at:
-            self._keys_at = now + COUNT_EVERY
-            self._trim_keys()
+        self._look_after_keys(now)
         if now >= self._expire_at:
             self._expire_at = self._expire(now)
         due = min(due, self.policies.turn(now))
