@@ -149,10 +149,13 @@ class PoolServer(ServedPool):
     def info(self) -> dict[str, Any]:
         """What find_pool tells.
 
-        Only the options that differ from their defaults: a process of an older version need not know the others.
+        Only the options that differ from their defaults, and are in force: a process of an older version that is
+        served need not know others.
         """
         usual = PoolOptions().as_dict()
         given = {name: value for name, value in self.options.as_dict().items() if usual.get(name, NOT_GIVEN) != value}
+        if self.segment.layout < layout.WITH_KEYS:
+            given.pop("max_per_key", None)
         return {"name": self.name, "options": given, "arbiter_pid": os.getpid()}
 
     def _find(self, kind: str, known: Mapping[str, Callable[..., Any]], request: str) -> Callable[..., Any]:

@@ -61,6 +61,8 @@ def test_a_live_pool_of_the_previous_layout_is_served_and_moved_after_its_last_o
     assert new.use(tcp) == 2, "the idle connection is taken over"
     labels = [new.checkout(tcp) for _ in range(3)]
     assert backend.open == 4, "the limit per key is not in force beside an older process"
+    info = old.call(commands.library, "find_pool", "default")
+    assert (info.options.max_connections, info.options.max_per_key) == (4, None)
     late.call(grow_old, OLD)
     late.attach(max_connections=4)
     late.fails(PoolTimeout, commands.checkout, tcp, checkout_timeout=0)  # it is let in: the table is as old as it is
