@@ -28,6 +28,7 @@ from sharedpool.layout import (
     IDLE,
     IDLE_COUNT,
     KEY,
+    KEYED,
     LEASED,
     MAX,
     MAX_PER_KEY,
@@ -111,6 +112,7 @@ class Explorer:
         stays: What is idle at the start cannot move.
         max_waiting: Who would have to queue while so many wait is refused.
         unsaid: Transitions that do not bump VER: what the version rule is for.
+        unkeyed: Transitions that do not bump KEYED.
     """
 
     def __init__(
@@ -127,11 +129,13 @@ class Explorer:
         stays: bool = False,
         max_waiting: int = 0,
         unsaid: frozenset[str] = frozenset(),
+        unkeyed: frozenset[str] = frozenset(),
     ) -> None:
         self.workers = workers
         self.script = script
         self.watch = watch
         self.unsaid = unsaid
+        self.unkeyed = unkeyed
         slots = maximum + script.count("raise")
         self.world = World(maximum=maximum, slots=slots, cells=len(workers), workers=len(workers) + 1)
         for at in [self.world.leased(FIRST_ROW + len(workers), key, STAYS if stays else 0) for key in idle]:
@@ -217,6 +221,7 @@ class Explorer:
     def _commit(self, table: Table, plan: Plan) -> tuple[bool, int]:
         w = table.words
         queue, used, limit, ver = invariants.queue(table), w[USED], w[MAX], w[VER]
+        keyed = w[KEYED]
         closing = sum(word & STATE == CLOSING for _, _, word in invariants.slots(table))
         keys, entitled = self.world.keys(), self._entitled(table, plan)
         answer, word = moves.carry_out(table, plan)
@@ -228,6 +233,8 @@ class Explorer:
             return False, 0
         if plan.method in self.unsaid:
             w[VER] = ver
+        if plan.method in self.unkeyed:
+            w[KEYED] = keyed
         if w[RESERVE]:
             self._commit_with_reserve(table, plan)
         if w[MAX_PER_KEY] and plan.method != "set_limit":

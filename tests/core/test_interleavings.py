@@ -132,6 +132,21 @@ def test_without_the_version_rule_somebody_waits_in_vain(transition: str, case: 
         Explorer(workers, script, unsaid=frozenset([transition]), **more).explore()
 
 
+@pytest.mark.parametrize(
+    ("transitions", "workers", "wrong"),
+    [
+        (("hand", "enqueue_high"), [Worker(B, connects=False), Worker(C, connects=False), permit, urgent], "2 slots"),
+        (("enqueue",), [keeping, other, patient, third], "may have it"),
+    ],
+    ids=["two permits for one key", "a checkin past one who came"],
+)
+def test_without_the_version_of_keys_a_limit_per_key_does_not_hold(
+    transitions: tuple[str, ...], workers: list[Worker], wrong: str
+) -> None:
+    with pytest.raises(Violation, match=wrong):
+        Explorer(workers, unkeyed=frozenset(transitions), maximum=2, per_key=1).explore()
+
+
 def test_without_a_watcher_a_raised_limit_helps_nobody_who_waits_already() -> None:
     with pytest.raises(Violation, match="waits beside a free permit"):
         Explorer([keeping, patient], ("raise",)).explore()

@@ -38,6 +38,16 @@ SLOW: dict[str, Case] = {
         {**watched, "maximum": 2, "per_key": 1},
     ),
     "four, a limit per key": ([patient, patient, other, third], (), {**watched, "maximum": 2, "per_key": 1}),
+    "three, a limit per key, permits": (
+        [Worker(B, connects=False), permit, Worker(high=True, connects=False)],
+        (),
+        {**watched, "maximum": 2, "per_key": 1},
+    ),
+    "four, a limit per key, a checkin past one who came": (
+        [keeping, other, patient, third],
+        (),
+        {"maximum": 2, "per_key": 1},
+    ),
     "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
 }
 
