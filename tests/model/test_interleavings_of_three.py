@@ -43,11 +43,6 @@ SLOW: dict[str, Case] = {
         (),
         {**watched, "maximum": 2, "per_key": 1},
     ),
-    "four, a limit per key, a checkin past one who came": (
-        [keeping, other, patient, third],
-        (),
-        {"maximum": 2, "per_key": 1},
-    ),
     "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
 }
 
