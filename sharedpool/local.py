@@ -211,6 +211,8 @@ class LocalPool:
         self._seconds = {name: Durations() for name in ("wait_seconds", "connect_seconds", "lease_seconds")}
         self.hooks = Hooks(name)
         self.on_checkout = self.hooks.of("checkout")
+        self.noting = False
+        self.places: dict[int, Any] = {}
         self.welcome: Mapping[str, Any] = {}
 
     def own_counters(self) -> dict[str, int]:
