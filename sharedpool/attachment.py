@@ -802,6 +802,8 @@ class Attachment:
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
         if self.words[GATE] & PAUSED:
             text += "; the pool is paused"
+        if self.words[MAX_PER_KEY] and self._is_full(route):
+            text += f"; its address has all that it may (max_per_key={self.words[MAX_PER_KEY]})"
         leases = view.leases(self.words, self.segment.geometry)
         if leases:
             age = (monotonic_ns() - leases[0].since) / 1e9
@@ -873,7 +875,9 @@ class Attachment:
 
     def missing(self, route: Route, count: int | None) -> int:
         """How many connections of a key are missing: below 0, there are more."""
-        wanted = self.words[MIN_IDLE] if count is None else count
+        w = self.words
+        wanted = w[MIN_IDLE] if count is None else count
+        wanted = min(wanted, w[MAX_PER_KEY] or wanted)
         return wanted - view.count_existing(self.words, self.segment.geometry, route.key)
 
     def crowded(self) -> bool:

@@ -498,6 +498,8 @@ class LocalPool:
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
         if self.paused:
             text += "; the pool is paused"
+        if self._is_full(route):
+            text += f"; its address has all that it may (max_per_key={self.options.max_per_key})"
         leased = [slot for slot in self.slots if slot.state == LEASED]
         if leased:
             age = monotonic() - min(slot.since for slot in leased)

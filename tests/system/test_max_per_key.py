@@ -15,6 +15,7 @@ from tests.support.scope import Scope
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Pending, Worker
 from tests.system.lineup import line_up
+from tests.system.test_prewarm import prewarm
 from tests.system.test_succession import kill_arbiter
 
 
@@ -48,7 +49,8 @@ def test_an_address_has_no_more_than_max_per_key_and_others_are_not_held_up(
 ) -> None:
     solo.attach(max_connections=4, max_per_key=2)
     first, second = solo.checkout(backend.tcp), solo.checkout(backend.tcp)
-    solo.fails(PoolTimeout, commands.checkout, backend.tcp, checkout_timeout=0.05)
+    error = solo.fails(PoolTimeout, commands.checkout, backend.tcp, checkout_timeout=0.05)
+    assert "its address has all that it may (max_per_key=2)" in str(error)
     waiting = queue(solo, backend.tcp, 1)
     for _ in range(2):
         solo.checkin(solo.checkout(other.tcp))
@@ -173,6 +175,38 @@ def test_it_is_kept_under_load(three: list[Worker], backend: Backend, other: Bac
     assert other.peak <= 2
     stats = three[0].wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0)
     assert backend.open + other.open == stats.idle
+
+
+def test_it_changes_under_load_and_nobody_waits_for_ever(
+    three: list[Worker], backend: Backend, other: Backend, seeded: random.Random
+) -> None:
+    for worker in three:
+        worker.attach(max_connections=3)
+    begun = [
+        worker.begin(
+            commands.requests, [backend.tcp, other.tcp], 80, thread=f"load {number}", checkout_timeout=30,
+            priority=seeded.choice(["normal", "high"]),
+        )
+        for worker in three for number in range(2)
+    ]  # fmt: skip
+    while not all(pending.done for pending in begun):
+        change(three[0], max_per_key=seeded.choice([1, 2, None]), reserve=seeded.choice([0, 0, 1]))
+    assert sum((pending.result() for pending in begun), commands.Load()) == commands.Load(done=480)
+    change(three[0], max_per_key=1, reserve=0)
+    three[0].wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0, idle=2)
+    assert (backend.open, other.open) == (1, 1)
+
+
+@pytest.mark.parametrize("mode", ["shared", "local"])
+def test_prewarming_keeps_no_more_than_an_address_may_have(
+    harness: Harness, backend: Backend, tcp: Target, mode: str
+) -> None:
+    worker = harness.start(SHAREDPOOL_MODE=mode)
+    worker.attach(max_connections=5, max_per_key=2)
+    worker.call(prewarm, tcp, 4)
+    assert worker.wait_stats(idle=2, opening=0).prewarmed == 2
+    worker.checkin(worker.checkout(tcp))
+    assert backend.accepted == 2
 
 
 def test_it_survives_the_arbiter_and_its_holders(
