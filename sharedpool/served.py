@@ -373,8 +373,8 @@ class ServedPool:
         late = self.segment.layout < WITH_KEYS
         if late and wanted and w[NOTED_PER_KEY] != wanted:
             self._log.warning(
-                "pool %r: max_per_key=%d is noted, but not in force before the last process of an older version has gone"
-                " (%s)", self.name, wanted, ", ".join(str(row_pid(w, row)) for row in self.old_rows()),
+                "pool %r: max_per_key=%d is noted, but not in force before the last process of an older version"
+                " has ended (%s)", self.name, wanted, ", ".join(str(row_pid(w, row)) for row in self.old_rows()),
             )  # fmt: skip
         w[NOTED_PER_KEY] = wanted if late else 0
         return 0 if late else wanted
