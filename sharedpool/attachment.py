@@ -1026,7 +1026,8 @@ def _copy(number: Callable[[], int]) -> int:
 def _limit(patience: float | None) -> int:
     if patience is None:
         return _NEVER
-    return monotonic_ns() + int(patience * 1e9) if patience else _AT_ONCE
+    seconds: float = patience
+    return monotonic_ns() + int(seconds * 1e9) if seconds else _AT_ONCE
 
 
 def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:

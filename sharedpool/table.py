@@ -138,7 +138,8 @@ class Table:
     """
 
     __slots__ = (
-        "_marks", "_words", "cell_base", "find", "geometry", "marks", "mutex", "row", "row_at", "slot_base", "words",
+        "_marks", "_words", "cell_base", "find", "geometry", "kick_base", "marks", "mutex", "row", "row_at",
+        "slot_base", "words",
     )  # fmt: skip
 
     def __init__(
@@ -157,6 +158,7 @@ class Table:
         self.geometry = geometry
         self.slot_base = geometry.slot_base
         self.cell_base = geometry.cell_base
+        self.kick_base = geometry.slots
         self.row = row
         self.row_at = HEADER + ROW * row
 
@@ -680,7 +682,7 @@ class Table:
         mark = (at - self.slot_base) // SLOT
         idle = seen & STATE == IDLE and gate & RESERVING
         key = self._words[cell + CELL_KEY] if new & BARE else 0
-        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        kick = self.kick_base + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
         done = 0
@@ -759,7 +761,7 @@ class Table:
         index = (at - self.slot_base) // SLOT
         top = index + 1
         key = self._words[cell + CELL_KEY]
-        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        kick = self.kick_base + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
         done = 0
