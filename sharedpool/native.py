@@ -173,7 +173,7 @@ class Gate:
 def heed() -> None:
     """Nothing; but on entering a Python function CPython runs signal handlers and raises what other threads asked for.
 
-    Compiled loops that sleep call it after the sleep: they would never be interrupted otherwise.
+    Compiled loops call it between two sleeps: they would never be interrupted otherwise.
     """
 
 
