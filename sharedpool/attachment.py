@@ -27,6 +27,7 @@ from .channel import Channel
 from .counting import SUM, Durations, bucket_of
 from .drivers.sockets import end
 from .errors import (
+    NO_DESCRIPTOR,
     ArbiterLost,
     AttachRefused,
     ConnectFailed,
@@ -149,8 +150,21 @@ class Attachment:
         )
         self.opening: dict[int, tuple[int, socket.socket]] = {}
         self._beat = 0
-        self.welcome, descriptor = self.channel.attach(seconds)
-        self.segment = segment.attach(descriptor)
+        try:
+            self._dead, other = socket.socketpair()
+            other.close()
+        except OSError as error:
+            raise file_limit(error, f"attach to pool {name!r}") from error
+        try:
+            self.welcome, descriptor = self.channel.attach(seconds)
+            self.segment = segment.attach(descriptor)
+        except BaseException as error:
+            self._tell(Kind.DETACH)
+            self.channel.close()
+            self._dead.close()
+            if isinstance(error, OSError) and not isinstance(error, SharedPoolError):
+                raise file_limit(error, f"attach to pool {name!r}") from error
+            raise
         self.row: int = self.welcome["row"]
         self.table = self.segment.table(self.row)
         self.words = self._words = self.table.words
@@ -161,8 +175,6 @@ class Attachment:
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
         self.places: dict[int, events.Place | None] = {}
         self._tidying = threading.Lock()
-        self._dead, other = socket.socketpair()
-        other.close()
         self._counters = {counter: self.table.counter(index) for index, counter in enumerate(COUNTERS)}
         self._reuses = self._counters["reuses"]
         self._takeovers = self._counters["takeovers"]
@@ -991,7 +1003,9 @@ def _copy(number: Callable[[], int]) -> int:
         return -1
     try:
         copy = os.dup(real)
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:  # told as nothing, it would be taken for closed: again when there is room
+            raise file_limit(error, "tell a new arbiter what is held") from error
         return -1
     if number() != real:  # it is forgotten before it is closed
         os.close(copy)

@@ -7,6 +7,7 @@ wait for. Launchers take turns by a lock; who has to wait finds the arbiter that
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import os
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import fdpass, scope, wire
-from .errors import ArbiterLost, AttachRefused, RegistryTimeout, StartFailed
+from .errors import NO_DESCRIPTOR, ArbiterLost, AttachRefused, RegistryTimeout, StartFailed, file_limit
 from .wire import Kind, Message
 
 #: A new interpreter needs 0.1 s, beside many busy processes 0.5 s; a machine that needs longer than this is stuck.
@@ -105,6 +106,8 @@ def ask(
     try:
         fdpass.send(channel, wire.pack(message), descriptor, wait=True)
         data, received = fdpass.receive(channel, wire.LONGEST)
+    except fdpass.NoRoom as error:
+        raise file_limit(OSError(errno.EMFILE, str(error)), "take what the arbiter answers") from error
     except OSError as error:
         raise ArbiterLost(f"the arbiter did not answer a {message.kind.name}: {error}") from error
     if not data:
@@ -269,6 +272,8 @@ def _start(directory: str, limit: float) -> None:
             process.wait()
         said = _read_until_end(reading, limit)
     except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise file_limit(error, "start an arbiter") from error
         raise StartFailed(f"{interpreter()} cannot be run as the arbiter: {error}") from error
     finally:
         os.close(reading)

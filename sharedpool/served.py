@@ -439,6 +439,11 @@ class ServedPool:
         self.held[index] = Held(generation, sock, {row})
         self._watch(self, index, sock)
 
+    def unheld(self, index: int, generation: int) -> None:
+        """A connection whose descriptor could not be received here: it is lent once, as nobody could end it."""
+        if index < self.segment.geometry.slots:
+            self._doom(self.table.slot_at(index), generation)
+
     def holds(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
         """A worker holds this connection, as it tells an heir. Whose slot was given to another connection is ended."""
         held = self.held.get(index)
