@@ -636,6 +636,9 @@ class Arbiter:
         except ProcessLookupError:
             self._died(client)
             return
+        except OverflowError:  # a damaged row of an arbiter that was killed: no such process
+            self._died(client)
+            return
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOSYS):
                 raise file_limit(error, f"watch process {client.pid}", "the arbiter") from error

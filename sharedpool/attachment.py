@@ -33,6 +33,7 @@ from .errors import (
     ConnectFailed,
     FileLimit,
     LeaseError,
+    PoolBroken,
     PoolStopped,
     PoolTimeout,
     SharedPoolError,
@@ -317,6 +318,8 @@ class Attachment:
             except OutOfTime:
                 self.count("timeouts")
                 raise self._timeout(route) from None
+            except (IndexError, ValueError, OverflowError) as error:
+                raise self._damaged(error) from error
             word, at = lease.word, lease.place
             if word & STATE == OPENING:
                 return self._open(route, lease, limit, connect_timeout)
@@ -672,9 +675,20 @@ class Attachment:
                 return
             self._return(entry, word)
         except BaseException as error:
-            if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry, False))
+            self._not_ended(error, lease, word, entry)
             raise
+
+    def _not_ended(self, error: BaseException, lease: Lease[Any], word: int, entry: Entry | None) -> None:
+        """Something was raised while a lease was being ended: the event thread, or the next call, ends it."""
+        if not isinstance(error, LeaseError):
+            self.chores.append((lease.place, word, entry, False))
+        if isinstance(error, IndexError | ValueError | OverflowError):
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> PoolBroken:
+        """A word led out of the memory, or does not fit into one: whatever did that, everything is rebuilt."""
+        self.table.suspect()
+        return PoolBroken(f"pool {self.name!r}: its shared memory was damaged, and is being mended: {error}")
 
     def _long_lease(self, took: int) -> tuple[int, int]:
         """The place of a duration's bucket, and the duration; of another's lease it may be below 0."""
@@ -717,8 +731,7 @@ class Attachment:
             else:
                 self._close(entry, word, "discarded")
         except BaseException as error:
-            if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry, False))
+            self._not_ended(error, lease, word, entry)
             raise
 
     def _close(self, entry: Entry, word: int, reason: str) -> None:
@@ -801,6 +814,22 @@ class Attachment:
         return held
 
     # --- events -------------------------------------------------------------------------------------------------------
+
+    def attend(self, data: bytes | None) -> None:
+        """The event thread's work: what the arbiter sent (None: nothing for a while), and what was left over."""
+        try:
+            if data:
+                self.on_event(wire.unpack(data))
+            if self.chores:
+                self.tidy()
+            if data is None:
+                self.look_after_arbiter()
+        except SharedPoolError:
+            pass
+        except (IndexError, ValueError, OverflowError, TypeError) as error:  # nothing of the memory's ends this thread
+            self.hooks.log.error(
+                "pool %r: its shared memory, or what the arbiter says, is damaged: %r", self.name, error
+            )
 
     def on_event(self, message: Message) -> None:
         """What the arbiter sent unasked."""
@@ -1051,13 +1080,7 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
                 events.close()
                 events = found
             continue
-        with contextlib.suppress(SharedPoolError):
-            if data:
-                attachment.on_event(wire.unpack(data))
-            if attachment.chores:
-                attachment.tidy()
-            if data is None:
-                attachment.look_after_arbiter()
+        attachment.attend(data)
         del attachment
 
 

@@ -257,6 +257,14 @@ def check(option: str, value: Any, source: str = "the call") -> Any:
         raise _refusal(option, value, source, rule.allowed) from None
 
 
+def allows(option: str, value: Any) -> bool:
+    """Whether an option may have this value; NOT_GIVEN always."""
+    try:
+        return value is NOT_GIVEN or RULES[option].check(value) == value
+    except (ValueError, TypeError, OverflowError):
+        return False
+
+
 def _refusal(option: str, value: Any, source: str, allowed: str) -> OptionError:
     return OptionError(
         f"option {option!r} has the value {value!r} (from {source}); allowed is {allowed}",

@@ -112,7 +112,9 @@ class Segment:
 
     def table(self, row: int) -> Table:
         """The table, storing as `row`."""
-        return Table(self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address))
+        return Table(
+            self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address, self.geometry.slots)
+        )
 
     def kick_address(self, cell_at: int) -> int:
         """Where the sleeper of a cell sleeps."""

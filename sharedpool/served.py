@@ -100,6 +100,7 @@ from .layout import (
 )
 from .options import NOT_GIVEN, PoolOptions
 from .policies import Drain, Policies
+from .sanity import damage
 from .stats import ARBITER_COUNTERS, COUNTERS, REASONS
 from .table import DONE, STALE, NoLease
 from .view import row_pid, stats, steal_after
@@ -157,29 +158,45 @@ class Closing:
 
 
 def options_in(w: memoryview[int]) -> PoolOptions:
-    """The options that are in force in a table: what `apply` wrote down."""
+    """The options that are in force in a table: what `apply` wrote down; the default for what cannot be one."""
+    found = _options_in(w)
+    wrong = {name for name, value in found.items() if not rules.allows(name, value)}
+    sound = {name: value for name, value in found.items() if name not in wrong}
+    if "reserve" in sound:  # its arbiter may have been killed between the two
+        sound["reserve"] = min(sound["reserve"], int(sound.get("max_connections", PoolOptions().max_connections)) - 1)
+    return rules.make(sound)
+
+
+def _options_in(w: memoryview[int]) -> dict[str, Any]:
     flags = w[RULES]
 
     def seconds(at: int) -> float | None:
         return w[at] / 1e9 if w[at] else None
 
-    return PoolOptions(
-        max_connections=w[MAX],
-        max_waiting=None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
-        reserve=min(w[RESERVE], w[MAX] - 1),  # its arbiter may have been killed between the two
-        idle_timeout=seconds(IDLE_TIMEOUT),
-        close_timeout=seconds(CLOSE_TIMEOUT) or 1.0,
-        steal_after=NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
-        move=bool(flags & CAN_MOVE),
-        order="sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
-        max_idle=None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
-        max_lifetime=seconds(MAX_LIFETIME),
-        lease_timeout=seconds(LEASE_TIMEOUT),
-        reclaim=bool(flags & RECLAIM),
-        min_idle=w[MIN_IDLE],
-        check="none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
-        check_after=seconds(CHECK_AFTER) or 0.0,
-    )
+    return {
+        "max_connections": w[MAX],
+        "max_waiting": None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
+        "reserve": w[RESERVE],
+        "idle_timeout": seconds(IDLE_TIMEOUT),
+        "close_timeout": seconds(CLOSE_TIMEOUT) or 1.0,
+        "steal_after": NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
+        "move": bool(flags & CAN_MOVE),
+        "order": "sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
+        "max_idle": None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
+        "max_lifetime": seconds(MAX_LIFETIME),
+        "lease_timeout": seconds(LEASE_TIMEOUT),
+        "reclaim": bool(flags & RECLAIM),
+        "min_idle": w[MIN_IDLE],
+        "check": "none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
+        "check_after": seconds(CHECK_AFTER) or 0.0,
+    }
+
+
+#: The words of the options.
+_RULE_WORDS: Final = (
+    MAX, RESERVE, MAX_WAITING, IDLE_TIMEOUT, CLOSE_TIMEOUT, STEAL_AFTER, RULES, MAX_IDLE, MAX_LIFETIME, LEASE_TIMEOUT,
+    MIN_IDLE, CHECK_AFTER,
+)  # fmt: skip
 
 
 def nanoseconds(seconds: float | None) -> int:
@@ -256,6 +273,8 @@ class ServedPool:
         self._watching = False
         self._watch_at = 0
         self._cap_said = -_SAY_EVERY
+        self._damage = ""
+        self._rules = self._rule_words()
         self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
         self._log = logging.getLogger(f"sharedpool.pool.{name}")
@@ -347,6 +366,7 @@ class ServedPool:
         flags = w[GATE] & PAUSED
         self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve))
         self.options = options
+        self._rules = self._rule_words()
         self._expire_at = 0
         self.policies.changed()
         self._tell(self, None, Message(Kind.OPTIONS, body={"lease_timeout": options.lease_timeout}))
@@ -850,6 +870,10 @@ class ServedPool:
             return self._turn(now)
         except Later:
             return now + 1_000_000
+        except (IndexError, ValueError, OverflowError):
+            self._log.exception("pool %r: its shared memory was damaged, and is mended", self.name)
+            self.table.suspect()
+            return now + SWEEP_EVERY
 
     def _turn(self, now: int) -> int:
         w = self.words
@@ -901,9 +925,24 @@ class ServedPool:
         for index, _, word in self.slots():
             if word & STATE == CLOSING:
                 self.begin_closing(index, now)
+        self._look_for_damage()
         w = self.words
         if w[TICKET] >= MANY_TICKETS:
             self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & (PAUSED | STOPPED), w[RESERVE]))
+
+    def _look_for_damage(self) -> None:
+        """What cannot be, and still cannot at the next look a second later, is mended; so are the options."""
+        found = damage(self.words, self.table.marks, self.segment.geometry)
+        before, self._damage = self._damage, found
+        if found and found == before:
+            self._log.error("pool %r: its shared memory was damaged (%s), and is mended", self.name, found)
+            self.table.suspect()
+        if not self.stopped and self._rule_words() != self._rules:
+            self._log.error("pool %r: the options in its shared memory were damaged, and are set anew", self.name)
+            self.apply(self.options)
+
+    def _rule_words(self) -> list[int]:
+        return [self.words[at] for at in _RULE_WORDS]
 
     def _expire(self, now: int) -> int:
         """Close what has been idle too long; gives when the next one will be."""
