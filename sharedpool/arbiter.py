@@ -280,7 +280,7 @@ class Arbiter:
         self._accept_at = now + _ACCEPT_AGAIN
         if now >= self._accept_said + _SAY_EVERY:
             self._accept_said = now
-            log.error("no connection can be accepted: %s", error)
+            log.error("%s", file_limit(error, "accept a connection", "the arbiter"))
 
     def _accept_again(self, now: int) -> int:
         """Try again when it is time; gives when that is."""

@@ -50,11 +50,14 @@ from .layout import (
     CELL_SINCE,
     CHECK_AFTER,
     CLOSE_TIMEOUT,
+    CLOSING,
     CONNECT_TIME,
     DOOMED,
+    FREE,
     FREE_SLOT,
     GATE,
     GATE_FLAGS,
+    GRANTED,
     HEAD,
     HIGH,
     IDLE,
@@ -63,6 +66,7 @@ from .layout import (
     LEASED,
     MASK64,
     MAX,
+    MAX_FOREIGN,
     MIN_IDLE,
     OPENING,
     OVER,
@@ -115,6 +119,8 @@ _FETCH: Final = 100_000_000
 _REGISTER: Final = 100_000_000
 #: An arbiter beats once a second; this is long, ns.
 _HUNG: Final = 2_000_000_000
+#: What this process was not told of (its queue of events was full) it finds out by itself after so long, ns.
+_SWEEP: Final = 500_000_000
 #: Seconds between two attempts to find or start an arbiter.
 _AGAIN: Final = 0.2
 #: In GATE: somebody waits, or nothing new may begin.
@@ -151,6 +157,7 @@ class Attachment:
         )
         self.opening: dict[int, tuple[int, socket.socket]] = {}
         self._beat = 0
+        self._sweep_at = self._sweeps = 0
         try:
             self._dead, other = socket.socketpair()
             other.close()
@@ -333,6 +340,8 @@ class Attachment:
                 entry = self._fetch(route, lease, limit, refused)
                 if entry is None:
                     continue
+            elif len(self.entries) > self._words[MAX_FOREIGN] and self.entries.pop(at, None) is entry:
+                self.entries[at] = entry  # the most recently used is the last
             lease._entry = entry
             gate = entry.gate
             reason = "ended"
@@ -507,7 +516,46 @@ class Attachment:
         self.entries[at] = entry
         if old is not None:
             old.let_go()
+        if len(self.entries) > self.words[MAX_FOREIGN]:
+            self.look_after_entries()
         return entry
+
+    def look_after_entries(self) -> None:
+        """Let go of connections that have ended, of which this process was not told, and of too many foreign ones."""
+        w = self.words
+        foreign = []
+        for at, entry in list(self.entries.items()):
+            word = w[at]
+            if generation_of(word) != entry.generation or word & STATE == FREE:
+                self._let_go_of(entry)
+                self._was_closed(entry.route, view.reason(w, at))
+            elif not self._is_ours(word):
+                foreign.append(entry)
+        for entry in foreign[: max(0, len(foreign) - w[MAX_FOREIGN])]:
+            self._let_go_of(entry)
+
+    def _is_ours(self, word: int) -> bool:
+        """Whether a slot is this process's by its word; one that is being closed counts as its last holder's."""
+        return word & STATE == CLOSING or (word & STATE != GRANTED and holder_of(word) == self.row)
+
+    def _let_go_of(self, entry: Entry) -> None:
+        """Close this process's duplicate, unless a thread of it takes the connection just now.
+
+        First it is out of reach, then its slot is looked at: who takes the slot from then on finds no entry and asks
+        the arbiter; who had taken it before shows in the slot's word, and gets the entry back.
+        """
+        at = entry.at
+        found = self.entries.pop(at, None)
+        if found is not entry:
+            if found is not None:
+                self.entries.setdefault(at, found)
+            return
+        word = self.words[at]
+        if generation_of(word) == entry.generation and self._is_ours(word):
+            if self.entries.setdefault(at, entry) is entry:
+                return
+        entry.word = 0  # no word of a slot that was ever used: what is on a stack is not taken either
+        entry.let_go()
 
     def _open(
         self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float,
@@ -822,8 +870,13 @@ class Attachment:
                 self.on_event(wire.unpack(data))
             if self.chores:
                 self.tidy()
-            if data is None:
-                self.look_after_arbiter()
+            now = monotonic_ns()
+            if now >= self._sweep_at:
+                self._sweep_at = now + _SWEEP
+                self.look_after_entries()
+                self._sweeps += 1
+                if data is None and self._sweeps % 2 == 0:
+                    self.look_after_arbiter()
         except SharedPoolError:
             pass
         except (IndexError, ValueError, OverflowError, TypeError) as error:  # nothing of the memory's ends this thread
@@ -1058,7 +1111,7 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
     while True:
         data: bytes | None = None
         try:
-            events.settimeout(1.0)
+            events.settimeout(_SWEEP / 1e9)
             data, descriptor = fdpass.receive(events, wire.LONGEST)
             if descriptor is not None:
                 os.close(descriptor)

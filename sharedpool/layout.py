@@ -56,6 +56,7 @@ FOLD: Final = 30  # how many counters of ended rows were folded << 32 | the plac
 FOLD_TOTAL: Final = 31  # what its total becomes
 MIN_IDLE: Final = 32  # connections of a named key that are to exist
 CHECK_AFTER: Final = 33  # ns; idle longer than this, a driver's active check is asked
+MAX_FOREIGN: Final = 40  # connections of others that a process keeps at hand; ANY_NUMBER: no limit
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------

@@ -149,6 +149,7 @@ RULES: Final[Mapping[str, _Rule]] = {
     "min_idle": _Count(0, MOST_CONNECTIONS),
     "check": _Choice(("poll", "none", "active")),
     "check_after": _Seconds(zero=True),
+    "max_foreign": _Count(0, MOST_CONNECTIONS, none=True),
 }
 
 #: hackney's names.
@@ -195,6 +196,8 @@ class PoolOptions:
             asked; "none": nothing; "active": as "poll" and, where the transport's driver has a check of its own (tcp
             and unix have none), that one too, for connections that were idle for longer than check_after.
         check_after: Seconds.
+        max_foreign: A process keeps at hand so many connections that others use or have left idle, the most recently
+            used, and takes them over without asking the arbiter; each costs it two descriptors. None: no limit.
     """
 
     max_connections: int = 50
@@ -214,6 +217,7 @@ class PoolOptions:
     min_idle: int = 0
     check: str = "poll"
     check_after: float = 30.0
+    max_foreign: int | None = 64
 
     @property
     def patience(self) -> float | None:

@@ -58,6 +58,7 @@ from .layout import (
     MANY_TICKETS,
     MASK64,
     MAX,
+    MAX_FOREIGN,
     MAX_IDLE,
     MAX_LIFETIME,
     MAX_WAITING,
@@ -182,6 +183,7 @@ def _options_in(w: memoryview[int]) -> dict[str, Any]:
         "steal_after": NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
         "move": bool(flags & CAN_MOVE),
         "order": "sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
+        "max_foreign": None if w[MAX_FOREIGN] == ANY_NUMBER else w[MAX_FOREIGN],
         "max_idle": None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
         "max_lifetime": seconds(MAX_LIFETIME),
         "lease_timeout": seconds(LEASE_TIMEOUT),
@@ -195,7 +197,7 @@ def _options_in(w: memoryview[int]) -> dict[str, Any]:
 #: The words of the options.
 _RULE_WORDS: Final = (
     MAX, RESERVE, MAX_WAITING, IDLE_TIMEOUT, CLOSE_TIMEOUT, STEAL_AFTER, RULES, MAX_IDLE, MAX_LIFETIME, LEASE_TIMEOUT,
-    MIN_IDLE, CHECK_AFTER,
+    MIN_IDLE, CHECK_AFTER, MAX_FOREIGN,
 )  # fmt: skip
 
 
@@ -359,6 +361,7 @@ class ServedPool:
         )
         w[MIN_IDLE] = options.min_idle
         w[CHECK_AFTER] = nanoseconds(options.check_after)
+        w[MAX_FOREIGN] = ANY_NUMBER if options.max_foreign is None else options.max_foreign
         w[MAX_IDLE] = MASK64 if options.max_idle is None else options.max_idle
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
