@@ -1056,6 +1056,8 @@ class Attachment:
         self.inert = True
         self.channel.close()
         self.segment.let_go()
+        for _, sock in self.opening.values():
+            sock.close()  # which ends a connection for the process only that opened it
         for entry in self.entries.values():
             if entry.real >= 0:
                 with contextlib.suppress(OSError):
