@@ -30,6 +30,7 @@ from .layout import (
     HIGH,
     HOLDER_SHIFT,
     IDLE,
+    KEYED,
     NEXT,
     NEXT_FREE,
     ROW,
@@ -55,7 +56,7 @@ _MOST: Final = 1 << 62
 
 def mend(w: memoryview[int], geometry: Geometry) -> None:
     """Make every committed word one that can be. Under the mutex, before what is derived is rebuilt."""
-    for at in (VER, GATE, TICKET):
+    for at in (VER, GATE, TICKET, KEYED):
         if w[at] >= _MOST:
             w[at] = w[at] & STATE  # GATE keeps its flags; a repair gives new tickets
     if w[FOLD] & 0xFFFF_FFFF >= geometry.slot_base:
@@ -108,7 +109,7 @@ def damage(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> st
     Read without the mutex: what is found in a table that changes meanwhile may be none. Damage stays: look twice.
     """
     high, cell_high = w[HIGH], w[CELL_HIGH]
-    if high > geometry.slots or cell_high > geometry.cells or max(w[VER], w[GATE], w[TICKET]) >= _MOST:
+    if high > geometry.slots or cell_high > geometry.cells or max(w[VER], w[GATE], w[TICKET], w[KEYED]) >= _MOST:
         return f"HIGH {high}, CELL_HIGH {cell_high}, VER {w[VER]}, GATE {w[GATE]}, TICKET {w[TICKET]}"
     return _damage_in_slots(w, marks, geometry) or _damage_in_cells(w, geometry)
 
