@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharedpool import fdpass, segment, wire
+from sharedpool.layout import LAYOUT
 from sharedpool.testing import SteppedArbiter
 from sharedpool.wire import Kind, Message
 
@@ -96,7 +97,7 @@ class Peer:
 
 
 def hello(pool: str, **more: Any) -> Message:
-    body = {"pool": pool, "pid": os.getpid(), "options": {"max_connections": 4}, "declares": True}
+    body = {"pool": pool, "pid": os.getpid(), "options": {"max_connections": 4}, "declares": True, "layout": LAYOUT}
     return Message(Kind.HELLO, 7, body={**body, "identity": dict(segment.identity()), **more})
 
 
