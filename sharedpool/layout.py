@@ -65,6 +65,7 @@ MAX_PER_KEY: Final = 34  # slots that one key may have; 0: no limit
 KEYED: Final = 35  # bumped under such a limit when a slot gets a key, and when somebody joins the queue or is served
 KEYS_OVER: Final = 40  # 1: keys may have more slots than MAX_PER_KEY since it was lowered; the arbiter's
 NOTED_PER_KEY: Final = 41  # a limit per key that comes into force once the table has the layout for it; 0: none
+MAX_FOREIGN: Final = 42  # 1 + connections of others that a process keeps at hand; ANY_NUMBER: no limit; 0: not said
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
