@@ -23,10 +23,13 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 LATE = b"!late"
+#: Of what came over a connection, and of what happened, so much is kept: a long run must not fill the memory.
+KEPT = 1 << 16
 
 
 class Listener:
@@ -96,7 +99,7 @@ class Server:
         self.accepted: dict[str, int] = {}
         self.peak = 0
         self.closed: dict[str, int] = {}
-        self.events: list[list[object]] = []
+        self.events: deque[list[object]] = deque(maxlen=KEPT)
         self.held: set[str] = set()
         self.pending = b""
         self.running = True
@@ -146,7 +149,7 @@ class Server:
         if not data:
             self._end_of_stream(connection)
             return
-        connection.received += data
+        connection.received = (connection.received + data)[-KEPT:]
         connection.buffer += data
         while b"\n" in connection.buffer and connection.number in self.connections:
             line, connection.buffer = connection.buffer.split(b"\n", 1)
@@ -277,7 +280,7 @@ class Server:
         self.peak = len(self.connections)
 
     def do_log(self) -> list[list[object]]:
-        return self.events
+        return list(self.events)
 
     def do_send(self, data: str, ids: list[int] | None = None) -> int:
         """Send bytes that nobody asked for."""
@@ -302,7 +305,8 @@ class Server:
         """Say that nothing more will be sent, and go on reading."""
         chosen = self._chosen(ids, None)
         for connection in chosen:
-            connection.sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # it has just gone
+                connection.sock.shutdown(socket.SHUT_WR)
         return len(chosen)
 
     def do_hold_closes(self, listener: str = "*") -> None:
