@@ -25,7 +25,7 @@ from typing import Any, Final
 from . import drivers, events, fdpass, launch, segment, view, wire
 from .channel import Channel
 from .counting import SUM, Durations, bucket_of
-from .drivers.sockets import end
+from .drivers.sockets import end, shut
 from .errors import (
     ArbiterLost,
     AttachRefused,
@@ -896,11 +896,17 @@ class Attachment:
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
-        if self.words[GATE] & STOPPED or launch.exiting():  # no successor is needed
+        if launch.exiting():
             self.lost = True
             return None
+        if self.words[GATE] & STOPPED:  # no successor is needed; one that is there has to know what is held here
+            self.lost = True
+            if not self.channel.somebody_answers():
+                return events
         try:
-            return self.channel.come_back(events)
+            found = self.channel.come_back(events)
+            self.lost = False
+            return found
         except AttachRefused:
             self.cut_off()
             return None
@@ -946,16 +952,23 @@ class Attachment:
         self.segment.let_go()
 
     def _let_go(self) -> None:
-        """Close what this process holds. What is leased stays its user's object; the arbiter ends its connection."""
+        """Close what this process holds. What is leased stays its user's object, but its connection ends."""
         for entry in self.entries.values():
             if self.words[entry.at] == entry.word:
                 entry.let_go()
             elif entry.real >= 0:
                 real, entry.real = entry.real, -1
                 with contextlib.suppress(OSError):
+                    if self._leases(entry):  # there may be no arbiter that could end it
+                        shut(real)
                     os.close(real)
         self.entries.clear()
         self._dead.close()
+
+    def _leases(self, entry: Entry) -> bool:
+        """Whether a connection is leased by this process; others may have been given what it only has a copy of."""
+        word = self.words[entry.at]
+        return (word & STATE, holder_of(word), generation_of(word)) == (LEASED, self.row, entry.generation)
 
     def forked(self) -> None:
         """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""

@@ -56,6 +56,8 @@ FOLD: Final = 30  # how many counters of ended rows were folded << 32 | the plac
 FOLD_TOTAL: Final = 31  # what its total becomes
 MIN_IDLE: Final = 32  # connections of a named key that are to exist
 CHECK_AFTER: Final = 33  # ns; idle longer than this, a driver's active check is asked
+DECLARED_MAX: Final = 34  # the cap as it was declared last; an operator may have set another since
+DECLARED_IDLE: Final = 35  # the same of idle_timeout, ns; 0: none
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------

@@ -36,6 +36,8 @@ from .layout import (
     CHECK_AFTER,
     CLOSE_TIMEOUT,
     CLOSING,
+    DECLARED_IDLE,
+    DECLARED_MAX,
     DOOMED,
     FIRST_ROW,
     FREE,
@@ -182,6 +184,13 @@ def options_in(w: memoryview[int]) -> PoolOptions:
     )
 
 
+def declared_in(w: memoryview[int]) -> dict[str, Any]:
+    """Those options of a table that an operator may have changed, as they were declared."""
+    if not w[DECLARED_MAX]:  # its arbiter was killed before it came so far
+        return {}
+    return {"max_connections": w[DECLARED_MAX], "idle_timeout": w[DECLARED_IDLE] / 1e9 if w[DECLARED_IDLE] else None}
+
+
 def nanoseconds(seconds: float | None) -> int:
     """Seconds as the table keeps them; None, no limit, is 0."""
     return 0 if seconds is None else max(1, int(seconds * 1e9))
@@ -238,7 +247,7 @@ class ServedPool:
         self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
         self.expected: set[int] = set()
         self._unbacked = False
-        self._inherited_at = 0 if inherited is None else clock()
+        self._inherited: dict[int, int] | None = None  # generations: connections of which there may be no descriptor
         self.table = self.segment.table(ARBITER_ROW)
         self.words = self.table.words
         self.held: dict[int, Held] = {}
@@ -450,7 +459,7 @@ class ServedPool:
 
     def registered(self, row: int, now: int) -> None:
         """A row (0: none) has told all that it holds, or has gone. After the last one, what nobody holds goes."""
-        if not self._inherited_at or (row and row not in self.expected):
+        if self._inherited is None or (row and row not in self.expected):
             return
         self.expected.discard(row)
         if self.expected:
@@ -470,6 +479,7 @@ class ServedPool:
     def _take_over(self) -> None:
         """Begin where a killed arbiter was: rows that it was reaping, and a section that it may have left half done."""
         self.table.repair()
+        self._inherited = {index: generation_of(word) for index, _, word in self.slots()}
         for row in range(FIRST_ROW, self.segment.geometry.rows):
             if self.words[HEADER + ROW * row] & STATE == ROW_DEAD:
                 self.reaping.add(row)
@@ -603,7 +613,8 @@ class ServedPool:
         opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, at)
         began = self.words[at + SINCE]
         give_up = began + self.words[CLOSE_TIMEOUT]
-        if ending is None and began <= self._inherited_at and now < give_up:  # its end cannot be seen any more
+        unseen = ending is None and self._inherited is not None and self._inherited.get(index) == generation
+        if unseen and now < give_up:
             self.closings[index] = Closing(None, generation, give_up, give_up, opened, reason)
             return
         self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now, opened, reason)

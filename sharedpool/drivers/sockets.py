@@ -131,6 +131,15 @@ def goodbye(sock: socket.socket) -> int:
     return socket.SHUT_WR if sock.family == getattr(socket, "AF_UNIX", None) else socket.SHUT_RDWR
 
 
+def shut(descriptor: int) -> None:
+    """End a connection, whoever else has a descriptor of it."""
+    sock = socket.socket(fileno=os.dup(descriptor))
+    try:
+        sock.shutdown(goodbye(sock))
+    finally:
+        sock.close()
+
+
 class Ending:
     """Closes one connection to the end: until the other side has closed, too.
 

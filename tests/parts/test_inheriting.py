@@ -25,3 +25,17 @@ def test_nothing_becomes_free_before_every_live_row_has_told_what_it_holds() -> 
         pool.registered(table.row, heir.clock())
         heir.pass_time(2)
         assert w[at] & STATE == FREE
+
+
+def test_what_a_worker_had_that_died_before_it_told_may_still_be_open_at_the_remote_for_close_timeout() -> None:
+    with closing(SteppedArbiter()) as dead, closing(SteppedArbiter()) as heir:
+        old = dead.pool(max_connections=2, close_timeout=3)
+        worker = dead.worker(old, os.getpid())
+        at = worker.open()
+        heir.inherit("default", old.segment)
+        heir.pass_time(0.1)
+        heir.pools["default"].handle_info(("DOWN", worker.table.row))
+        heir.pass_time(2.5)
+        assert old.words[at] & STATE == CLOSING, "the kernel has said goodbye for it, but nobody sees the answer"
+        heir.pass_time(1)
+        assert old.words[at] & STATE == FREE
