@@ -17,7 +17,7 @@ from typing import Any, Final
 from . import counting, view
 from . import options as rules
 from . import segment as segments
-from .drivers.sockets import Ending, goodbye
+from .drivers.sockets import Ending, break_off
 from .errors import OptionError
 from .layout import (
     ACTIVE,
@@ -534,11 +534,11 @@ class ServedPool:
         return held is not None and held.generation == generation
 
     def _shut(self, index: int) -> None:
-        """End a leased connection under its user's hands, in the way in which the remote's end can still be seen."""
+        """End a leased connection under its user's hands."""
         held = self.held.get(index)
         if held is not None:
             with contextlib.suppress(OSError):
-                held.sock.shutdown(goodbye(held.sock))
+                break_off(held.sock)
 
     def _abandoned(self, index: int, word: int, age: int) -> None:
         """A lease has lasted longer than lease_timeout: its process is told, and everybody by the log."""

@@ -22,6 +22,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Pending, Worker
 
 CAP = 5
+#: What an operator sets it to meanwhile.
+CAPS = (3, 4, 5, 5, 7)
 WORKERS = 16
 THREADS = 4
 #: Between two faults, seconds, at most.
@@ -106,7 +108,7 @@ class Chaos:
         self.later: list[tuple[float, Callable[[], None]]] = []
         self.stopped: dict[int, float] = {}
         self.leaving: list[tuple[Worker, float]] = []
-        self.operation: tuple[Pending, float, str, Callable[[], None]] | None = None
+        self.operation: tuple[Pending, float, str] | None = None
         self.ceiling = CAP
         self.troubled: set[str] = set()
         for index in range(WORKERS):
@@ -299,71 +301,69 @@ class Chaos:
 
     # --- operators ----------------------------------------------------------------------------------------------------
 
-    def _operate(self, what: str, *arguments: Any, then: Callable[[], None] = lambda: None, **options: Any) -> bool:
+    def _operate(self, what: str, function: Callable[..., Any], *arguments: Any) -> bool:
         """One operation at a time, by a process of its own, while everything goes on."""
         if self.operation is not None:
             return False
-        pending = self.operator.begin(commands.library, what, *arguments, thread="operator", **options)
-        self.operation = pending, time.monotonic() + OPERATION, what, then
+        pending = self.operator.begin(function, *arguments, thread="operator")
+        self.operation = pending, time.monotonic() + OPERATION, what
         return True
 
     def _look_after_operation(self) -> None:
         if self.operation is None:
             return
-        pending, limit, what, then = self.operation
+        pending, limit, what = self.operation
         if pending.done:
             self.operation = None
             try:
                 pending.result()
             except Exception as error:  # noqa: BLE001 - time-outs while arbiters die; what it was to change is unknown
                 self.report.faults[f"{what} failed: {type(error).__name__}"] += 1
-            then()
         elif time.monotonic() > limit:
             self.report.stuck.append(f"{what} does not return:\n{self.operator.stacks()}")
             self.operation = None
 
     def _limit_changed(self) -> bool:
-        value = self.chance.choice((3, 4, 5, 7))
+        value = self.chance.choice(CAPS)
         if self.operation is not None:
             return False
-        self._raise_ceiling(value)
-        return self._operate("set_max_connections", POOL, value)
+        self._cap_may_be(value)
+        return self._operate("limit change", commands.library, "set_max_connections", POOL, value)
 
     def _pool_paused(self) -> bool:
-        def resume() -> None:
-            if not self._operate("resume", POOL):
-                self._in(0.05, 0.1, resume)
-
-        return self._operate("pause", POOL, then=lambda: self._in(0.01, 0.3, resume))
+        return self._operate("pause", users.pause_and_resume, self.chance.uniform(0.01, 0.3))
 
     def _pool_stopped(self) -> bool:
         if self.operation is not None:
             return False
-        self._raise_ceiling(CAP)  # it comes back as it was declared
-
-        def start() -> None:
-            if not self._operate("start_pool", POOL, **self.given):
-                self._in(0.05, 0.1, start)
-
-        return self._operate("stop_pool", POOL, then=lambda: self._in(0.0, 0.2, start))
+        self._cap_may_be(CAP)  # it comes back as it was declared
+        return self._operate("stop", users.stop_and_start, self.chance.uniform(0.0, 0.2), self.given)
 
     def _pool_drained(self) -> bool:
-        return self._operate(self.chance.choice(("drain", "kill")), POOL)
+        return self._operate("drain", commands.library, self.chance.choice(("drain", "kill")), POOL)
 
     # --- what must never be -------------------------------------------------------------------------------------------
 
-    def _raise_ceiling(self, value: int) -> None:
-        """From now on there may be so many; what was before is looked at first."""
-        self._look_at_peak()
+    def _cap_may_be(self, value: int) -> None:
+        """An operation may make so many the cap: from now on there may be as many, or as many as before."""
         self.ceiling = max(self.ceiling, value)
 
     def _look_at_peak(self) -> None:
+        """Never more than the highest cap that may be in force; it is less again once nothing is above it."""
+        in_force = None
+        if self.operation is None and self.ceiling > min(CAPS):
+            stats = self.operator.stats(POOL)
+            if stats.connections <= stats.max_connections:  # from here on there are never more: nobody raises it
+                in_force = stats.max_connections
         counts = self.backend.counts()
         self.report.accepted = counts["accepted"]
         self.report.peak = max(self.report.peak, counts["peak"])
         if counts["peak"] > self.ceiling:
             self.report.over.append(f"{counts['peak']} connections, cap {self.ceiling}:\n{self.backend.story()}")
             self.backend.do("reset_peak")
+        if in_force is not None and in_force < self.ceiling:
+            self.backend.do("reset_peak")
+            self.ceiling = in_force
 
     def _look_for_stuck(self) -> None:
         now = time.monotonic_ns()
@@ -386,6 +386,7 @@ class Chaos:
         self.operator.call(commands.library, "start_pool", POOL, thread="operator", **self.given)
         self.operator.call(commands.library, "set_max_connections", POOL, CAP, thread="operator")
         self.operator.call(commands.library, "resume", POOL, thread="operator")
+        time.sleep(CLOSE_TIMEOUT + 0.5)  # what had been open under a killed arbiter counts so long
 
     def _look_at_what_is_left(self) -> None:
         report = self.report
@@ -419,7 +420,10 @@ class Chaos:
             )
             wait_until(lambda: self.backend.open == operator.stats(POOL).idle, deadline=5)
             operator.call(users.check)
-            labels = [operator.checkout(self.targets[i % 3], pool=POOL, checkout_timeout=10) for i in range(CAP)]
+            labels = [
+                operator.checkout(self.targets[i % 3], pool=POOL, checkout_timeout=10, priority="high")
+                for i in range(CAP)
+            ]
             if len({operator.exchange(label) for label in labels}) != CAP:
                 report.lost.append(f"not {CAP} connections: {stats}")
             for label in labels:

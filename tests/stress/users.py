@@ -57,6 +57,20 @@ def begin(
         thread.start()
 
 
+def stop_and_start(state: State, seconds: float, given: dict[str, Any]) -> None:
+    """The pool is stopped for a while."""
+    sharedpool.stop_pool(POOL)
+    time.sleep(seconds)
+    sharedpool.start_pool(POOL, **given)
+
+
+def pause_and_resume(state: State, seconds: float) -> None:
+    """The pool is paused for a while."""
+    sharedpool.pause(POOL)
+    time.sleep(seconds)
+    sharedpool.resume(POOL)
+
+
 def join(state: State, seconds: float) -> list[str]:
     """Wait for the end of all users, let go of what they kept; gives the names of those that do not end."""
     limit = time.monotonic() + seconds
@@ -131,7 +145,7 @@ class User:
             outcome = self.use(lease, self.chance.random())
         except Spoiled:
             outcome = "spoiled"
-        except (ConnectionError, TimeoutError):
+        except OSError:
             outcome = "ended by the remote"
         except BaseException:
             lease.discard()
