@@ -38,6 +38,7 @@ from .layout import (
     CLOSING,
     DECLARED_IDLE,
     DECLARED_MAX,
+    DIRTY,
     DOOMED,
     FIRST_ROW,
     FREE,
@@ -478,11 +479,17 @@ class ServedPool:
 
     def _take_over(self) -> None:
         """Begin where a killed arbiter was: rows that it was reaping, and a section that it may have left half done."""
-        self.table.repair()
+        self._mend()
         self._inherited = {index: generation_of(word) for index, _, word in self.slots()}
         for row in range(FIRST_ROW, self.segment.geometry.rows):
             if self.words[HEADER + ROW * row] & STATE == ROW_DEAD:
                 self.reaping.add(row)
+
+    def _mend(self) -> None:
+        """A section was left half done, and perhaps nobody else enters one: who was granted something does not know."""
+        self._watching = True
+        with contextlib.suppress(Later):  # the next turn, then
+            self._settle(self.table.repair)
 
     def forget(self, index: int, generation: int | None = None) -> None:
         """Let go of a descriptor."""
@@ -860,6 +867,8 @@ class ServedPool:
     def _turn(self, now: int) -> int:
         w = self.words
         due = now + SWEEP_EVERY
+        if w[DIRTY]:
+            self._mend()
         for row in list(self.reaping):
             self.reap(row, now)
             due = min(due, now + 1_000_000 if row in self.reaping else due)

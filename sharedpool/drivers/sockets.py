@@ -134,7 +134,7 @@ def is_unix(sock: socket.socket) -> bool:
 
 
 def break_off(sock: socket.socket) -> None:
-    """End a connection under its user's hands, in a way in which the peer's end can still be seen."""
+    """End a connection under its user's hands; a peer in the midst of an answer is reset."""
     sock.shutdown(socket.SHUT_WR if is_unix(sock) else socket.SHUT_RDWR)
 
 

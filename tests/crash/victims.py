@@ -30,11 +30,14 @@ class Outcome:
     way: str
     k: int
     ended: bool  # the script came to its end before its k-th boundary call
+    count: int = 0  # how many boundary calls it had, if it came to its end
     seconds: float = 0.0
     lost: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.script}, k = {self.k}, {self.way}: {self.seconds:.3f} s, lost: {'; '.join(self.lost) or 'nothing'}"
+        return (
+            f"{self.script}, k = {self.k}, {self.way}: {self.seconds:.3f} s, lost: {'; '.join(self.lost) or 'nothing'}"
+        )
 
 
 class Scene:
@@ -70,9 +73,9 @@ class Scene:
         if held is not None:
             wait_until(lambda: victim.dead or _done(running) or self.two.stats().waiting)
             self.one.checkin(held)
-        ended = self._end(victim, running)
+        outcome = Outcome(script, way, k, ended=False)
+        self._end(outcome, victim, running)
         began = time.monotonic()
-        outcome = Outcome(script, way, k, ended)
         try:
             label = (waiting or self._wait()).result()
             outcome.seconds = time.monotonic() - began
@@ -94,13 +97,13 @@ class Scene:
         self.one.wait_stats(connections=0)
         self.backend.do("reset_peak")
 
-    def _end(self, victim: Worker, running: Pending) -> bool:
-        """Wait for the victim's end, or its script's; whether it was the script's."""
-        wait_until(lambda: victim.dead or _done(running) or _is_another_program(victim.pid), what="the victim ends")
-        if victim.dead or _is_another_program(victim.pid):
-            return False
-        ended, _, _ = running.result()
-        return bool(ended)
+    def _end(self, outcome: Outcome, victim: Worker, running: Pending) -> None:
+        """Wait for the victim's end, or its script's."""
+        wait_until(lambda: _done(running) or _is_another_program(victim.pid), what="the victim ends")
+        try:
+            outcome.ended, outcome.count, _ = running.result()
+        except AssertionError:  # it ended without an answer
+            wait_until(lambda: victim.dead or _is_another_program(victim.pid))
 
     def _look(self, outcome: Outcome, victim: Worker) -> None:
         """Everything at rest, sound, and no more at the back end than there may be."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import closing
 
-from sharedpool.layout import CLOSING, FREE, SINCE, STATE
+from sharedpool.layout import BARE, CELL_HIGH, CLOSING, DIRTY, FREE, GATE, GRANT, SINCE, STATE, VER
+from sharedpool.served import _granted
 from sharedpool.table import DONE
 from sharedpool.testing import SteppedArbiter
 
@@ -39,3 +40,26 @@ def test_what_a_worker_had_that_died_before_it_told_may_still_be_open_at_the_rem
         assert old.words[at] & STATE == CLOSING, "the kernel has said goodbye for it, but nobody sees the answer"
         heir.pass_time(1)
         assert old.words[at] & STATE == FREE
+
+
+def test_a_grant_that_a_killed_arbiter_had_only_begun_to_give_is_known_to_its_waiter() -> None:
+    """Nobody else enters a section: the waiter sleeps, and all there is has been given."""
+    with closing(SteppedArbiter()) as dead, closing(SteppedArbiter()) as heir:
+        old = dead.pool(max_connections=1)
+        worker = dead.worker(old, os.getpid())
+        w, table, at = old.words, worker.table, worker.open()
+        cell = table.cell_at(w[CELL_HIGH])
+        assert table.claim_cell(cell) == DONE
+        assert table.enqueue(cell, 1, w[GATE], w[VER], 0, 0, 0, table.counter(5), dead.clock()) == DONE
+        assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), dead.clock()) == DONE
+        granted = _granted(w[at], table.cell_index(cell)) | BARE
+        killed = os.fork()
+        if killed == 0:  # in the midst of `hand`: the grant is committed, and what is derived not yet
+            -old.table.mutex
+            w[DIRTY] = old.table.row
+            w[at] = granted
+            os._exit(0)
+        os.waitpid(killed, 0)
+        heir.inherit("default", old.segment)
+        heir.pass_time(0.1)
+        assert (w[DIRTY], w[cell + GRANT]) == (0, at)

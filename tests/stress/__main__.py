@@ -1,43 +1,28 @@
-"""`python -m tests.stress --seed S --seconds N`: chaos for so long, and what was lost (nothing)."""
+"""`scripts/stress --seed S --seconds N`: chaos for so long, and what was lost (nothing)."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import random
-import shutil
-import tempfile
-from pathlib import Path
 
 os.environ.setdefault("SHAREDPOOL_SPEED", "auto")
 
 from tests.stress.chaos import Chaos, Report
-from tests.support.backend import Backend
-from tests.support.leaks import check_nothing_left, take_census
-from tests.support.processes import adopt_orphans
-from tests.support.scope import Scope
-from tests.support.workers import ForkServer, Harness
+from tests.support.stage import stage
 
 
-def once(seed: int, seconds: float) -> Report:
-    """One run with processes and a scope of its own, which leaves nothing behind."""
-    directory = Path(tempfile.mkdtemp(prefix="sp-", dir="/tmp"))
-    before = take_census(directory / "s")
-    server = ForkServer()
-    scope = Scope(directory / "s")
-    harness = Harness(directory, scope.env, server)
+def once(seed: int, seconds: float) -> Report | None:
+    """One run with processes and a scope of its own; None if it could not be brought to its end."""
+    report = None
     try:
-        with Backend(directory) as backend:
-            report = Chaos(harness, backend, scope, seed).run(seconds)
-    finally:
-        harness.close()
-        scope.stop()
-        server.stop()
-    try:
-        check_nothing_left(before, directory / "s")
+        with stage() as made:
+            report = Chaos(made.harness, made.backend, made.scope, seed).run(seconds)
     except AssertionError as error:
-        report.lost.append(str(error))
-    shutil.rmtree(directory)
+        if report is None:
+            print(error)
+        else:
+            report.lost.append(str(error))
     return report
 
 
@@ -48,13 +33,12 @@ def main() -> int:
     parser.add_argument("--each", type=float, default=60.0, help="seconds per run; a longer time is several runs")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
-    adopt_orphans()
     left, good = options.seconds, True
     while left > 0:
         print(f"seed {seed} ...", flush=True)
         report = once(seed, min(left, options.each))
         print(report, flush=True)
-        good &= report.good
+        good &= report is not None and report.good
         left -= options.each
         seed += 1
     print("nothing was lost" if good else "FAILED")

@@ -58,10 +58,19 @@ def begin(
 
 
 def stop_and_start(state: State, seconds: float, given: dict[str, Any]) -> None:
-    """The pool is stopped for a while."""
-    sharedpool.stop_pool(POOL)
-    time.sleep(seconds)
-    sharedpool.start_pool(POOL, **given)
+    """The pool is stopped for a while, and then started for certain, whatever happens to arbiters meanwhile."""
+    try:
+        sharedpool.stop_pool(POOL)
+        time.sleep(seconds)
+    finally:
+        limit = time.monotonic() + 30
+        while True:
+            try:
+                sharedpool.start_pool(POOL, **given)
+                break
+            except errors.SharedPoolError:
+                if time.monotonic() > limit:
+                    raise
 
 
 def pause_and_resume(state: State, seconds: float) -> None:
