@@ -36,7 +36,7 @@ def main() -> None:
 
     Arbiter.run = run  # type: ignore[method-assign]
     sys.argv = ["-c", *arguments]
-    exec(compile(code, "<arbiter>", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "<arbiter>", "exec"), {"__name__": "__main__"})  # noqa: S102 - as `python -c` does
 
 
 if __name__ == "__main__":

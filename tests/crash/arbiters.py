@@ -75,7 +75,7 @@ class ArbiterScene:
         orders.unlink(missing_ok=True)
 
     def _look(self, outcome: Outcome) -> None:
-        wait_until(lambda: self._answers(), what="there is an arbiter")
+        wait_until(self._answers, what="there is an arbiter")
         stats = self.two.wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0, processes=2)
         self.two.call(check)
         counts = self.backend.counts()

@@ -1,4 +1,4 @@
-"""The test's side: sets the scene of a script, lets the victim end at its k-th boundary call, and looks what is lost."""
+"""The test's side: sets the scene of a script, lets the victim end at its k-th boundary call, looks what is lost."""
 
 from __future__ import annotations
 
@@ -88,8 +88,7 @@ class Scene:
         return outcome
 
     def _wait(self) -> Pending:
-        waiting = self.two.begin_checkout(self.target, thread="waiter", checkout_timeout=20.0)
-        return waiting
+        return self.two.begin_checkout(self.target, thread="waiter", checkout_timeout=20.0)
 
     def _clear(self) -> None:
         """No connections, so that every script begins alike."""

@@ -71,14 +71,14 @@ class Report:
         def counts(of: Counter[str]) -> str:
             return ", ".join(f"{name} {count}" for name, count in sorted(of.items()))
 
+        ended = f"back end: {self.accepted} connections accepted, peak {self.peak}"
+        lost = f"crossed answers {self.crossed}, unexpected errors {self.unexpected}, stuck {len(self.stuck)}"
         lines = [
             f"seed {self.seed}, options {self.kind or 'default'}",
             f"faults: {counts(self.faults)}",
             f"users: {counts(self.outcomes)}",
-            f"back end: {self.accepted} connections accepted, peak {self.peak},"
-            f" above the cap in force {len(self.over)} times",
-            f"crossed answers {self.crossed}, unexpected errors {self.unexpected}, stuck {len(self.stuck)},"
-            f" lost {len(self.lost)}; at the end {self.rate:.0f} requests/s",
+            f"{ended}, above the cap in force {len(self.over)} times",
+            f"{lost}, lost {len(self.lost)}; at the end {self.rate:.0f} requests/s",
         ]
         return "\n".join([*lines, *self.over, *self.stuck, *self.lost])
 

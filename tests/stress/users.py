@@ -1,4 +1,4 @@
-"""The users of a chaos run: threads of the workers that lease, use, misuse and give back until they are told to stop."""
+"""The users of a chaos run: threads of the workers that lease, use, misuse and give back until they are told."""
 
 from __future__ import annotations
 
