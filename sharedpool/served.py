@@ -800,6 +800,7 @@ class ServedPool:
     def reap(self, row: int, now: int) -> None:
         """A process has gone: its cells, then its slots, then its row. Idle connections that can move are kept."""
         self.reaping.add(row)
+        self._sweep_at = 0  # it may have begun to close something, and died before it said so
         with contextlib.suppress(Later):
             self._reap(row, now)
             self.reaping.discard(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import sharedpool
 from tests.crash.victims import CAP, Outcome, check
 from tests.support import commands, processes
 from tests.support.backend import Backend
@@ -45,7 +47,7 @@ class ArbiterScene:
     def die(self, script: str, k: int) -> Outcome:
         """Let the arbiter end at its k-th boundary call while it does what the script asks of it."""
         self.one.wait_stats(in_use=0, opening=0, closing=0)
-        self.one.call(commands.library, "drain", "default", wait=5.0)
+        self.insist("drain", "default")
         self.one.wait_stats(connections=0)
         self.backend.do("reset_peak")
         arbiter = self.scope.arbiter()
@@ -87,6 +89,17 @@ class ArbiterScene:
 
     def _answers(self) -> bool:
         return self.two.call(commands.library, "ping", thread="ping") is not None and len(self.scope.arbiters()) == 1
+
+    def insist(self, what: str, *arguments: object) -> None:
+        """An operation, again until an arbiter has carried it out: between a death and the successor there is none."""
+
+        def done() -> bool:
+            with contextlib.suppress(sharedpool.SharedPoolError):
+                self.one.call(commands.library, what, *arguments)
+                return True
+            return False
+
+        wait_until(done, what=what)
 
     def another(self) -> Worker:
         worker = self.harness.start(**self.env)
@@ -144,14 +157,14 @@ def attach(scene: ArbiterScene, arm: Callable[[], None]) -> None:
 def expire(scene: ArbiterScene, arm: Callable[[], None]) -> None:
     scene.one.use(scene.target)
     arm()
-    scene.one.begin(commands.library, "set_timeout", "default", 0.001, thread="operator").result()
+    scene.insist("set_timeout", "default", 0.001)
     scene.backend.wait_open(0)
-    scene.one.call(commands.library, "set_timeout", "default", 60.0)
+    scene.insist("set_timeout", "default", 60.0)
 
 
 def limits(scene: ArbiterScene, arm: Callable[[], None]) -> None:
     arm()
-    scene.one.begin(commands.library, "set_max_connections", "default", 1, thread="operator").result()
+    scene.insist("set_max_connections", "default", CAP)
 
 
 def fetch(scene: ArbiterScene, arm: Callable[[], None]) -> None:

@@ -106,7 +106,7 @@ SCRIPTS = {
 def prepare(state: State, script: str, target: Target, other: Target) -> None:
     """Make this process a victim."""
     install()
-    sharedpool.attach("default", max_connections=1)
+    state.pools["default"] = sharedpool.attach("default")
     SCRIPTS[script].before(state, target, other)
 
 

@@ -18,6 +18,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Pending, Worker
 
 CAP = 1
+#: What had been open under an arbiter that died, too, counts so long, seconds.
+CLOSE_TIMEOUT = 0.3
 #: A waiter has its lease so long after the death, seconds.
 WITHIN = 1.0
 
@@ -48,7 +50,7 @@ class Scene:
         self.target, self.other = backend.tcp, backend.listen("other")
         self.one, self.two = harness.start_many(2)
         for survivor in (self.one, self.two):
-            survivor.attach(max_connections=CAP)
+            survivor.attach(max_connections=CAP, close_timeout=CLOSE_TIMEOUT)
             survivor.stats()
 
     def die(self, script: str, k: int, way: str = "kill") -> Outcome:
