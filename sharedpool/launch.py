@@ -34,6 +34,7 @@ _BOOT = (
 )
 
 _exiting = False
+_locks: set[int] = set()
 
 
 def note_exit() -> None:
@@ -179,6 +180,7 @@ def _start_lock(directory: str, limit: float) -> Iterator[None]:
     """Hold the launchers' lock, on the file that is there now: an arbiter that ends takes its files along."""
     while True:
         fd = _lock_file(directory)
+        _locks.add(fd)
         try:
             if _flock(fd, limit) and _is_there(directory, fd):
                 yield
@@ -186,7 +188,16 @@ def _start_lock(directory: str, limit: float) -> Iterator[None]:
             if time.monotonic() > limit:
                 raise StartFailed(f"another process holds {directory}/{scope.START_LOCK} and starts no arbiter")
         finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # for whoever was forked meanwhile, too
+            _locks.discard(fd)
             os.close(fd)
+
+
+def forked() -> None:
+    """In a forked child: let go of the launchers' lock, which would be held as long as it lives."""
+    for fd in _locks:
+        os.close(fd)
+    _locks.clear()
 
 
 def _lock_file(directory: str) -> int:

@@ -605,12 +605,10 @@ def _after_fork_in_child() -> None:
     global _sharing
     _sharing = threading.Lock()
     _shared.clear()
-    attachment = sys.modules.get(__package__ + ".attachment")
-    if attachment is not None:
-        attachment.forked()
-    local = sys.modules.get(__package__ + ".local")
-    if local is not None:
-        local.forked()
+    for name in ("launch", "attachment", "local"):
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None:
+            module.forked()
     for pool in list(_pools):
         pool.forget()
 

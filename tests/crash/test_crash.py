@@ -20,7 +20,7 @@ from tests.support.scope import Scope
 from tests.support.workers import Harness
 
 #: Points of each script that are taken when not all are.
-SAMPLE = {"kill": 4, "exit": 2, "time out": 2, "exec": 1}
+SAMPLE = {"kill": 4, "exit": 3, "time out": 2, "exec": 1}
 ARBITER_SAMPLE = 2
 #: About as many boundary calls an arbiter makes in a script.
 ARBITER_POINTS = 40
