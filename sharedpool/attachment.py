@@ -13,11 +13,9 @@ import os
 import socket
 import threading
 import time
-import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from sys import _getframe
 from threading import get_ident
 from time import monotonic_ns
 from typing import Any, Final
@@ -37,7 +35,6 @@ from .errors import (
     SharedPoolError,
     file_limit,
 )
-from .events import OURS
 from .held import Entry, Patience, Route
 from .hooks import Hooks
 from .layout import (
@@ -61,11 +58,13 @@ from .layout import (
     LEASED,
     MASK64,
     MAX,
+    MAX_PER_KEY,
     MIN_IDLE,
     OPENING,
     OVER,
     PAUSED,
     QUEUED,
+    RESERVE,
     RESERVING,
     ROW_CLOSES,
     ROW_CONNECT_SECONDS,
@@ -74,6 +73,7 @@ from .layout import (
     RULES,
     SERIAL_ONE,
     SERIAL_SHIFT,
+    SHORT,
     SINCE,
     STATE,
     STAYS,
@@ -121,8 +121,6 @@ _CROWDED: Final = GATE_FLAGS & ~RESERVING
 _TO_LEASED: Final = 1 + SERIAL_ONE
 #: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
 _GIVE_BACK: Final = 50_000_000
-#: Leases no longer than this are in the first bucket, ns.
-_SHORT: Final = 500_000
 
 
 class Attachment:
@@ -185,7 +183,7 @@ class Attachment:
         self.returns = Returns(self.table, self.segment, self._tell_close, discarded, self.room.longest_for)
         self.room.returns = self.returns
         _attachments.add(self)
-        self._note_places(bool(self.words[LEASE_TIMEOUT]))
+        self._note_places()
         channel = self.channel.events
         assert channel is not None
         threading.Thread(
@@ -279,7 +277,11 @@ class Attachment:
             entry.stacked = False
             seen = entry.word
             at = entry.at
-            lease: Lease[Any] = Lease(self, entry, at)
+            lease: Lease[Any] = Lease.__new__(Lease)  # without its __init__: 0.1 us
+            lease.word = 0
+            lease._owner = self
+            lease._entry = entry
+            lease.place = at
             new = seen + _TO_LEASED & MASK64
             w = self._words
             if self.table.take_idle(at, seen, new, self.gate, lease, self._scrap, monotonic_ns()) == DONE:
@@ -299,7 +301,10 @@ class Attachment:
     def _checkout_slowly(self, route: Route, limit: int, connect_timeout: float) -> Lease[Any]:
         refused: set[int] = set()
         while True:
-            lease: Lease[Any] = Lease(self, None, 0)
+            lease: Lease[Any] = Lease.__new__(Lease)
+            lease.word = 0
+            lease._owner = self
+            lease._entry = None
             try:
                 counter, idle = self._acquire(route, lease, limit, refused)
             except OutOfTime:
@@ -384,15 +389,23 @@ class Attachment:
     def _acquire_counted(
         self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, refused: set[int]
     ) -> tuple[int, int, int]:
-        """The same in a pool with a reserve, once: high priority is behind its like only, normal has its share.
+        """The same in a pool with a reserve or a limit per key, once.
+
+        With a reserve high priority is behind its like only, and normal has its share. With a limit per key one is
+        behind those only who may have what one takes.
 
         Returns:
             DONE, STALE or BUSY, then as `_acquire`.
         """
         w = self.words
+        keyed = view.keyed(w, gate)
         first = w[HEAD]
         waits = w[first] if first else 0
-        behind = bool(first and is_high(waits)) if route.high else bool(gate & QUEUED)
+        passes = route.high and w[RESERVE] != 0
+        behind = bool(first and is_high(waits)) if passes else bool(gate & QUEUED)
+        if keyed and behind:
+            counts = view.count_keys(w, self.segment.geometry)
+            behind = view.next_waiter(w, gate, counts, view.in_use(w), route.key, only_high=passes)[0] != 0
         most = ANY_NUMBER if route.high else view.share(w)
         if not behind and not gate & (OVER | PAUSED) and view.in_use(w) < most:
             at, seen = self._find_idle(route, refused, own_only=False)
@@ -401,14 +414,31 @@ class Attachment:
                 idle = now - w[at + SINCE]
                 lease.place = at
                 new = leased_word(seen, self.row)
-                result = self.table.take_idle_counted(at, seen, new, gate, first, waits, most, lease, self._scrap, now)
+                unseen = keyed if first else 0
+                result = self.table.take_idle_counted(
+                    at, seen, new, gate, first, waits, most, lease, self._scrap, now, unseen
+                )
                 return result, counter, idle
-            if w[USED] < w[MAX]:
-                return self._take_free(route, lease, gate, now, first, waits, most), self._handoffs, 0
-        return self.room.wait(route, lease, gate, ver, limit, now, behind), self._handoffs, 0
+            if w[USED] < w[MAX] and not (keyed and self._is_full(route)):
+                return self._take_free(route, lease, gate, now, first, waits, most, keyed), self._handoffs, 0
+        behind = behind and not keyed  # KEYED says whether they have gone
+        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed), self._handoffs, 0
+
+    def _is_full(self, route: Route) -> bool:
+        """Whether the key has as many slots as it may."""
+        w = self.words
+        return view.count_keys(w, self.segment.geometry).get(route.key, 0) >= w[MAX_PER_KEY]
 
     def _take_free(
-        self, route: Route, lease: Lease[Any], gate: int, now: int, first: int = 0, waits: int = 0, most: int = 0
+        self,
+        route: Route,
+        lease: Lease[Any],
+        gate: int,
+        now: int,
+        first: int = 0,
+        waits: int = 0,
+        most: int = 0,
+        keyed: int = 0,
     ) -> int:
         w = self.words
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
@@ -420,7 +450,7 @@ class Attachment:
         counter = self._counters["attempts"] if connects else self._scrap
         lease.place = at
         if most:
-            return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most)
+            return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most, keyed)
         return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
 
     def _may_stick(self, gate: int, now: int) -> bool:
@@ -645,7 +675,7 @@ class Attachment:
             now = monotonic_ns()
             took = now - w[lease.place + SINCE]
             bucket = self._lease_bucket
-            if not 0 <= took <= _SHORT:
+            if not 0 <= took <= SHORT:
                 bucket, took = self._long_lease(took)
             w[bucket] = w[bucket] + 1
             bucket = self._lease_sum
@@ -783,6 +813,8 @@ class Attachment:
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
         if self.words[GATE] & PAUSED:
             text += "; the pool is paused"
+        if self.words[MAX_PER_KEY] and self._is_full(route):
+            text += f"; its address has all that it may (max_per_key={self.words[MAX_PER_KEY]})"
         leases = view.leases(self.words, self.segment.geometry)
         if leases:
             age = (monotonic_ns() - leases[0].since) / 1e9
@@ -818,7 +850,7 @@ class Attachment:
         elif message.kind is Kind.LOG:
             events.log_again(message.body)
         elif message.kind is Kind.OPTIONS:
-            self._note_places(bool(self.words[LEASE_TIMEOUT]))
+            self._note_places()
 
     def _abandoned(self, message: Message) -> None:
         """A lease of this process lasts too long; unless it has come back meanwhile, say who has it."""
@@ -832,24 +864,11 @@ class Attachment:
             found = events.abandoned(self.name, thread, self.places.get(at), message.body)
             events.report(found, self.on_abandoned)
 
-    def _note_places(self, wanted: bool) -> None:
-        """With a lease_timeout every checkout notes who called it. Without one the method itself is in its place."""
-        if wanted:
-            setattr(self, "checkout", self._checkout_noting)  # noqa: B010 - a compiled method is no plain attribute
-        else:
-            with contextlib.suppress(AttributeError):
-                delattr(self, "checkout")
+    def _note_places(self) -> None:
+        """With a lease_timeout every checkout notes who called it."""
+        self.noting = bool(self.words[LEASE_TIMEOUT])
+        if not self.noting:
             self.places.clear()
-
-    def _checkout_noting(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
-        lease: Lease[Any] = _checkout(self, route, patience, connect_timeout)
-        frame = _getframe(_ABOVE_THE_HANDLE)
-        code = frame.f_code
-        if OURS[code.co_filename]:
-            self.places[lease.place] = events.where_taken(frame.f_back)
-        else:  # where_taken, without the call
-            self.places[lease.place] = code, frame.f_lasti
-        return lease
 
     # --- prewarming ---------------------------------------------------------------------------------------------------
 
@@ -867,7 +886,9 @@ class Attachment:
 
     def missing(self, route: Route, count: int | None) -> int:
         """How many connections of a key are missing: below 0, there are more."""
-        wanted = self.words[MIN_IDLE] if count is None else count
+        w = self.words
+        wanted = w[MIN_IDLE] if count is None else count
+        wanted = min(wanted, w[MAX_PER_KEY] or wanted)
         return wanted - view.count_existing(self.words, self.segment.geometry, route.key)
 
     def crowded(self) -> bool:
@@ -892,7 +913,10 @@ class Attachment:
         if gate & _CROWDED or not self.has_room():
             return
         most = view.share(w) if gate & RESERVING else 0
-        if self._take_free(route, lease, gate, monotonic_ns(), 0, 0, most) != DONE:
+        keyed = view.keyed(w, gate)
+        if keyed and self._is_full(route):
+            return
+        if self._take_free(route, lease, gate, monotonic_ns(), 0, 0, most, keyed) != DONE:
             return
         if self.missing(route, count) < 0:
             self._give_up(lease, refused=True, registered=False)
@@ -1023,15 +1047,11 @@ def _copy(number: Callable[[], int]) -> int:
     return copy
 
 
-_checkout: Final = vars(Attachment)["checkout"]
-#: Compiled methods have no frames.
-_ABOVE_THE_HANDLE: Final = 2 if isinstance(_checkout, types.FunctionType) else 1
-
-
 def _limit(patience: float | None) -> int:
     if patience is None:
         return _NEVER
-    return monotonic_ns() + int(patience * 1e9) if patience else _AT_ONCE
+    seconds: float = patience
+    return monotonic_ns() + int(seconds * 1e9) if seconds else _AT_ONCE
 
 
 def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:

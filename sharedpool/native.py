@@ -173,7 +173,7 @@ class Gate:
 def heed() -> None:
     """Nothing; but on entering a Python function CPython runs signal handlers and raises what other threads asked for.
 
-    Compiled loops that sleep call it after the sleep: they would never be interrupted otherwise.
+    Compiled loops call it between two sleeps: they would never be interrupted otherwise.
     """
 
 
@@ -183,3 +183,4 @@ with contextlib.suppress(ImportError):
     calls = importlib.import_module("._calls", __package__)
 if not TYPE_CHECKING and calls is not None:
     any_set, finder, waker, Gate, Sleeper = calls.AnySet, calls.Finder, calls.Waker, calls.Gate, calls.Sleeper
+    FILENO = calls.FileNumber()

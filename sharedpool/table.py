@@ -49,9 +49,11 @@ from .layout import (
     IDLE,
     IDLE_COUNT,
     KEY,
+    KEYED,
     MANY_TICKETS,
     MASK32,
     MAX,
+    MAX_PER_KEY,
     MAX_WAITING,
     MOST_PASSED,
     NEXT,
@@ -108,19 +110,19 @@ class Mutex(Protocol):
     def __invert__(self) -> int: ...
 
 
-class HasWord(Protocol):
-    """What a section claims or gives: a lease, whose `word` is 0 when it is not in force."""
-
-    word: int
-
-
-class NoLease:
-    """Stands in where no user's lease is concerned."""
+class Claim:
+    """What a section claims or gives. A lease is one, with a `word` that is 0 when it is not in force."""
 
     __slots__ = ("word",)
 
     def __init__(self) -> None:
         self.word = 0
+
+
+class NoLease(Claim):
+    """Stands in where no user's lease is concerned."""
+
+    __slots__ = ()
 
 
 class Table:
@@ -136,7 +138,8 @@ class Table:
     """
 
     __slots__ = (
-        "_marks", "_words", "cell_base", "find", "geometry", "marks", "mutex", "row", "row_at", "slot_base", "words",
+        "_marks", "_words", "cell_base", "find", "geometry", "kick_base", "marks", "mutex", "row", "row_at",
+        "slot_base", "words",
     )  # fmt: skip
 
     def __init__(
@@ -155,6 +158,7 @@ class Table:
         self.geometry = geometry
         self.slot_base = geometry.slot_base
         self.cell_base = geometry.cell_base
+        self.kick_base = geometry.slots
         self.row = row
         self.row_at = HEADER + ROW * row
 
@@ -222,7 +226,7 @@ class Table:
 
     # --- taking -------------------------------------------------------------------------------------------------------
 
-    def take_idle(self, at: int, seen: int, new: int, gate: int, lease: HasWord, counter: int, now: int) -> int:
+    def take_idle(self, at: int, seen: int, new: int, gate: int, lease: Claim, counter: int, now: int) -> int:
         """IDLE -> LEASED: one's own or, by takeover, another process's."""
         w = self._words
         marks = self._marks
@@ -262,11 +266,12 @@ class Table:
         first: int,
         waits: int,
         most: int,
-        lease: HasWord,
+        lease: Claim,
         counter: int,
         now: int,
+        keyed: int = 0,
     ) -> int:
-        """IDLE -> LEASED, as `take_idle`, in a pool with a reserve.
+        """IDLE -> LEASED, as `take_idle`, in a pool with a reserve or a limit per key.
 
         Args:
             at: The slot.
@@ -279,6 +284,7 @@ class Table:
             lease: Gets `new`.
             counter: What is counted.
             now: When the lease began.
+            keyed: KEYED as it was searched, where others wait who may not have it for their keys; else 0.
         """
         w = self._words
         marks = self._marks
@@ -297,6 +303,7 @@ class Table:
                     and w[HEAD] == first
                     and (first == 0 or w[first] == waits)
                     and w[USED] - w[IDLE_COUNT] < most
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[since] = now
@@ -323,18 +330,20 @@ class Table:
         seen: int,
         new: int,
         gate: int,
-        lease: HasWord,
+        lease: Claim,
         key: int,
         counter: int,
         now: int,
         first: int = 0,
         waits: int = 0,
         most: int = 0,
+        keyed: int = 0,
     ) -> int:
         """FREE -> OPENING, or -> LEASED for a bare permit, below the cap with nobody waiting.
 
         `at` must be the head of the list of free slots or, where that is empty, the first slot never used. In a pool
-        with a reserve, `most` is not 0, and `first`, `waits` and `most` are verified as in `take_idle_counted`.
+        with a reserve or a limit per key, `most` is not 0, and `first`, `waits` and `most` are verified as in
+        `take_idle_counted`. With a limit per key, `keyed` is KEYED as it was when the key was below it.
         """
         w = self._words
         mutex = self.mutex
@@ -346,9 +355,17 @@ class Table:
         if rc == 0:
             try:
                 if w[at] == seen and w[GATE] == gate and not w[DIRTY] and w[USED] < w[MAX]:
-                    if (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)) and (
-                        most == 0
-                        or (w[HEAD] == first and (first == 0 or w[first] == waits) and w[USED] - w[IDLE_COUNT] < most)
+                    if (
+                        (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index))
+                        and (keyed == 0 or w[KEYED] == keyed)
+                        and (
+                            most == 0
+                            or (
+                                w[HEAD] == first
+                                and (first == 0 or w[first] == waits)
+                                and w[USED] - w[IDLE_COUNT] < most
+                            )
+                        )
                     ):
                         w[DIRTY] = me
                         w[at + KEY] = key
@@ -362,6 +379,8 @@ class Table:
                         else:
                             w[HIGH] = top
                         w[USED] = w[USED] + 1
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         w[counter] = w[counter] + 1
                         w[DIRTY] = 0
                         done = 1
@@ -376,7 +395,7 @@ class Table:
         return done or self.missed(rc)
 
     def take_grant(
-        self, at: int, seen: int, new: int, cell: int, lease: HasWord, key: int, counter: int, now: int
+        self, at: int, seen: int, new: int, cell: int, lease: Claim, key: int, counter: int, now: int
     ) -> int:
         """GRANTED -> LEASED (a connection) or OPENING (a bare permit), by the cell it was granted to."""
         w = self._words
@@ -413,7 +432,7 @@ class Table:
 
     # --- holding ------------------------------------------------------------------------------------------------------
 
-    def swap(self, at: int, seen: int, new: int, lease: HasWord, expected: int, bump: int, now: int) -> int:
+    def swap(self, at: int, seen: int, new: int, lease: Claim, expected: int, bump: int, now: int) -> int:
         """A slot's word changes and its place in lists does not: doomed, adopted.
 
         Args:
@@ -451,7 +470,7 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def connected(self, at: int, seen: int, new: int, lease: HasWord, expected: int, counter: int, now: int) -> int:
+    def connected(self, at: int, seen: int, new: int, lease: Claim, expected: int, counter: int, now: int) -> int:
         """OPENING -> LEASED: the connection is there, and counted as opened.
 
         Args:
@@ -490,7 +509,7 @@ class Table:
         return done or self.missed(rc)
 
     def reopen(
-        self, at: int, seen: int, new: int, lease: HasWord, expected: int, reason: int, counter: int, now: int
+        self, at: int, seen: int, new: int, lease: Claim, expected: int, reason: int, counter: int, now: int
     ) -> int:
         """LEASED -> OPENING: its connection was closed to the end by its holder; another is opened on the same permit.
 
@@ -565,9 +584,19 @@ class Table:
         return done or self.missed(rc)
 
     def put_idle_counted(
-        self, at: int, seen: int, new: int, gate: int, first: int, waits: int, most: int, tag: int, now: int
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        first: int,
+        waits: int,
+        most: int,
+        tag: int,
+        now: int,
+        keyed: int = 0,
     ) -> int:
-        """LEASED -> IDLE, as `put_idle`, in a pool with a reserve.
+        """LEASED -> IDLE, as `put_idle`, in a pool with a reserve or a limit per key.
 
         Args:
             at: The slot.
@@ -580,6 +609,7 @@ class Table:
                 and `waits` are not verified.
             tag: The key's tag.
             now: When it became idle.
+            keyed: KEYED as it was when none of those who wait might have it, for their keys; 0: nobody waits.
         """
         w = self._words
         marks = self._marks
@@ -596,12 +626,15 @@ class Table:
                     and w[GATE] == gate
                     and not w[DIRTY]
                     and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[since] = now
                     w[at] = new
                     marks[mark] = tag
                     w[IDLE_COUNT] = w[IDLE_COUNT] + 1
+                    if keyed:
+                        w[KEYED] = keyed + 1
                     w[VER] = w[VER] + 1
                     w[DIRTY] = 0
                     done = 1
@@ -626,6 +659,7 @@ class Table:
         old_cell: int,
         now: int,
         most: int = 0,
+        keyed: int = 0,
     ) -> int:
         """A slot that is in use, idle, closed or granted -> GRANTED to a waiting cell, which leaves the queue.
 
@@ -639,6 +673,7 @@ class Table:
             old_cell: The cell that loses a grant it did not take, and stalls; 0 for none.
             now: When the grant was given.
             most: In a pool with a reserve, for normal priority: fewer slots must be in use; 0: not verified.
+            keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
         """
         w = self._words
         marks = self._marks
@@ -646,7 +681,8 @@ class Table:
         me = self.row
         mark = (at - self.slot_base) // SLOT
         idle = seen & STATE == IDLE and gate & RESERVING
-        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        key = self._words[cell + CELL_KEY] if new & BARE else 0
+        kick = self.kick_base + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
         done = 0
@@ -660,10 +696,15 @@ class Table:
                     and w[GATE] == gate
                     and not w[DIRTY]
                     and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[at + SINCE] = now
                     w[at] = new
+                    if key:
+                        w[at + KEY] = key
+                    if keyed:
+                        w[KEYED] = keyed + 1
                     if old_cell:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
@@ -698,11 +739,20 @@ class Table:
         return done or self.missed(rc)
 
     def hand_free(
-        self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int, most: int = 0
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        cell: int,
+        cell_word: int,
+        now: int,
+        most: int = 0,
+        keyed: int = 0,
     ) -> int:
         """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired.
 
-        `most` as in `hand`.
+        `most` and `keyed` as in `hand`.
         """
         w = self._words
         marks = self._marks
@@ -710,7 +760,8 @@ class Table:
         me = self.row
         index = (at - self.slot_base) // SLOT
         top = index + 1
-        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        key = self._words[cell + CELL_KEY]
+        kick = self.kick_base + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
         done = 0
@@ -722,12 +773,16 @@ class Table:
                         w[USED] < w[MAX]
                         and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index))
                         and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                        and (keyed == 0 or w[KEYED] == keyed)
                     ):
                         w[DIRTY] = me
+                        w[at + KEY] = key
                         w[at + SINCE] = now
                         w[at + OPENED] = 0
                         w[at + VERSION] = 0
                         w[at] = new
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         if w[FREE_SLOT] == at:
                             w[FREE_SLOT] = w[at + NEXT_FREE]
                         else:
@@ -760,12 +815,22 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def free(self, at: int, seen: int, gate: int, old_cell: int, first: int = 0, waits: int = 0, most: int = 0) -> int:
+    def free(
+        self,
+        at: int,
+        seen: int,
+        gate: int,
+        old_cell: int,
+        first: int = 0,
+        waits: int = 0,
+        most: int = 0,
+        keyed: int = 0,
+    ) -> int:
         """A slot without a connection -> FREE: nobody waits, or the cap was lowered below what is in use.
 
-        The caller has checked that `gate` says one of the two; or `most` is not 0, and who waits may not have it for
-        the reserve: verified by `first`, `waits` and `most` as in `put_idle_counted`. `old_cell` loses its grant, as in
-        `hand`.
+        The caller has checked that `gate` says one of the two; or `most` or `keyed` is not 0, and those who wait may
+        not have it for the reserve or for their keys: verified as in `put_idle_counted`. `old_cell` loses its grant, as
+        in `hand`.
         """
         w = self._words
         marks = self._marks
@@ -782,9 +847,12 @@ class Table:
                     and w[GATE] == gate
                     and not w[DIRTY]
                     and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[at] = new
+                    if keyed:
+                        w[KEYED] = keyed + 1
                     if old_cell:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
@@ -904,6 +972,7 @@ class Table:
         deadline: int,
         counter: int,
         now: int,
+        keyed: int = 0,
     ) -> int:
         """An owned cell joins the end of the queue with normal priority.
 
@@ -922,6 +991,7 @@ class Table:
             deadline: When it gives up, monotonic ns; 0: never.
             counter: What is counted.
             now: Monotonic ns.
+            keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
         """
         w = self._words
         marks = self._marks
@@ -942,8 +1012,10 @@ class Table:
                 if w[VER] == ver and (w[GATE] == gate or w[GATE] == queued) and w[cell] == owned and not w[DIRTY]:
                     if w[WAITING_COUNT] >= w[MAX_WAITING]:
                         done = FULL
-                    elif evict == 0 or w[place] == evict_seen:
+                    elif (evict == 0 or w[place] == evict_seen) and (keyed == 0 or w[KEYED] == keyed):
                         w[DIRTY] = me
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         ticket = w[TICKET]
                         tail = w[TAIL]
                         w[cell + CELL_KEY] = key
@@ -1000,6 +1072,7 @@ class Table:
         deadline: int,
         counter: int,
         now: int,
+        keyed: int = 0,
     ) -> int:
         """An owned cell joins the queue with high priority, between two cells; else as `enqueue`.
 
@@ -1020,6 +1093,7 @@ class Table:
             deadline: When it gives up, monotonic ns; 0: never.
             counter: What is counted.
             now: Monotonic ns.
+            keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
         """
         w = self._words
         marks = self._marks
@@ -1040,6 +1114,7 @@ class Table:
                         done = FULL
                     elif (
                         (evict == 0 or w[place] == evict_seen)
+                        and (keyed == 0 or w[KEYED] == keyed)
                         and (ticket == 0 or w[TICKET] == ticket)
                         and (w[after] == after_word and w[after + NEXT] == before if after else w[HEAD] == before)
                         and (
@@ -1049,6 +1124,8 @@ class Table:
                         )
                     ):
                         w[DIRTY] = me
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         w[cell + CELL_KEY] = key
                         w[cell + CELL_DEADLINE] = deadline
                         w[cell + CELL_SINCE] = now
@@ -1116,6 +1193,7 @@ class Table:
                         else w[TAIL] == after
                     ):
                         w[DIRTY] = me
+                        w[KEYED] = w[KEYED] + 1
                         w[cell + PASSED] = MOST_PASSED
                         w[cell] = waiting
                         w[cell + NEXT] = before
@@ -1213,16 +1291,16 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def set_limit(self, maximum: int, flags: int, reserve: int = 0) -> int:
-        """Set the cap, the reserve and the flags PAUSED and STOPPED; whatever was decided before is decided again.
+    def set_limit(self, maximum: int, flags: int, reserve: int = 0, per_key: int = 0) -> int:
+        """Set the limits and the flags PAUSED and STOPPED; whatever was decided before is decided again.
 
-        With a reserve it leaves the table to be repaired, and repairs it: that counts what is idle and sets RESERVING.
-        The same after very many tickets: that numbers those who wait anew.
+        With a reserve or a limit per key it leaves the table to be repaired, and repairs it: that counts what is idle
+        and sets RESERVING. The same after very many tickets: that numbers those who wait anew.
         """
         w = self._words
         mutex = self.mutex
         me = self.row
-        unmade = me if reserve or self._words[TICKET] >= MANY_TICKETS else 0
+        unmade = me if reserve or per_key or self._words[TICKET] >= MANY_TICKETS else 0
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1231,6 +1309,8 @@ class Table:
                     w[DIRTY] = me
                     w[MAX] = maximum
                     w[RESERVE] = reserve
+                    w[MAX_PER_KEY] = per_key
+                    w[KEYED] = w[KEYED] + 1
                     w[IDLE_COUNT] = 0
                     w[GATE] = (w[GATE] & -32) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
                     w[VER] = w[VER] + 1

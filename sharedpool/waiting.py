@@ -38,6 +38,7 @@ from .layout import (
     KEY,
     LEASED,
     MASK64,
+    MAX_PER_KEY,
     MAX_WAITING,
     NEXT,
     OPENING,
@@ -47,6 +48,7 @@ from .layout import (
     ROW_SCRAP,
     ROW_WAIT_SECONDS,
     SERIAL_ONE,
+    SHORT,
     STATE,
     STOPPED,
     TURN_SHIFT,
@@ -60,7 +62,7 @@ from .lease import Lease
 from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
-from .table import BUSY, DONE, FULL, Table
+from .table import BUSY, DONE, FULL, NoLease, Table
 
 _NEVER: Final = 0x4000_0000_0000_0000
 #: Who sleeps looks up so often, ns, whatever happens.
@@ -143,7 +145,15 @@ class WaitingRoom:
     # --- joining ------------------------------------------------------------------------------------------------------
 
     def wait(
-        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, behind: bool = False
+        self,
+        route: Route,
+        lease: Lease[Any],
+        gate: int,
+        ver: int,
+        limit: int,
+        now: int,
+        behind: bool = False,
+        keyed: int = 0,
     ) -> int:
         """Join the queue and wait until the lease has been given a slot.
 
@@ -155,6 +165,7 @@ class WaitingRoom:
             limit: Until when, monotonic ns.
             now: Monotonic ns.
             behind: High priority, in a pool with a reserve: others of high priority waited when it decided to wait.
+            keyed: In a pool with a limit per key: KEYED as it was searched.
 
         Returns:
             DONE; or STALE or BUSY if it did not come to queueing.
@@ -172,14 +183,14 @@ class WaitingRoom:
             self._look_at(w[HIGH])
         evict = seen = 0
         if not sticky and -self._any_idle and not gate & (OVER | PAUSED):
-            evict = self._victim(route, gate)
+            evict = self._victim(route, gate, keyed)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
                 return self._table.missed(0)
         queued = joined = False
         try:
-            result = self._join(cell, route, gate, ver, evict, seen, limit, now, behind)
+            result = self._join(cell, route, gate, ver, evict, seen, limit, now, behind, keyed)
             if result != DONE:
                 return result
             queued = joined = True
@@ -203,34 +214,56 @@ class WaitingRoom:
     def _waited(self, took: int) -> None:
         """A checkout has been in the queue for so long, ns."""
         w = self._words
-        at = self._wait_bucket + bucket_of(took)
+        at = self._wait_bucket
+        if took > SHORT:
+            at = at + bucket_of(took)
         w[at] = w[at] + 1
         at = self._wait_sum
         w[at] = w[at] + took
         if self._on_wait:
             self._hooks.tell("wait", took / 1e9)
 
-    def _victim(self, route: Route, gate: int) -> int:
-        """Another key's idle connection to be closed for its permit; 0 for none, or where the permit is not for it."""
+    def _victim(self, route: Route, gate: int, keyed: int) -> int:
+        """An idle connection to be closed for its permit; 0 for none, or where the permit is not for it.
+
+        It is another key's, unless the key has all that it may: then one of its own that cannot come here.
+        """
         w = self.words
         if gate & RESERVING and not route.high and view.in_use(w) >= view.share(w):
             return 0
+        if keyed:
+            geometry = self._segment.geometry
+            room = w[MAX_PER_KEY] - view.count_keys(w, geometry).get(route.key, 0)
+            if room <= 0:
+                return view.immovable(w, geometry, route.key, self._table.row)
+            if room <= sum(key == route.key for _, _, key in view.queue(w)):
+                return 0
         return view.victim(w, self.marks, self._segment.geometry, route.key)
 
     def _join(
-        self, cell: int, route: Route, gate: int, ver: int, evict: int, seen: int, limit: int, now: int, behind: bool
+        self,
+        cell: int,
+        route: Route,
+        gate: int,
+        ver: int,
+        evict: int,
+        seen: int,
+        limit: int,
+        now: int,
+        behind: bool,
+        keyed: int,
     ) -> int:
         """Join the queue with the route's priority; TooManyWaiting where it is as long as it may be."""
         deadline = 0 if limit == _NEVER else limit
         if not route.high:
-            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now)
+            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now, keyed)
         else:
             turn = view.high_turn(self.words, CELL_WAITING | self._table.row << CELL_ROW_SHIFT, gate)
             if turn is None or (behind and not turn.after):  # those before it have gone: look again
                 return self._table.missed(0)
             result = self._table.enqueue_high(
                 cell, route.key, gate, ver, turn.word, turn.after, turn.after_word, turn.before, turn.before_word,
-                turn.passed, turn.ticket, evict, seen, deadline, self._waits, now,
+                turn.passed, turn.ticket, evict, seen, deadline, self._waits, now, keyed,
             )  # fmt: skip
         if result == FULL:
             raise self._full()
@@ -273,8 +306,9 @@ class WaitingRoom:
         marks = self._marks
         cell = waiter.cell
         grant = cell + GRANT
-        sleep = waiter.sleeper.sleep
+        sleeper = waiter.sleeper
         patience: Patience | None = None
+        napped = False
         while True:
             kick = marks[waiter.kick]  # before looking: a grant after this changes it, and nobody sleeps
             if at := w[grant]:
@@ -299,14 +333,16 @@ class WaitingRoom:
                 self._rejoin(cell, word)
                 now = monotonic_ns()
                 continue
-            nap = limit - now
-            if nap > _LOOK_UP:
-                nap = _LOOK_UP
-            if route.sticky:
-                nap = min(nap, self._steal(cell, now))
-            sleep(kick, nap)
-            heed()
+            nap = self._nap(cell, route, limit - now, now)
+            if napped:  # who was granted something is back in Python in a moment, where signals are looked for
+                heed()
+            napped = True
+            sleeper.sleep(kick, nap)
             now = monotonic_ns()
+
+    def _nap(self, cell: int, route: Route, left: int, now: int) -> int:
+        nap = left if left < _LOOK_UP else _LOOK_UP
+        return min(nap, self._steal(cell, now)) if route.sticky else nap
 
     def _take(self, at: int, cell: int, route: Route, lease: Lease[Any], now: int) -> int:
         """Take what was granted: a connection becomes LEASED, a bare permit OPENING (or LEASED, where that is all)."""
@@ -371,7 +407,7 @@ class WaitingRoom:
         seen = w[at]
         if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell) or self.returns is None:
             return table.missed(0)
-        unwanted = _Unwanted()
+        unwanted = NoLease()
         bare = seen & BARE
         new = (seen & ~(STATE | HOLDER | BARE)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
         result = table.take_grant(
@@ -384,10 +420,3 @@ class WaitingRoom:
                 else:
                     self.returns.closed(at, new, patience.limit, "unwanted")
         return result
-
-
-class _Unwanted:
-    __slots__ = ("word",)
-
-    def __init__(self) -> None:
-        self.word = 0
