@@ -466,6 +466,9 @@ class Arbiter:
             raise AttachRefused(f"pool {pool.name!r} has no row left: too many processes are attached")
         pool.layouts[row] = version
         self._attached += 1
+        for other in self._rows(pool):
+            if other.expected and other.pid == client.pid:  # it left while nobody was there to be told, or was exec'd
+                other.orphaned = other.orphaned or self._clock()
         client.pool, client.row, client.nonce, client.attached = pool, row, nonce, self._attached
         self._watch_process(client)
         return {
@@ -608,8 +611,7 @@ class Arbiter:
         for row in view.live_rows(w, geometry):
             nonce = w[HEADER + ROW * row + ROW_NONCE]
             client = Client(None, view.row_pid(w, row), pool=pool, row=row, nonce=nonce, expected=True)
-            if not pool.stopped:  # else its processes know, and do not come back
-                pool.expected.add(row)
+            pool.expected.add(row)
             self._clients.add(client)
             self._watch_process(client)
         pool.registered(0, self._clock())
@@ -629,7 +631,7 @@ class Arbiter:
             why = "cannot change while it runs" if update else "differ, and update=False"
             raise PoolOptionsDiffer(f"pool {pool.name!r}: {', '.join(refused)} {why}: {'; '.join(texts)}")
         pool.apply(dataclasses.replace(pool.options, **differing))
-        pool.declared.update(differing)
+        pool.note_declared(differing)
         pool.declared_by = pid
         return [f"pool {pool.name!r}: option {text} (by process {pid})" for text in texts]
 
@@ -722,13 +724,13 @@ class Arbiter:
     def _look_after_processes(self, now: int) -> int:
         due = now + _BEAT_EVERY
         for client in list(self._clients):
-            if client.expected:
-                if client.pool is not None and not succession.has(client.pid, self._scope, client.pool.name):
-                    self._guarded(functools.partial(self._ended, client), 0)  # exec'd, or a stranger with its pid
-            elif client.orphaned:
+            if client.orphaned:
                 if now - client.orphaned >= _RETURN_TIME:
                     self._guarded(functools.partial(self._ended, client), 0)
                 due = min(due, client.orphaned + _RETURN_TIME)
+            elif client.expected:
+                if client.pool is not None and not succession.has(client.pid, self._scope, client.pool.name):
+                    self._guarded(functools.partial(self._ended, client), 0)  # exec'd, or a stranger with its pid
             elif client.born:
                 due = min(due, now + _POLL_PROCESSES)
                 if not _same_process(client):

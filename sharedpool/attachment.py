@@ -23,7 +23,7 @@ from typing import Any, Final
 from . import drivers, events, fdpass, launch, segment, view, wire
 from .channel import Channel
 from .counting import SUM, Durations, bucket_of
-from .drivers.sockets import end
+from .drivers.sockets import end, shut
 from .errors import (
     NO_DESCRIPTOR,
     ArbiterLost,
@@ -511,19 +511,16 @@ class Attachment:
         try:
             descriptor = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
         except FileLimit:
-            lease.word = 0
-            self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            self._give_on(lease, route)
             raise
         except ArbiterLost:
-            lease.word = 0
-            self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            self._give_on(lease, route)
             if index in refused:
                 raise
             refused.add(index)
             return None
         if descriptor is None:
-            lease.word = 0
-            self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, "gone")
+            self._give_up(lease, refused=False, registered=False, reason="gone")
             return None
         self.count("fetches")
         conn = route.driver.adopt(descriptor, b"")
@@ -531,8 +528,7 @@ class Attachment:
             return self._keep(route, at, word, conn)
         except FileLimit:
             os.close(conn.detach())  # the connection itself is alive, and may be somebody else's next
-            lease.word = 0
-            self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            self._give_on(lease, route)
             raise
 
     def _keep(self, route: Route, at: int, word: int, conn: Any) -> Entry:
@@ -655,15 +651,30 @@ class Attachment:
 
     def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool, reason: str = "") -> None:
         """An opening failed. Refused: there is no connection, the permit goes on at once; else it is closed first."""
-        word, lease.word = lease.word, 0
-        at = lease.place
-        with contextlib.suppress(LeaseError):
+        at, word = lease.place, lease.word
+        result = LATER
+        lease.word = 0
+        try:
             if refused:
                 if registered:
                     self._tell(Kind.FORGET, self.table.slot_index(at), generation_of(word))
                 result = self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK)
             else:
                 result = self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason)
+        except LeaseError:  # it was taken away
+            result = CLOSED
+        finally:
+            if result == LATER:  # or it was broken off, by a signal's handler
+                self.chores.append((at, word, None, False))
+
+    def _give_on(self, lease: Lease[Any], route: Route) -> None:
+        """A connection that this process leased and could not get hold of stays for others."""
+        at, word = lease.place, lease.word
+        result = LATER
+        lease.word = 0
+        try:
+            result = self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+        finally:
             if result == LATER:
                 self.chores.append((at, word, None, False))
 
@@ -720,18 +731,18 @@ class Attachment:
             raise self._not_in_force(lease)
         if self._on_checkin:
             self.hooks.tell("checkin", lease)
-        lease.word = 0
         entry = lease._entry
         w = self._words
-        now = monotonic_ns()
-        took = now - w[lease.place + SINCE]
-        bucket = self._lease_bucket
-        if not 0 <= took <= SHORT:
-            bucket, took = self._long_lease(took)
-        w[bucket] = w[bucket] + 1
-        bucket = self._lease_sum
-        w[bucket] = w[bucket] + took
-        try:
+        lease.word = 0
+        try:  # from here on nobody else gives it back
+            now = monotonic_ns()
+            took = now - w[lease.place + SINCE]
+            bucket = self._lease_bucket
+            if not 0 <= took <= SHORT:
+                bucket, took = self._long_lease(took)
+            w[bucket] = w[bucket] + 1
+            bucket = self._lease_sum
+            w[bucket] = w[bucket] + took
             if entry is None:
                 self._return_permit(lease.place, word)
                 return
@@ -800,10 +811,10 @@ class Attachment:
             raise self._not_in_force(lease)
         if self._on_checkin:
             self.hooks.tell("checkin", lease)
-        lease.word = 0
         entry = lease._entry
-        self._lease_seconds.add(monotonic_ns() - self.words[lease.place + SINCE])
-        try:
+        lease.word = 0
+        try:  # from here on nobody else gives it back
+            self._lease_seconds.add(monotonic_ns() - self.words[lease.place + SINCE])
             if entry is None:
                 self._return_permit(lease.place, word)
             else:
@@ -1014,11 +1025,17 @@ class Attachment:
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
-        if self.words[GATE] & STOPPED or launch.exiting():  # no successor is needed
+        if launch.exiting():
             self.lost = True
             return None
+        if self.words[GATE] & STOPPED:  # no successor is needed; one that is there has to know what is held here
+            self.lost = True
+            if not self.channel.somebody_answers():
+                return events
         try:
-            return self.channel.come_back(events)
+            found = self.channel.come_back(events)
+            self.lost = False
+            return found
         except AttachRefused:
             self.cut_off()
             return None
@@ -1064,16 +1081,23 @@ class Attachment:
         self.segment.let_go()
 
     def _let_go(self) -> None:
-        """Close what this process holds. What is leased stays its user's object; the arbiter ends its connection."""
+        """Close what this process holds. What is leased stays its user's object, but its connection ends."""
         for entry in self.entries.values():
             if self.words[entry.at] == entry.word:
                 entry.let_go()
             elif entry.real >= 0:
                 real, entry.real = entry.real, -1
                 with contextlib.suppress(OSError):
+                    if self._leases(entry):  # there may be no arbiter that could end it
+                        shut(real)
                     os.close(real)
         self.entries.clear()
         self._dead.close()
+
+    def _leases(self, entry: Entry) -> bool:
+        """Whether a connection is leased by this process; others may have been given what it only has a copy of."""
+        word = self.words[entry.at]
+        return (word & STATE, holder_of(word), generation_of(word)) == (LEASED, self.row, entry.generation)
 
     def forked(self) -> None:
         """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""

@@ -266,6 +266,15 @@ class Channel:
         assert self._socket is not None
         return self._socket
 
+    def somebody_answers(self) -> bool:
+        """Whether an arbiter is there, without starting one."""
+        with contextlib.suppress(OSError, SharedPoolError):
+            channel = launch.connect(self._directory)
+            if channel is not None:
+                channel.close()
+                return True
+        return False
+
     def come_back(self, events: socket.socket, seconds: float = _COME_BACK) -> socket.socket:
         """The event channel `events` ended: gives the one that took its place.
 

@@ -66,6 +66,8 @@ KEYED: Final = 35  # bumped under such a limit when a slot gets a key, and when 
 KEYS_OVER: Final = 40  # 1: keys may have more slots than MAX_PER_KEY since it was lowered; the arbiter's
 NOTED_PER_KEY: Final = 41  # a limit per key that comes into force once the table has the layout for it; 0: none
 MAX_FOREIGN: Final = 42  # 1 + connections of others that a process keeps at hand; ANY_NUMBER: no limit; 0: not said
+DECLARED_MAX: Final = 43  # the cap as it was declared last; an operator may have set another since
+DECLARED_IDLE: Final = 44  # the same of idle_timeout, ns; 0: none
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------

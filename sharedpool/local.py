@@ -25,7 +25,7 @@ from time import monotonic, sleep
 from typing import Any, Final
 
 from . import drivers, options
-from .drivers.sockets import Ending, goodbye
+from .drivers.sockets import Ending, break_off
 from .errors import (
     DrainTimeout,
     LeaseError,
@@ -692,7 +692,7 @@ class LocalPool:
             slot.doomed = True
             if kill and slot.watch is not None:
                 with contextlib.suppress(OSError):
-                    slot.watch.shutdown(goodbye(slot.watch))
+                    break_off(slot.watch)
 
     def _await_end(self, chosen: list[_Slot], number: int, seconds: float) -> None:
         limit = monotonic() + seconds

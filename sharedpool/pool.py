@@ -640,12 +640,10 @@ def _after_fork_in_child() -> None:
     _sharing = threading.Lock()
     _loading = threading.RLock()
     _shared.clear()
-    attachment = sys.modules.get(__package__ + ".attachment")
-    if attachment is not None:
-        attachment.forked()
-    local = sys.modules.get(__package__ + ".local")
-    if local is not None:
-        local.forked()
+    for name in ("attachment", "local"):
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None:
+            module.forked()
     for pool in list(_pools):
         pool.forget()
 

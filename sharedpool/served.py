@@ -17,7 +17,7 @@ from typing import Any, Final
 from . import counting, view
 from . import options as rules
 from . import segment as segments
-from .drivers.sockets import Ending, goodbye
+from .drivers.sockets import Ending, break_off
 from .errors import OptionError
 from .layout import (
     ACTIVE,
@@ -36,6 +36,9 @@ from .layout import (
     CHECK_AFTER,
     CLOSE_TIMEOUT,
     CLOSING,
+    DECLARED_IDLE,
+    DECLARED_MAX,
+    DIRTY,
     DOOMED,
     FIRST_ROW,
     FREE,
@@ -214,6 +217,13 @@ _RULE_WORDS: Final = (
 )  # fmt: skip
 
 
+def declared_in(w: memoryview[int]) -> dict[str, Any]:
+    """Those options of a table that an operator may have changed, as they were declared."""
+    if not w[DECLARED_MAX]:  # its arbiter was killed before it came so far
+        return {}
+    return {"max_connections": w[DECLARED_MAX], "idle_timeout": w[DECLARED_IDLE] / 1e9 if w[DECLARED_IDLE] else None}
+
+
 def nanoseconds(seconds: float | None) -> int:
     """Seconds as the table keeps them; None, no limit, is 0."""
     return 0 if seconds is None else max(1, int(seconds * 1e9))
@@ -271,7 +281,7 @@ class ServedPool:
         self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
         self.expected: set[int] = set()
         self._unbacked = False
-        self._inherited_at = 0 if inherited is None else clock()
+        self._inherited: dict[int, int] | None = None  # generations: connections of which there may be no descriptor
         self.table = self.segment.table(ARBITER_ROW)
         self.words = self.table.words
         self.held: dict[int, Held] = {}
@@ -536,7 +546,7 @@ class ServedPool:
 
     def registered(self, row: int, now: int) -> None:
         """A row (0: none) has told all that it holds, or has gone. After the last one, what nobody holds goes."""
-        if not self._inherited_at or (row and row not in self.expected):
+        if self._inherited is None or (row and row not in self.expected):
             return
         self.expected.discard(row)
         if self.expected:
@@ -555,11 +565,18 @@ class ServedPool:
 
     def _take_over(self) -> None:
         """Begin where a killed arbiter was: rows that it was reaping, and a section that it may have left half done."""
-        self.table.repair()
+        self._mend()
         self.words[MAX_FOREIGN] = _foreign_word(self.options.max_foreign)
+        self._inherited = {index: generation_of(word) for index, _, word in self.slots()}
         for row in range(FIRST_ROW, self.segment.geometry.rows):
             if self.words[HEADER + ROW * row] & STATE == ROW_DEAD:
                 self.reaping.add(row)
+
+    def _mend(self) -> None:
+        """A section was left half done, and perhaps nobody else enters one: who was granted something does not know."""
+        self._watching = True
+        with contextlib.suppress(Later):  # the next turn, then
+            self._settle(self.table.repair)
 
     def forget(self, index: int, generation: int | None = None) -> None:
         """Let go of a descriptor."""
@@ -611,11 +628,11 @@ class ServedPool:
         return held is not None and held.generation == generation
 
     def _shut(self, index: int) -> None:
-        """End a leased connection under its user's hands, in the way in which the remote's end can still be seen."""
+        """End a leased connection under its user's hands."""
         held = self.held.get(index)
         if held is not None:
             with contextlib.suppress(OSError):
-                held.sock.shutdown(goodbye(held.sock))
+                break_off(held.sock)
 
     def _abandoned(self, index: int, word: int, age: int) -> None:
         """A lease has lasted longer than lease_timeout: its process is told, and everybody by the log."""
@@ -690,7 +707,8 @@ class ServedPool:
         opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, at)
         began = self.words[at + SINCE]
         give_up = began + self.words[CLOSE_TIMEOUT]
-        if ending is None and began <= self._inherited_at and now < give_up:  # its end cannot be seen any more
+        unseen = ending is None and self._inherited is not None and self._inherited.get(index) == generation
+        if unseen and now < give_up:
             self.closings[index] = Closing(None, generation, give_up, give_up, opened, reason)
             return
         self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now, opened, reason)
@@ -954,6 +972,7 @@ class ServedPool:
     def reap(self, row: int, now: int) -> None:
         """A process has gone: its cells, then its slots, then its row. Idle connections that can move are kept."""
         self.reaping.add(row)
+        self._sweep_at = 0  # it may have begun to close something, and died before it said so
         with contextlib.suppress(Later):
             self._reap(row, now)
             self.reaping.discard(row)
@@ -1026,6 +1045,8 @@ class ServedPool:
     def _turn(self, now: int) -> int:
         w = self.words
         due = now + SWEEP_EVERY
+        if w[DIRTY]:
+            self._mend()
         for row in list(self.reaping):
             self.reap(row, now)
             due = min(due, now + 1_000_000 if row in self.reaping else due)

@@ -22,6 +22,7 @@ from sharedpool.layout import (
     MAX,
     RESERVE,
     RESERVING,
+    SINCE,
     TICKET,
     VER,
     generation_of,
@@ -105,6 +106,21 @@ def test_a_dead_workers_leases_are_closed_and_its_idle_connections_kept(arbiter:
     arbiter.pass_time(0.1)
     assert (numbers(pool).in_use, numbers(pool).idle, numbers(pool).processes) == (0, 1, 0)
     assert (numbers(pool).reaped, numbers(pool).adopted) == (1, 1)
+
+
+def test_what_a_worker_began_to_close_when_it_died_is_closed_at_once(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool()
+    worker = arbiter.worker(pool)
+    at = worker.open()
+    arbiter.pass_time(0.1)  # the sweep that looks for such slots has just been
+    w, table = worker.table.words, worker.table
+    assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), arbiter.clock()) == DONE
+    worker.die()
+    arbiter.pass_time(0)
+    assert closed_by_us(worker.peer(at))
+    worker.peer(at).close()
+    arbiter.pass_time(0.1)
+    assert numbers(pool).used == 0
 
 
 def test_a_grant_is_left_to_its_waiter_for_a_tenth_of_a_second_and_then_goes_to_the_next(
