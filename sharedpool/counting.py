@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Final
 
-from .layout import FOLD, FOLD_TOTAL, HEADER, MASK64, ROW, ROW_COUNTERS, TOTALS_ROW
+from .layout import FOLD, FOLD_TO, FOLD_TOTAL, HEADER, LINE, MASK64, ROW, ROW_COUNTERS, TOTALS_ROW
 from .stats import BOUNDS
 
 BOUNDS_NS: Final = tuple(round(bound * 1e9) for bound in BOUNDS)
@@ -55,11 +55,21 @@ def fold(w: memoryview[int], row: int) -> None:
 
     What each total becomes is written down first, with the place that it comes from. Only the arbiter folds.
     """
+    _move(w, HEADER + ROW * row, HEADER + ROW * TOTALS_ROW, ROW)
+
+
+def fold_line(w: memoryview[int], line: int, to: int) -> None:
+    """Move all counts of a line to another line, or to a row, and free it; as `fold`. Nobody writes to it any more."""
+    _move(w, line, to, LINE)
+    w[line] = 0
+
+
+def _move(w: memoryview[int], start: int, to: int, size: int) -> None:
     finish(w)
-    start, totals = HEADER + ROW * row, HEADER + ROW * TOTALS_ROW
-    for offset in range(ROW_COUNTERS, ROW):
+    for offset in range(ROW_COUNTERS, size):
         if w[start + offset]:
-            w[FOLD_TOTAL] = w[totals + offset] + w[start + offset] & MASK64  # may be below zero, after a reset
+            w[FOLD_TO] = to + offset
+            w[FOLD_TOTAL] = w[to + offset] + w[start + offset] & MASK64  # may be below zero, after a reset
             w[FOLD] = (w[FOLD] & ~_PLACE) + _ONE_FOLD | start + offset
             finish(w)
 
@@ -68,8 +78,7 @@ def finish(w: memoryview[int]) -> None:
     """Do what a fold that was broken off had written down."""
     place = w[FOLD] & _PLACE
     if place:
-        offset = (place - HEADER) % ROW
-        w[HEADER + ROW * TOTALS_ROW + offset] = w[FOLD_TOTAL]
+        w[w[FOLD_TO]] = w[FOLD_TOTAL]
         w[place] = 0
         w[FOLD] = w[FOLD] & ~_PLACE
 

@@ -49,6 +49,9 @@ from .layout import (
     IDLE,
     IDLE_COUNT,
     KEY,
+    LINE,
+    LINE_HIGH,
+    LINE_KEY,
     MANY_TICKETS,
     MASK32,
     MAX,
@@ -904,6 +907,7 @@ class Table:
         deadline: int,
         counter: int,
         now: int,
+        evicted: int = 0,
     ) -> int:
         """An owned cell joins the end of the queue with normal priority.
 
@@ -922,6 +926,7 @@ class Table:
             deadline: When it gives up, monotonic ns; 0: never.
             counter: What is counted.
             now: Monotonic ns.
+            evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
         marks = self._marks
@@ -933,7 +938,7 @@ class Table:
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
         queued = gate | QUEUED
-        evicted = self.row_at + ROW_EVICTED
+        evicted = evicted or self.row_at + ROW_EVICTED
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1000,6 +1005,7 @@ class Table:
         deadline: int,
         counter: int,
         now: int,
+        evicted: int = 0,
     ) -> int:
         """An owned cell joins the queue with high priority, between two cells; else as `enqueue`.
 
@@ -1020,6 +1026,7 @@ class Table:
             deadline: When it gives up, monotonic ns; 0: never.
             counter: What is counted.
             now: Monotonic ns.
+            evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
         marks = self._marks
@@ -1030,7 +1037,7 @@ class Table:
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
         queued = gate | QUEUED
-        evicted = self.row_at + ROW_EVICTED
+        evicted = evicted or self.row_at + ROW_EVICTED
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1172,6 +1179,36 @@ class Table:
                     if new == 0:
                         w[cell + NEXT] = w[FREE_CELL]
                         w[FREE_CELL] = cell
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    # --- counting by key ----------------------------------------------------------------------------------------------
+
+    def claim_line(self, line: int, key: int, word: int) -> int:
+        """A free line -> `word`, for what its row counts of a key."""
+        w = self._words
+        mutex = self.mutex
+        me = self.row
+        top = (line - self.geometry.line_base) // LINE + 1
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[line] == 0 and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[line + LINE_KEY] = key
+                    if w[LINE_HIGH] < top:
+                        w[LINE_HIGH] = top
+                    w[line] = word
                     w[DIRTY] = 0
                     done = 1
             finally:

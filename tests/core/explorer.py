@@ -124,7 +124,7 @@ class Explorer:
         self.watch = watch
         self.unsaid = unsaid
         slots = maximum + script.count("raise")
-        self.world = World(maximum=maximum, slots=slots, cells=len(workers), workers=len(workers) + 1)
+        self.world = World(maximum=maximum, slots=slots, cells=len(workers), workers=len(workers) + 1, lines=0)
         for at in [self.world.leased(FIRST_ROW + len(workers), key) for key in idle]:
             self.world.give_back(at)
         self.cells = [self.world.cell(FIRST_ROW + index) for index in range(len(workers))]
