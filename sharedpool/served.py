@@ -68,6 +68,7 @@ from .layout import (
     PAUSED,
     RECLAIM,
     RESERVE,
+    RESERVING,
     ROW,
     ROW_ARBITERS,
     ROW_COUNTERS,
@@ -709,7 +710,9 @@ class ServedPool:
             start = index + 1
             at = self.table.slot_at(index)
             word = w[at]
-            if word & STATE == IDLE and w[at + KEY] == key and not word & STAYS:
+            own = holder_of(word) == (cell_word & CELL_ROW) >> CELL_ROW_SHIFT
+            free = not word & STAYS and (own or not self._sticks(word, cell, now))
+            if word & STATE == IDLE and w[at + KEY] == key and free:
                 new = _granted(word, self.table.cell_index(cell))
                 if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now, most)):  # noqa: B023
                     self._count("rescued", key)
@@ -720,18 +723,26 @@ class ServedPool:
     def _make_room(self, cell: int, now: int) -> bool:
         """Close the idle connection longest unused for the head of the queue; False if there is nothing to do."""
         w = self.words
-        patient = not w[RULES] & STRICT and now - w[cell + CELL_SINCE] < steal_after(w)
         closing = 0
         idle: list[tuple[int, int, int]] = []
         for _, at, word in self.slots():
             closing += word & STATE == CLOSING
-            if word & STATE == IDLE and not (word & STAYS and patient):
+            if word & STATE == IDLE and not self._sticks(word, cell, now):
                 idle.append((w[at + SINCE], at, word))
         if not idle or closing >= w[WAITING_COUNT]:
             return False
         _, at, word = min(idle)
         self._close(at, word, "reclaimed", now)
         return True
+
+    def _sticks(self, word: int, cell: int, now: int) -> bool:
+        """Sticky order: an idle connection is its process's own until the head of the queue has waited long."""
+        w = self.words
+        rules = w[RULES]
+        if w[GATE] & RESERVING or holder_of(word) == ARBITER_ROW:
+            return False
+        sticky = rules & STICKY or (word & STAYS and not rules & STRICT)
+        return bool(sticky) and now - w[cell + CELL_SINCE] < steal_after(w)
 
     def look_for_grants(self) -> None:
         """Somebody queues, and may be given something before the next turn sees the queue."""
