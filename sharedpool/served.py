@@ -423,14 +423,20 @@ class ServedPool:
         return self.words[USED] == 0
 
     def _trim(self) -> None:
-        """Close the idle connections longest unused while there are more than the limit allows."""
+        """Close the idle connections longest unused while there are more than the limit allows; all of a stopped pool.
+
+        In every turn, because the arbiter that lowered the limit or stopped the pool may have been killed over it.
+        """
         w = self.words
-        surplus = w[USED] - w[MAX] - sum(word & STATE == CLOSING for _, _, word in self.slots())
-        if surplus <= 0:
+        if not w[GATE] & (OVER | STOPPED):
             return
+        surplus, reason = w[USED] - w[MAX], "over_limit"
+        surplus -= sum(word & STATE == CLOSING for _, _, word in self.slots())
         idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
-        for _, at, word in idle[:surplus]:
-            self._close(at, word, "over_limit", self._clock())
+        if self.stopped:
+            surplus, reason = len(idle), "stopped"
+        for _, at, word in idle[: max(0, surplus)]:
+            self._close(at, word, reason, self._clock())
 
     # --- descriptors --------------------------------------------------------------------------------------------------
 
@@ -884,6 +890,7 @@ class ServedPool:
             due = min(due, now + 1_000_000)
         if self._unbacked:
             self._give_up_unbacked(now)
+        self._trim()
         if now >= self._expire_at:
             self._expire_at = self._expire(now)
         due = min(due, self.policies.turn(now))

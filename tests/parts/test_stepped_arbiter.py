@@ -23,6 +23,7 @@ from sharedpool.layout import (
     RESERVE,
     RESERVING,
     STATE,
+    STOPPED,
     TICKET,
     VER,
     generation_of,
@@ -283,6 +284,19 @@ def test_pausing_and_resuming_leave_the_reserve_as_it_is(arbiter: SteppedArbiter
 def test_an_heir_finds_the_options_in_the_table(arbiter: SteppedArbiter, given: dict[str, Any]) -> None:
     pool = arbiter.pool(**given)
     assert options_in(pool.words) == pool.options
+
+
+@pytest.mark.parametrize(("flags", "left", "reason"), [(0, 1, "over_limit"), (STOPPED, 0, "stopped")])
+def test_an_heir_closes_what_an_arbiter_killed_after_lowering_the_limit_or_stopping_would_have(
+    arbiter: SteppedArbiter, flags: int, left: int, reason: str
+) -> None:
+    pool = arbiter.pool(max_connections=3)
+    worker = arbiter.worker(pool)
+    for at in [worker.open() for _ in range(3)]:
+        worker.leave_idle(at)
+    assert pool.table.set_limit(1, flags) == DONE  # and no more
+    arbiter.pass_time(0.01)
+    assert (numbers(pool).idle, numbers(pool).closes[reason]) == (left, 3 - left)
 
 
 def test_an_heir_of_an_arbiter_killed_between_cap_and_reserve_has_options_that_fit(arbiter: SteppedArbiter) -> None:
