@@ -13,11 +13,9 @@ import os
 import socket
 import threading
 import time
-import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from sys import _getframe
 from threading import get_ident
 from time import monotonic_ns
 from typing import Any, Final
@@ -37,7 +35,6 @@ from .errors import (
     SharedPoolError,
     file_limit,
 )
-from .events import OURS
 from .held import Entry, Patience, Route
 from .hooks import Hooks
 from .layout import (
@@ -73,6 +70,7 @@ from .layout import (
     RULES,
     SERIAL_ONE,
     SERIAL_SHIFT,
+    SHORT,
     SINCE,
     STATE,
     STAYS,
@@ -121,8 +119,6 @@ _CROWDED: Final = GATE_FLAGS & ~RESERVING
 _TO_LEASED: Final = 1 + SERIAL_ONE
 #: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
 _GIVE_BACK: Final = 50_000_000
-#: Leases no longer than this are in the first bucket, ns.
-_SHORT: Final = 500_000
 
 
 class Attachment:
@@ -181,7 +177,7 @@ class Attachment:
         self.returns = Returns(self.table, self.segment, self._tell_close, self.lines, self.room.longest_for)
         self.room.returns = self.returns
         _attachments.add(self)
-        self._note_places(bool(self.words[LEASE_TIMEOUT]))
+        self._note_places()
         channel = self.channel.events
         assert channel is not None
         threading.Thread(
@@ -277,7 +273,11 @@ class Attachment:
             entry.stacked = False
             seen = entry.word
             at = entry.at
-            lease: Lease[Any] = Lease(self, entry, at)
+            lease: Lease[Any] = Lease.__new__(Lease)  # without its __init__: 0.1 us
+            lease.word = 0
+            lease._owner = self
+            lease._entry = entry
+            lease.place = at
             new = seen + _TO_LEASED & MASK64
             w = self._words
             if self.table.take_idle(at, seen, new, self.gate, lease, self._scrap, monotonic_ns()) == DONE:
@@ -297,7 +297,10 @@ class Attachment:
     def _checkout_slowly(self, route: Route, limit: int, connect_timeout: float) -> Lease[Any]:
         refused: set[int] = set()
         while True:
-            lease: Lease[Any] = Lease(self, None, 0)
+            lease: Lease[Any] = Lease.__new__(Lease)
+            lease.word = 0
+            lease._owner = self
+            lease._entry = None
             try:
                 counter, idle = self._acquire(route, lease, limit, refused)
             except OutOfTime:
@@ -630,7 +633,7 @@ class Attachment:
         now = monotonic_ns()
         took = now - w[lease.place + SINCE]
         bucket = self._lease_bucket
-        if not 0 <= took <= _SHORT:
+        if not 0 <= took <= SHORT:
             bucket, took = self._long_lease(took)
         w[bucket] = w[bucket] + 1
         bucket = self._lease_sum
@@ -804,7 +807,7 @@ class Attachment:
         elif message.kind is Kind.LOG:
             events.log_again(message.body)
         elif message.kind is Kind.OPTIONS:
-            self._note_places(bool(self.words[LEASE_TIMEOUT]))
+            self._note_places()
 
     def _abandoned(self, message: Message) -> None:
         """A lease of this process lasts too long; unless it has come back meanwhile, say who has it."""
@@ -818,24 +821,11 @@ class Attachment:
             found = events.abandoned(self.name, thread, self.places.get(at), message.body)
             events.report(found, self.on_abandoned)
 
-    def _note_places(self, wanted: bool) -> None:
-        """With a lease_timeout every checkout notes who called it. Without one the method itself is in its place."""
-        if wanted:
-            setattr(self, "checkout", self._checkout_noting)  # noqa: B010 - a compiled method is no plain attribute
-        else:
-            with contextlib.suppress(AttributeError):
-                delattr(self, "checkout")
+    def _note_places(self) -> None:
+        """With a lease_timeout every checkout notes who called it."""
+        self.noting = bool(self.words[LEASE_TIMEOUT])
+        if not self.noting:
             self.places.clear()
-
-    def _checkout_noting(self, route: Route, patience: float | None, connect_timeout: float) -> Lease[Any]:
-        lease: Lease[Any] = _checkout(self, route, patience, connect_timeout)
-        frame = _getframe(_ABOVE_THE_HANDLE)
-        code = frame.f_code
-        if OURS[code.co_filename]:
-            self.places[lease.place] = events.where_taken(frame.f_back)
-        else:  # where_taken, without the call
-            self.places[lease.place] = code, frame.f_lasti
-        return lease
 
     # --- prewarming ---------------------------------------------------------------------------------------------------
 
@@ -994,11 +984,6 @@ def _copy(number: Callable[[], int]) -> int:
         os.close(copy)
         return -1
     return copy
-
-
-_checkout: Final = vars(Attachment)["checkout"]
-#: Compiled methods have no frames.
-_ABOVE_THE_HANDLE: Final = 2 if isinstance(_checkout, types.FunctionType) else 1
 
 
 def _limit(patience: float | None) -> int:

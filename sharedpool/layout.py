@@ -89,6 +89,8 @@ ROW_EVICTED: Final = 36  # the first of them, counted by `enqueue` itself
 ROW_WAIT_SECONDS: Final = 64  # histograms: 15 buckets, and the sum in ns
 ROW_CONNECT_SECONDS: Final = 80
 ROW_LEASE_SECONDS: Final = 96
+#: Durations no longer than this, ns, are in a histogram's first bucket.
+SHORT: Final = 500_000
 TOTALS_ROW: Final = 0  # what dead rows had counted
 ARBITER_ROW: Final = 1
 FIRST_ROW: Final = 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+from .table import Claim
+
 T = TypeVar("T")
 
 
@@ -17,7 +19,7 @@ class Owner(Protocol):
     def stays_inert(self) -> bool: ...
 
 
-class Lease(Generic[T]):
+class Lease(Claim, Generic[T]):
     """A connection (or a permit) that is yours until you give it back.
 
     A context manager: leaving the block checks in, an exception discards. A lease that is forgotten is discarded when
@@ -29,7 +31,7 @@ class Lease(Generic[T]):
         place: The slot's place in the table.
     """
 
-    __slots__ = ("_entry", "_owner", "conn", "place", "word")
+    __slots__ = ("_entry", "_owner", "conn", "place")
 
     #: The connection; None for a permit.
     conn: T

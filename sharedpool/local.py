@@ -217,6 +217,8 @@ class LocalPool:
         self._count_anew()
         self.hooks = Hooks(name)
         self.on_checkout = self.hooks.of("checkout")
+        self.noting = False
+        self.places: dict[int, Any] = {}
         self.welcome: Mapping[str, Any] = {}
 
     def _count_anew(self) -> None:

@@ -183,3 +183,4 @@ with contextlib.suppress(ImportError):
     calls = importlib.import_module("._calls", __package__)
 if not TYPE_CHECKING and calls is not None:
     any_set, finder, waker, Gate, Sleeper = calls.AnySet, calls.Finder, calls.Waker, calls.Gate, calls.Sleeper
+    FILENO = calls.FileNumber()

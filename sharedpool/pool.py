@@ -12,12 +12,14 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from types import TracebackType
+from sys import _getframe
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from . import options
 from .errors import NotSupported, OptionError, PoolStopped
+from .events import OURS, Place, where_taken
 from .hooks import Callback, Hooks
 from .lease import Lease
 from .notices import Callbacks, Notices
@@ -42,6 +44,8 @@ class Attached(Protocol):
     notices: Notices
     hooks: Hooks
     on_checkout: list[Callback]
+    noting: bool
+    places: dict[int, Place | None]
 
     @property
     def welcome(self) -> Mapping[str, Any]: ...
@@ -141,7 +145,10 @@ class Pool(Generic[T]):
         self._given = given
         self._app = app
         self._update = update
-        self._options = options.make(given)
+        made = options.make(given)
+        self._connect: float = made.connect_timeout
+        self._limited = made.checkout_timeout is not NOT_GIVEN
+        self._patience = made.checkout_timeout if self._limited else made.connect_timeout
         self._lock = threading.Lock()
         self._attached: Attached | None = None
         self._routes: dict[tuple[str, str, int], Any] = {}
@@ -175,7 +182,7 @@ class Pool(Generic[T]):
                     attached.hooks.of(event).append(callback)
                 self._attached = attached
                 for (transport, host, port), count in self._warm.items():
-                    attached.prewarm(attached.route(transport, host, port), count, self._options.connect_timeout)
+                    attached.prewarm(attached.route(transport, host, port), count, self._connect)
         return self
 
     def _attach(self, seconds: float) -> Attached:
@@ -278,6 +285,12 @@ class Pool(Generic[T]):
             ConnectFailed, ConnectTimeout: The remote refused or did not answer.
             TooManyWaiting, PoolStopped, PoolNotFound, PoolOptionsDiffer, OptionError, StartFailed, AttachRefused.
         """
+        return self._take(host, port, transport, checkout_timeout, connect_timeout, priority)
+
+    def _take(
+        self, host: str, port: int, transport: str | None,
+        checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
+    ) -> Lease[T]:  # fmt: skip
         attached = self._attached
         if attached is None:
             attached = self.open()._attached
@@ -289,29 +302,31 @@ class Pool(Generic[T]):
         if priority != "normal":
             options.check_priority(priority)
             route = attached.urgent(route)
-        if connect_timeout is NOT_GIVEN:
-            connect: Any = self._options.connect_timeout
-        else:
+        connect: Any = self._connect
+        patience: Any = self._patience
+        if connect_timeout is not NOT_GIVEN:
             connect = options.check("connect_timeout", connect_timeout)
-        if checkout_timeout is NOT_GIVEN:
-            patience: Any = self._options.checkout_timeout
-            if patience is NOT_GIVEN:
+            if not self._limited:
                 patience = connect
-        else:
+        if checkout_timeout is not NOT_GIVEN:
             patience = options.check("checkout_timeout", checkout_timeout)
         try:
-            lease = attached.checkout(route, patience, connect)
-            if attached.on_checkout:
-                attached.hooks.tell("checkout", lease)
-            return lease
+            lease: Lease[T] = attached.checkout(route, patience, connect)
         except PoolStopped as error:
             if error.waited or not attached.lost:
                 raise
-        self._leave(attached)  # its arbiter was stopped; there may be a new one
-        return self.checkout(
-            host, port, transport,
-            checkout_timeout=checkout_timeout, connect_timeout=connect_timeout, priority=priority,
-        )  # fmt: skip
+            self._leave(attached)  # its arbiter was stopped; there may be a new one
+            return self._take(host, port, transport, checkout_timeout, connect_timeout, priority)
+        if attached.noting:
+            frame = _getframe(_CALLER)
+            code = frame.f_code
+            if OURS[code.co_filename]:
+                attached.places[lease.place] = where_taken(frame.f_back)
+            else:  # the same, without the call
+                attached.places[lease.place] = code, frame.f_lasti
+        if attached.on_checkout:
+            attached.hooks.tell("checkout", lease)
+        return lease
 
     def _route(self, attached: Attached, transport: str | None, host: str, port: int) -> Any:
         kind, where, number = transport or self.transport, host, port
@@ -400,7 +415,7 @@ class Pool(Generic[T]):
                 " that connects", option="transport", value=kind, source="the call", allowed="one that connects",
             )  # fmt: skip
         self._warm[kind, where, number] = count
-        attached.prewarm(route, count, self._options.connect_timeout)
+        attached.prewarm(route, count, self._connect)
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -494,24 +509,28 @@ def _remove(callbacks: list[Callback], callback: Callback) -> None:
         callbacks.remove(callback)
 
 
-class _Leasing(AbstractContextManager[T]):
+class _Leasing(Generic[T]):
     """`with pool.connection(...)`; may be entered once."""
 
-    __slots__ = ("_arguments", "_lease", "_pool", "_priority", "_timeouts")
+    __slots__ = ("_connect", "_host", "_lease", "_patience", "_pool", "_port", "_priority", "_transport")
+
+    _lease: Lease[T]
 
     def __init__(
         self, pool: Pool[T], host: str, port: int, transport: str | None,
         checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> None:  # fmt: skip
         self._pool = pool
-        self._arguments = (host, port, transport)
-        self._timeouts = (checkout_timeout, connect_timeout)
+        self._host = host
+        self._port = port
+        self._transport = transport
+        self._patience = checkout_timeout
+        self._connect = connect_timeout
         self._priority = priority
 
     def __enter__(self) -> T:
-        patience, connect = self._timeouts
-        self._lease = self._pool.checkout(
-            *self._arguments, checkout_timeout=patience, connect_timeout=connect, priority=self._priority
+        self._lease = self._pool._take(
+            self._host, self._port, self._transport, self._patience, self._connect, self._priority
         )
         return self._lease.conn
 
@@ -592,6 +611,9 @@ def _bad_url(url: str, why: str) -> OptionError:
         option="host", value=url, source="the call", allowed=allowed,
     )  # fmt: skip
 
+
+#: From `Pool._take` to who called `checkout` or entered `connection`. Compiled methods have no frames.
+_CALLER: Final = 2 if isinstance(vars(Pool).get("_take"), FunctionType) else 0
 
 _pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
 

@@ -111,19 +111,19 @@ class Mutex(Protocol):
     def __invert__(self) -> int: ...
 
 
-class HasWord(Protocol):
-    """What a section claims or gives: a lease, whose `word` is 0 when it is not in force."""
-
-    word: int
-
-
-class NoLease:
-    """Stands in where no user's lease is concerned."""
+class Claim:
+    """What a section claims or gives. A lease is one, with a `word` that is 0 when it is not in force."""
 
     __slots__ = ("word",)
 
     def __init__(self) -> None:
         self.word = 0
+
+
+class NoLease(Claim):
+    """Stands in where no user's lease is concerned."""
+
+    __slots__ = ()
 
 
 class Table:
@@ -225,7 +225,7 @@ class Table:
 
     # --- taking -------------------------------------------------------------------------------------------------------
 
-    def take_idle(self, at: int, seen: int, new: int, gate: int, lease: HasWord, counter: int, now: int) -> int:
+    def take_idle(self, at: int, seen: int, new: int, gate: int, lease: Claim, counter: int, now: int) -> int:
         """IDLE -> LEASED: one's own or, by takeover, another process's."""
         w = self._words
         marks = self._marks
@@ -265,7 +265,7 @@ class Table:
         first: int,
         waits: int,
         most: int,
-        lease: HasWord,
+        lease: Claim,
         counter: int,
         now: int,
     ) -> int:
@@ -326,7 +326,7 @@ class Table:
         seen: int,
         new: int,
         gate: int,
-        lease: HasWord,
+        lease: Claim,
         key: int,
         counter: int,
         now: int,
@@ -379,7 +379,7 @@ class Table:
         return done or self.missed(rc)
 
     def take_grant(
-        self, at: int, seen: int, new: int, cell: int, lease: HasWord, key: int, counter: int, now: int
+        self, at: int, seen: int, new: int, cell: int, lease: Claim, key: int, counter: int, now: int
     ) -> int:
         """GRANTED -> LEASED (a connection) or OPENING (a bare permit), by the cell it was granted to."""
         w = self._words
@@ -416,7 +416,7 @@ class Table:
 
     # --- holding ------------------------------------------------------------------------------------------------------
 
-    def swap(self, at: int, seen: int, new: int, lease: HasWord, expected: int, bump: int, now: int) -> int:
+    def swap(self, at: int, seen: int, new: int, lease: Claim, expected: int, bump: int, now: int) -> int:
         """A slot's word changes and its place in lists does not: doomed, adopted.
 
         Args:
@@ -454,7 +454,7 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def connected(self, at: int, seen: int, new: int, lease: HasWord, expected: int, counter: int, now: int) -> int:
+    def connected(self, at: int, seen: int, new: int, lease: Claim, expected: int, counter: int, now: int) -> int:
         """OPENING -> LEASED: the connection is there, and counted as opened.
 
         Args:
@@ -493,7 +493,7 @@ class Table:
         return done or self.missed(rc)
 
     def reopen(
-        self, at: int, seen: int, new: int, lease: HasWord, expected: int, reason: int, counter: int, now: int
+        self, at: int, seen: int, new: int, lease: Claim, expected: int, reason: int, counter: int, now: int
     ) -> int:
         """LEASED -> OPENING: its connection was closed to the end by its holder; another is opened on the same permit.
 

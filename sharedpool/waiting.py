@@ -47,6 +47,7 @@ from .layout import (
     ROW_SCRAP,
     ROW_WAIT_SECONDS,
     SERIAL_ONE,
+    SHORT,
     STATE,
     STOPPED,
     TURN_SHIFT,
@@ -61,7 +62,7 @@ from .lines import CLOSES, COUNTS, Lines
 from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
-from .table import BUSY, DONE, FULL, Table
+from .table import BUSY, DONE, FULL, NoLease, Table
 
 _NEVER: Final = 0x4000_0000_0000_0000
 #: Who sleeps looks up so often, ns, whatever happens.
@@ -205,7 +206,9 @@ class WaitingRoom:
     def _waited(self, took: int) -> None:
         """A checkout has been in the queue for so long, ns."""
         w = self._words
-        at = self._wait_bucket + bucket_of(took)
+        at = self._wait_bucket
+        if took > SHORT:
+            at = at + bucket_of(took)
         w[at] = w[at] + 1
         at = self._wait_sum
         w[at] = w[at] + took
@@ -277,8 +280,9 @@ class WaitingRoom:
         marks = self._marks
         cell = waiter.cell
         grant = cell + GRANT
-        sleep = waiter.sleeper.sleep
+        sleeper = waiter.sleeper
         patience: Patience | None = None
+        napped = False
         while True:
             kick = marks[waiter.kick]  # before looking: a grant after this changes it, and nobody sleeps
             if at := w[grant]:
@@ -303,14 +307,16 @@ class WaitingRoom:
                 self._rejoin(cell, word)
                 now = monotonic_ns()
                 continue
-            nap = limit - now
-            if nap > _LOOK_UP:
-                nap = _LOOK_UP
-            if route.sticky:
-                nap = min(nap, self._steal(cell, now))
-            sleep(kick, nap)
-            heed()
+            nap = self._nap(cell, route, limit - now, now)
+            if napped:  # who was granted something is back in Python in a moment, where signals are looked for
+                heed()
+            napped = True
+            sleeper.sleep(kick, nap)
             now = monotonic_ns()
+
+    def _nap(self, cell: int, route: Route, left: int, now: int) -> int:
+        nap = left if left < _LOOK_UP else _LOOK_UP
+        return min(nap, self._steal(cell, now)) if route.sticky else nap
 
     def _take(self, at: int, cell: int, route: Route, lease: Lease[Any], now: int) -> int:
         """Take what was granted: a connection becomes LEASED, a bare permit OPENING (or LEASED, where that is all)."""
@@ -375,7 +381,7 @@ class WaitingRoom:
         seen = w[at]
         if seen & STATE != GRANTED or holder_of(seen) != table.cell_index(cell) or self.returns is None:
             return table.missed(0)
-        unwanted = _Unwanted()
+        unwanted = NoLease()
         bare = seen & BARE
         new = (seen & ~(STATE | HOLDER | BARE)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
         key = w[at + KEY]
@@ -388,10 +394,3 @@ class WaitingRoom:
                 else:
                     self.returns.closed(at, new, patience.limit, "unwanted")
         return result
-
-
-class _Unwanted:
-    __slots__ = ("word",)
-
-    def __init__(self) -> None:
-        self.word = 0

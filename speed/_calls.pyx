@@ -1,6 +1,12 @@
 """What native.py does through ctypes, as C calls. They keep the GIL, as there, except to sleep."""
 
+import socket
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_SetFromErrno
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from cpython.object cimport PyObject_TypeCheck, PyTypeObject
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp
 
@@ -12,12 +18,12 @@ cdef extern from "pthread.h":
     int pthread_mutex_consistent(pthread_mutex_t *)
 
 cdef extern from "poll.h":
-    struct pollfd:
-        int fd
-        short events
-        short revents
     int POLLIN
     int poll(pollfd *, unsigned long, int)
+
+cdef extern from "sys/socket.h":
+    int MSG_DONTWAIT
+    ssize_t send(int, const void *, size_t, int) nogil
 
 cdef extern from "time.h":
     struct timespec:
@@ -33,6 +39,8 @@ cdef extern from *:
     #include <wchar.h>
 
     extern int dup3(int, int, int);
+    /* The first field of a socket object; checked below. */
+    static int sharedpool_number(void *sock) { return *(int *) ((char *) sock + sizeof(PyObject)); }
     static long sharedpool_wait(unsigned *word, unsigned value, struct timespec *time) {
         return syscall(SYS_futex, word, FUTEX_WAIT, value, time, NULL, 0);
     }
@@ -40,6 +48,7 @@ cdef extern from *:
     """
     int O_CLOEXEC
     int dup3(int, int, int)
+    int sharedpool_number(void *)
     long sharedpool_wait(uint32_t *, uint32_t, timespec *) nogil
     long sharedpool_wake(uint32_t *)
     ctypedef int wchar_t
@@ -79,12 +88,10 @@ cdef class Waker:
 cdef class Sleeper:
     """Sleeps on one 32-bit word."""
 
-    cdef uint32_t *word
-
     def __init__(self, size_t address):
         self.word = <uint32_t *> address
 
-    def sleep(self, uint32_t value, long long nanoseconds):
+    cpdef void sleep(self, uint32_t value, long long nanoseconds):
         cdef timespec time
         time.tv_sec = nanoseconds // 1_000_000_000
         time.tv_nsec = nanoseconds % 1_000_000_000
@@ -131,17 +138,13 @@ cdef class Finder:
 cdef class Gate:
     """`quiet(0)` polls, `+` unparks, `-` parks."""
 
-    cdef pollfd place
-    cdef int number
-    cdef int dead
-
     def __init__(self, int real, int number, int dead):
         self.place.fd = real
         self.place.events = POLLIN
         self.number = number
         self.dead = dead
 
-    def quiet(self, int timeout):
+    cpdef int quiet(self, int timeout):
         self.place.revents = 0
         return poll(&self.place, 1, timeout)
 
@@ -150,3 +153,43 @@ cdef class Gate:
 
     def __neg__(self):
         return dup3(self.dead, self.number, O_CLOEXEC)
+
+
+_fileno = socket.socket.fileno
+cdef PyTypeObject *_socket = <PyTypeObject *> socket.socket
+
+
+cdef class FileNumber:
+    """`FILENO[sock]`: the number in a socket object, read where it lies."""
+
+    cdef bint there
+
+    def __cinit__(self):
+        with socket.socket() as probe:
+            self.there = sharedpool_number(<void *> probe) == probe.fileno()
+
+    def __getitem__(self, sock):
+        if self.there and PyObject_TypeCheck(sock, _socket):
+            return sharedpool_number(<void *> sock)
+        return _fileno(sock)
+
+
+_sendall = socket.socket.sendall
+
+
+def sendall(self, data, int flags=0):
+    """As socket.sendall, which asks first whether there is room: here only where there was none."""
+    cdef Py_buffer view
+    cdef ssize_t sent
+    cdef int number = _fileno(self)
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        with nogil:
+            sent = send(number, view.buf, view.len, flags | MSG_DONTWAIT)
+        if sent == view.len:
+            return
+        if sent < 0 and errno != EAGAIN and errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+    finally:
+        PyBuffer_Release(&view)
+    _sendall(self, memoryview(data).cast("B")[max(sent, 0):], flags)

@@ -1,6 +1,7 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
+from sharedpool.clock cimport get_ident, monotonic_ns
 from sharedpool.memory cimport Mark, Word
 from sharedpool.held cimport Entry, Patience, Route
 from sharedpool.layout cimport generation_of, holder_of, leased_word, opening_word
@@ -13,17 +14,17 @@ from sharedpool.waiting cimport WaitingRoom
 cdef class Attachment:
     cdef public object channel, chores, name, segment, welcome, words
     cdef public object lines, _dead, _tidying, _connect_seconds, _lease_seconds, _warmer
-    cdef public object hooks
-    cdef public list on_checkout, _on_checkin
-    cdef public dict entries, permits, routes
-    cdef public bint inert, lost, _polls
+    cdef public object hooks, notices
+    cdef public uint64_t _beat
+    cdef public list on_abandoned, on_checkout, _on_checkin
+    cdef public dict entries, opening, permits, places, routes
+    cdef public bint inert, lost, noting, _polls
     cdef public uint64_t gate, row, _scrap, _lease_bucket, _lease_sum
     cdef public Returns returns
     cdef public WaitingRoom room
     cdef public Table table
     cdef Word[::1] _words
     cdef object __weakref__
-    cdef dict __dict__
 
     @cython.locals(w=Word[::1], stack=list, entry=Entry, seen=uint64_t, at=uint64_t, lease=Lease, new=uint64_t,
                    counter=uint64_t)

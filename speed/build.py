@@ -35,7 +35,7 @@ DIRECTIVES = {
 
 def modules() -> list[str]:
     """The modules that have types."""
-    return sorted({path.stem for path in HERE.glob("*.p[xy][dx]")} - {"memory"})
+    return sorted({path.stem for path in HERE.glob("*.p[xy][dx]")} - {"memory", "clock"})
 
 
 def constants() -> dict[str, int]:
@@ -73,8 +73,7 @@ class _Constants(ast.NodeTransformer):
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
-        if node.level:
-            node.names = [name for name in node.names if name.name not in self.left_out]
+        node.names = [name for name in node.names if name.name not in self.left_out]
         return node if node.names else None
 
 

@@ -1,10 +1,13 @@
 from libc.stdint cimport uint64_t
 
+from sharedpool._calls cimport Gate
+from sharedpool.clock cimport monotonic_ns
 from sharedpool.layout cimport tag_of
 
 
 cdef class Entry:
-    cdef public object conn, gate, route
+    cdef public object conn, route
+    cdef public Gate gate
     cdef public uint64_t at, generation, version, word, thread
     cdef public int number, real
     cdef public bint stacked

@@ -1,6 +1,7 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
+from sharedpool.clock cimport monotonic_ns
 from sharedpool.memory cimport Mark, Word
 from sharedpool.held cimport Patience, Route
 from sharedpool.layout cimport generation_of, with_state

@@ -5,6 +5,14 @@ from sharedpool.memory cimport Mark, Word
 from sharedpool.layout cimport with_state
 
 
+cdef class Claim:
+    cdef public uint64_t word
+
+
+cdef class NoLease(Claim):
+    pass
+
+
 cdef class Table:
     cdef public object words, marks, mutex, find, geometry
     cdef Word[::1] _words
@@ -21,19 +29,19 @@ cdef class Table:
     @cython.locals(me=cython.ulonglong, mutex=object, rc=cython.int, w=object)
     cpdef int repair(self) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
-    cpdef int take_idle(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, lease, uint64_t counter, uint64_t now) except -2
+    cpdef int take_idle(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, Claim lease, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
-    cpdef int take_idle_counted(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t first, uint64_t waits, uint64_t most, lease, uint64_t counter, uint64_t now) except -2
+    cpdef int take_idle_counted(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t first, uint64_t waits, uint64_t most, Claim lease, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, index=cython.ulonglong, me=cython.ulonglong, mutex=object, rc=cython.int, top=cython.ulonglong, w=Word[::1])
-    cpdef int take_free(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, lease, uint64_t key, uint64_t counter, uint64_t now, uint64_t first=*, uint64_t waits=*, uint64_t most=*) except -2
+    cpdef int take_free(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, Claim lease, uint64_t key, uint64_t counter, uint64_t now, uint64_t first=*, uint64_t waits=*, uint64_t most=*) except -2
     @cython.locals(bare=cython.ulonglong, done=cython.int, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, w=Word[::1])
-    cpdef int take_grant(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t cell, lease, uint64_t key, uint64_t counter, uint64_t now) except -2
+    cpdef int take_grant(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t cell, Claim lease, uint64_t key, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
-    cpdef int swap(self, uint64_t at, uint64_t seen, uint64_t new, lease, uint64_t expected, uint64_t bump, uint64_t now) except -2
+    cpdef int swap(self, uint64_t at, uint64_t seen, uint64_t new, Claim lease, uint64_t expected, uint64_t bump, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
-    cpdef int connected(self, uint64_t at, uint64_t seen, uint64_t new, lease, uint64_t expected, uint64_t counter, uint64_t now) except -2
+    cpdef int connected(self, uint64_t at, uint64_t seen, uint64_t new, Claim lease, uint64_t expected, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
-    cpdef int reopen(self, uint64_t at, uint64_t seen, uint64_t new, lease, uint64_t expected, uint64_t reason, uint64_t counter, uint64_t now) except -2
+    cpdef int reopen(self, uint64_t at, uint64_t seen, uint64_t new, Claim lease, uint64_t expected, uint64_t reason, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
     cpdef int put_idle(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t tag, uint64_t now) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])

@@ -1,6 +1,8 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
+from sharedpool._calls cimport Sleeper
+from sharedpool.clock cimport monotonic_ns
 from sharedpool.memory cimport Mark, Word
 from sharedpool.held cimport Patience, Route
 from sharedpool.lease cimport Lease
@@ -10,7 +12,7 @@ from sharedpool.table cimport Table
 
 cdef class Waiter:
     cdef public uint64_t cell, kick
-    cdef public object sleeper
+    cdef public Sleeper sleeper
 
 
 cdef class WaitingRoom:
@@ -30,9 +32,12 @@ cdef class WaitingRoom:
     @cython.locals(deadline=uint64_t, counter=uint64_t, evicted=uint64_t, result=int)
     cdef int _join(self, uint64_t cell, Route route, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t seen, long long limit, uint64_t now, bint behind) except -2
 
-    @cython.locals(w=Word[::1], marks=Mark[::1], cell=uint64_t, grant=uint64_t, patience=Patience,
-                   kick=cython.uint, at=uint64_t, result=int, word=uint64_t, nap=cython.longlong)
+    @cython.locals(w=Word[::1], marks=Mark[::1], cell=uint64_t, grant=uint64_t, patience=Patience, sleeper=Sleeper,
+                   kick=cython.uint, at=uint64_t, result=int, word=uint64_t, nap=cython.longlong, napped=bint)
     cdef _sleep_until_granted(self, Waiter waiter, Route route, Lease lease, long long limit, long long now)
+
+    @cython.locals(nap=cython.longlong)
+    cdef long long _nap(self, uint64_t cell, Route route, long long left, long long now) except -1
 
     @cython.locals(w=Word[::1], at=uint64_t)
     cdef _waited(self, long long took)

@@ -289,7 +289,7 @@ def test_a_lease_taken_before_the_time_out_was_set_is_reported_with_the_line_its
 
 def checkout_is_plain(state: State) -> bool:
     attached = state.pools["default"]._attached
-    wait_until(lambda: "checkout" not in attached.__dict__)
+    wait_until(lambda: not attached.noting)
     return attached.places == {}
 
 
