@@ -88,6 +88,7 @@ def folding(w: memoryview[int]) -> int:
     return w[FOLD]
 
 
-def is_folding(number: int) -> bool:
-    """Whether a count was on its way."""
-    return number & _PLACE != 0
+def on_its_way(w: memoryview[int]) -> tuple[tuple[int, int], ...]:
+    """The count that is being moved: its total's place and what that becomes, its own place and 0. Else nothing."""
+    place = w[FOLD] & _PLACE
+    return ((w[FOLD_TO], w[FOLD_TOTAL]), (place, 0)) if place else ()

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Final
 
-from .counting import folding, is_folding
+from .counting import folding, on_its_way
 from .layout import (
     ARBITER_ROW,
     BARE,
@@ -212,17 +212,33 @@ def counts_by_key(w: memoryview[int], geometry: Geometry) -> dict[int, list[int]
 def _all_counts(w: memoryview[int], geometry: Geometry) -> tuple[list[list[int]], list[LineView], int]:
     """The counts of every row in use and every line, and how many rows are live.
 
-    Rows and lines that are being folded are read until nothing moved meanwhile; a fold takes microseconds.
+    Rows and lines that are being folded are read until nothing moved meanwhile; what an arbiter that does not go on was
+    just moving is counted as moved.
     """
     for _ in range(_READS):
         before = folding(w)
         words = w[HEADER : HEADER + ROW * geometry.rows : ROW].tolist()
         rows = [row for row in range(FIRST_ROW, geometry.rows) if words[row] & 15 in (ROW_LIVE, ROW_DEAD)]
-        counts = [_row_counts(w, row) for row in (TOTALS_ROW, ARBITER_ROW, *rows)]
+        counts = {row: _row_counts(w, row) for row in (TOTALS_ROW, ARBITER_ROW, *rows)}
         found = lines(w, geometry)
-        if folding(w) == before and not is_folding(before):
+        for place, value in on_its_way(w):
+            _correct(geometry, counts, found, place, value)
+        if folding(w) == before:
             break
-    return counts, found, sum(words[row] & 15 == ROW_LIVE for row in rows)
+    return [*counts.values()], found, sum(words[row] & 15 == ROW_LIVE for row in rows)
+
+
+def _correct(geometry: Geometry, rows: dict[int, list[int]], found: list[LineView], place: int, value: int) -> None:
+    """A count as it is to be, in what was read."""
+    if place >= geometry.line_base:
+        offset = (place - geometry.line_base) % LINE
+        for line in found:
+            if line.at == place - offset:
+                line.counts[offset - ROW_COUNTERS] = value
+    else:
+        row, offset = divmod(place - HEADER, ROW)
+        if row in rows:
+            rows[row][offset - ROW_COUNTERS] = value
 
 
 def _added(counts: list[list[int]]) -> list[int]:

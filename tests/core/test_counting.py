@@ -94,6 +94,7 @@ def test_a_fold_broken_off_anywhere_is_finished_by_the_next_and_loses_and_double
         try:
             fold(words, TWO)
         except Broken:
+            assert view.stats(world.words, world.geometry, "x") == before, f"store {k}, and nobody goes on"
             counting.finish(world.words)
             assert view.stats(world.words, world.geometry, "x") == before, f"store {k}"
             fold(world.words, TWO)

@@ -150,6 +150,7 @@ def test_broken_off_at_any_store_and_done_again_by_an_heir_nothing_is_lost_or_do
         try:
             work(arbiter(world, Breaker(k).store))
         except Broken:
+            assert view.stats(world.words, world.geometry, "x") == before, f"store {k}, and nobody goes on"
             counting.finish(world.words)
             assert view.stats(world.words, world.geometry, "x") == before, f"store {k}"
             work(arbiter(world))
