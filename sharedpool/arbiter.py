@@ -16,13 +16,13 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
 import psutil
 
-from . import fdpass, options, segment, succession, view, wire
+from . import fdpass, layout, options, segment, succession, view, wire
 from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, StartFailed
 from .genserver import PoolServer
 from .layout import HEADER, INCARNATION, ROW, ROW_NONCE
@@ -94,6 +94,7 @@ class Arbiter:
         self.listener = listener
         self._clock = clock
         self.pools: dict[str, PoolServer] = {}
+        self._refused: dict[str, tuple[str, list[psutil.Process]]] = {}
         self.incarnation = 1
         self._authkey = authkey
         self._scope = scope
@@ -385,14 +386,17 @@ class Arbiter:
         self._reply(client, Message(Kind.WELCOME, message.request, body=body), client.pool.segment.fd)
 
     def _attach(self, client: Client, body: Any) -> dict[str, Any]:
+        name, version = options.check_pool_name(body.get("pool")), layout_of(body)
+        self._check_layout(name, version, client.pid)
         pool, warnings = self.declare(
-            options.check_pool_name(body.get("pool")), dict(body.get("options") or {}), client.pid,
+            name, dict(body.get("options") or {}), client.pid,
             update=bool(body.get("update", True)), implicit=not body.get("declares"), attaching=True,
         )  # fmt: skip
         nonce = secrets.randbits(63) | 1
         row = pool.claim_row(client.pid, nonce, self._clock())
         if row is None:
             raise AttachRefused(f"pool {pool.name!r} has no row left: too many processes are attached")
+        pool.layouts[row] = version
         self._attached += 1
         client.pool, client.row, client.nonce, client.attached = pool, row, nonce, self._attached
         self._watch_process(client)
@@ -404,6 +408,16 @@ class Arbiter:
             "processes": len(self._rows(pool)),
             "warnings": warnings,
         }
+
+    def _check_layout(self, name: str, version: int, pid: int) -> None:
+        """Refuse a process of an older version that does not know the pool's layout."""
+        pool = self.pools.get(name)
+        ours = layout.LAYOUT if pool is None else pool.segment.layout
+        if version < ours:
+            raise AttachRefused(
+                f"process {pid} has layout {version}, pool {name!r} has {ours}: restart the processes that run the"
+                " older version of sharedpool", fact="layout", theirs=version, ours=ours,
+            )  # fmt: skip
 
     def _declare(self, client: Client, pool: PoolServer, message: Message) -> None:
         """Another handle of an attached process has options of its own."""
@@ -425,6 +439,7 @@ class Arbiter:
         else:
             raise AttachRefused(f"row {body['row']} of pool {body.get('pool')!r} is no longer this process's")
         self._drop_channel(other)
+        other.pool.layouts[other.row] = layout_of(body)
         client.pool, client.row, client.nonce, client.pidfd, client.born, client.attached = (
             other.pool, other.row, other.nonce, other.pidfd, other.born, other.attached,
         )  # fmt: skip
@@ -455,9 +470,11 @@ class Arbiter:
             attaching: True: compare with what was declared before, not with what is in force.
 
         Raises:
-            PoolNotFound, PoolOptionsDiffer, OptionError, StartFailed.
+            AttachRefused, PoolNotFound, PoolOptionsDiffer, OptionError, StartFailed.
         """
         values = {option: options.check(option, value, f"process {pid}") for option, value in given.items()}
+        if name in self._refused:
+            self._check_refused(name)
         pool = self.pools.get(name)
         if pool is None or pool.stopped:
             if implicit and not values and name != "default":
@@ -467,6 +484,23 @@ class Arbiter:
                 )
             return self._make(pool, name, options.make(values), pid), []
         return pool, self._change(pool, values, pid, update, attaching)
+
+    def refuse(self, name: str, why: str, pids: list[int]) -> None:
+        """No pool of this name before these processes have gone: they have it in a layout that is not known here."""
+        processes = []
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                processes.append(psutil.Process(pid))
+        self._refused[name] = why, processes
+        log.error("pool %r is refused: %s", name, why)
+
+    def _check_refused(self, name: str) -> None:
+        why, processes = self._refused[name]
+        left = [str(process.pid) for process in processes if _lives(process)]
+        if left:
+            text = f"pool {name!r} is in use by the processes {', '.join(left)}, and there is no second one: {why}"
+            raise AttachRefused(text, fact="layout")
+        del self._refused[name]
 
     def _make(self, pool: PoolServer | None, name: str, wanted: options.PoolOptions, pid: int) -> PoolServer:
         if pool is not None and all(getattr(pool.options, fixed) == getattr(wanted, fixed) for fixed in options.FIXED):
@@ -694,6 +728,13 @@ def _same_process(client: Client) -> bool:
         return False
 
 
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 def _readable(channel: socket.socket) -> bool:
     poller = select.poll()
     poller.register(channel, select.POLLIN)
@@ -715,3 +756,9 @@ def _socket_of(descriptor: int) -> socket.socket:
         sock.close()
         raise WireError(f"a socket of type {sock.type}")
     return sock
+
+
+def layout_of(hello: Mapping[str, Any]) -> int:
+    """The newest layout that a process knows; the first version to serve two says it, those before only had one."""
+    said = hello.get("layout", (hello.get("identity") or {}).get("layout"))
+    return said if type(said) is int else 0

@@ -58,11 +58,13 @@ from .layout import (
     LEASED,
     MASK64,
     MAX,
+    MAX_PER_KEY,
     MIN_IDLE,
     OPENING,
     OVER,
     PAUSED,
     QUEUED,
+    RESERVE,
     RESERVING,
     ROW_CONNECT_SECONDS,
     ROW_LEASE_SECONDS,
@@ -385,15 +387,23 @@ class Attachment:
     def _acquire_counted(
         self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, refused: set[int]
     ) -> tuple[int, int, int]:
-        """The same in a pool with a reserve, once: high priority is behind its like only, normal has its share.
+        """The same in a pool with a reserve or a limit per key, once.
+
+        With a reserve high priority is behind its like only, and normal has its share. With a limit per key one is
+        behind those only who may have what one takes.
 
         Returns:
             DONE, STALE or BUSY, then as `_acquire`.
         """
         w = self.words
+        keyed = view.keyed(w, gate)
         first = w[HEAD]
         waits = w[first] if first else 0
-        behind = bool(first and is_high(waits)) if route.high else bool(gate & QUEUED)
+        passes = route.high and w[RESERVE] != 0
+        behind = bool(first and is_high(waits)) if passes else bool(gate & QUEUED)
+        if keyed and behind:
+            counts = view.count_keys(w, self.segment.geometry)
+            behind = view.next_waiter(w, gate, counts, view.in_use(w), route.key, only_high=passes)[0] != 0
         most = ANY_NUMBER if route.high else view.share(w)
         if not behind and not gate & (OVER | PAUSED) and view.in_use(w) < most:
             at, seen = self._find_idle(route, refused, own_only=False)
@@ -402,14 +412,31 @@ class Attachment:
                 idle = now - w[at + SINCE]
                 lease.place = at
                 new = leased_word(seen, self.row)
-                result = self.table.take_idle_counted(at, seen, new, gate, first, waits, most, lease, self._scrap, now)
+                unseen = keyed if first else 0
+                result = self.table.take_idle_counted(
+                    at, seen, new, gate, first, waits, most, lease, self._scrap, now, unseen
+                )
                 return result, counter, idle
-            if w[USED] < w[MAX]:
-                return self._take_free(route, lease, gate, now, first, waits, most), route.handoffs, 0
-        return self.room.wait(route, lease, gate, ver, limit, now, behind), route.handoffs, 0
+            if w[USED] < w[MAX] and not (keyed and self._is_full(route)):
+                return self._take_free(route, lease, gate, now, first, waits, most, keyed), route.handoffs, 0
+        behind = behind and not keyed  # KEYED says whether they have gone
+        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed), route.handoffs, 0
+
+    def _is_full(self, route: Route) -> bool:
+        """Whether the key has as many slots as it may."""
+        w = self.words
+        return view.count_keys(w, self.segment.geometry).get(route.key, 0) >= w[MAX_PER_KEY]
 
     def _take_free(
-        self, route: Route, lease: Lease[Any], gate: int, now: int, first: int = 0, waits: int = 0, most: int = 0
+        self,
+        route: Route,
+        lease: Lease[Any],
+        gate: int,
+        now: int,
+        first: int = 0,
+        waits: int = 0,
+        most: int = 0,
+        keyed: int = 0,
     ) -> int:
         w = self.words
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
@@ -421,7 +448,7 @@ class Attachment:
         counter = route.counts + COUNTS["attempts"] if connects else self._scrap
         lease.place = at
         if most:
-            return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most)
+            return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most, keyed)
         return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
 
     def _may_stick(self, gate: int, now: int) -> bool:
@@ -772,6 +799,8 @@ class Attachment:
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
         if self.words[GATE] & PAUSED:
             text += "; the pool is paused"
+        if self.words[MAX_PER_KEY] and self._is_full(route):
+            text += f"; its address has all that it may (max_per_key={self.words[MAX_PER_KEY]})"
         leases = view.leases(self.words, self.segment.geometry)
         if leases:
             age = (monotonic_ns() - leases[0].since) / 1e9
@@ -843,7 +872,9 @@ class Attachment:
 
     def missing(self, route: Route, count: int | None) -> int:
         """How many connections of a key are missing: below 0, there are more."""
-        wanted = self.words[MIN_IDLE] if count is None else count
+        w = self.words
+        wanted = w[MIN_IDLE] if count is None else count
+        wanted = min(wanted, w[MAX_PER_KEY] or wanted)
         return wanted - view.count_existing(self.words, self.segment.geometry, route.key)
 
     def crowded(self) -> bool:
@@ -868,7 +899,10 @@ class Attachment:
         if gate & _CROWDED or not self.has_room():
             return
         most = view.share(w) if gate & RESERVING else 0
-        if self._take_free(route, lease, gate, monotonic_ns(), 0, 0, most) != DONE:
+        keyed = view.keyed(w, gate)
+        if keyed and self._is_full(route):
+            return
+        if self._take_free(route, lease, gate, monotonic_ns(), 0, 0, most, keyed) != DONE:
             return
         if self.missing(route, count) < 0:
             self._give_up(lease, refused=True, registered=False)
@@ -989,7 +1023,8 @@ def _copy(number: Callable[[], int]) -> int:
 def _limit(patience: float | None) -> int:
     if patience is None:
         return _NEVER
-    return monotonic_ns() + int(patience * 1e9) if patience else _AT_ONCE
+    seconds: float = patience
+    return monotonic_ns() + int(seconds * 1e9) if seconds else _AT_ONCE
 
 
 def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from . import errors, fdpass, launch, segment, wire
+from . import errors, fdpass, launch, layout, segment, wire
 from .errors import ArbiterLost, AttachRefused, FileLimit, SharedPoolError
 from .wire import Kind, Message
 
@@ -52,6 +52,7 @@ class Channel:
             "declares": declares,
             "update": update,
             "identity": dict(segment.identity()),
+            "layout": layout.LAYOUT,
         }
         self._lock = threading.Lock()
         self._request = 0

@@ -55,32 +55,34 @@ def fold(w: memoryview[int], row: int) -> None:
 
     What each total becomes is written down first, with the place that it comes from. Only the arbiter folds.
     """
-    _move(w, HEADER + ROW * row, HEADER + ROW * TOTALS_ROW, ROW)
+    finish(w)
+    start = HEADER + ROW * row
+    for offset in range(ROW_COUNTERS, ROW):
+        _move(w, start + offset, HEADER + ROW * TOTALS_ROW + offset, 0)
 
 
 def fold_line(w: memoryview[int], line: int, to: int) -> None:
     """Move all counts of a line to another line, or to a row, and free it; as `fold`. Nobody writes to it any more."""
-    _move(w, line, to, LINE)
+    finish(w)
+    for offset in range(ROW_COUNTERS, LINE):
+        _move(w, line + offset, to + offset, to + offset)
     w[line] = 0
 
 
-def _move(w: memoryview[int], start: int, to: int, size: int) -> None:
-    finish(w)
-    for offset in range(ROW_COUNTERS, size):
-        if w[start + offset]:
-            w[FOLD_TO] = to + offset
-            w[FOLD_TOTAL] = w[to + offset] + w[start + offset] & MASK64  # may be below zero, after a reset
-            w[FOLD] = (w[FOLD] & ~_PLACE) + _ONE_FOLD | start + offset
-            finish(w)
+def _move(w: memoryview[int], place: int, to: int, noted: int) -> None:
+    """Add one count to its total; `noted` is where that lies, or 0 for the same place of the totals' row."""
+    if w[place]:
+        w[FOLD_TO] = noted
+        w[FOLD_TOTAL] = w[to] + w[place] & MASK64  # may be below zero, after a reset
+        w[FOLD] = (w[FOLD] & ~_PLACE) + _ONE_FOLD | place
+        finish(w)
 
 
 def finish(w: memoryview[int]) -> None:
     """Do what a fold that was broken off had written down."""
-    place = w[FOLD] & _PLACE
-    if place:
-        w[w[FOLD_TO]] = w[FOLD_TOTAL]
-        w[place] = 0
-        w[FOLD] = w[FOLD] & ~_PLACE
+    for place, value in on_its_way(w):
+        w[place] = value
+    w[FOLD] = w[FOLD] & ~_PLACE
 
 
 def folding(w: memoryview[int]) -> int:
@@ -91,4 +93,5 @@ def folding(w: memoryview[int]) -> int:
 def on_its_way(w: memoryview[int]) -> tuple[tuple[int, int], ...]:
     """The count that is being moved: its total's place and what that becomes, its own place and 0. Else nothing."""
     place = w[FOLD] & _PLACE
-    return ((w[FOLD_TO], w[FOLD_TOTAL]), (place, 0)) if place else ()
+    to = w[FOLD_TO] or HEADER + ROW * TOTALS_ROW + (place - HEADER) % ROW
+    return ((to, w[FOLD_TOTAL]), (place, 0)) if place else ()

@@ -73,7 +73,12 @@ class StartFailed(SharedPoolError):
 
 
 class AttachRefused(SharedPoolError):
-    """The arbiter or its segment does not fit this process: other user, namespace, libc, layout or version."""
+    """The arbiter or its segment does not fit this process: other user, namespace, libc, layout or version.
+
+    Fields, where one fact differs: fact, theirs, ours.
+    """
+
+    fact: str = ""
 
 
 class RegistryTimeout(SharedPoolError, TimeoutError):

@@ -12,10 +12,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import options, segment, view
+from . import layout, options, segment, view
 from .errors import AttachRefused, OptionError
-from .layout import LAYOUT
-from .options import PoolOptions
+from .options import NOT_GIVEN, PoolOptions
 from .served import ServedPool
 from .stats import PoolStats
 from .wire import Kind, Message
@@ -106,17 +105,39 @@ class PoolServer(ServedPool):
             self._alive = False
             self._log.info("pool %r ended (%s): %s", self.name, reason, self._stats())
 
-    def code_change(self, old_layout: int) -> None:
-        """Take over a table that another version of sharedpool laid out.
+    def code_change(self, old_vsn: int, state: object = None, extra: object = None) -> int:
+        """Serve a table that another version of sharedpool laid out.
+
+        As long as processes of that version are attached the table stays as it is, and what came later is off. After
+        the last of them it moves to this version's layout: no connection and no lease takes notice.
+
+        Args:
+            old_vsn: The layout that the table has.
+            state: Nothing.
+            extra: Nothing.
+
+        Returns:
+            The layout that it has now.
 
         Raises:
-            AttachRefused: This version cannot; the message says what to restart.
+            AttachRefused: This version does not serve it; the message says what to restart.
         """
-        if old_layout != LAYOUT:
+        if old_vsn not in layout.SERVED:
+            served = " and ".join(map(str, layout.SERVED))
             raise AttachRefused(
-                f"the table of pool {self.name!r} has layout {old_layout}, this version of sharedpool serves {LAYOUT}"
-                " only: restart all processes of the scope, the arbiter too (sharedpool.stop() ends it)"
+                f"the table of pool {self.name!r} has layout {old_vsn}, this version of sharedpool serves {served}:"
+                " restart all processes of the scope, the arbiter too (sharedpool.stop() ends it)"
             )
+        if old_vsn < layout.LAYOUT and not self.old_rows():
+            self.segment.move_to(layout.LAYOUT)
+            self._log.info("pool %r: its table has layout %d now, no longer %d", self.name, layout.LAYOUT, old_vsn)
+        return self.segment.layout
+
+    def turn(self, now: int) -> int:
+        """As ServedPool.turn; before it, a table of an older version is looked after."""
+        if self.segment.layout != layout.LAYOUT:
+            self.code_change(self.segment.layout)
+        return super().turn(now)
 
     # --- what they do -------------------------------------------------------------------------------------------------
 
@@ -126,8 +147,16 @@ class PoolServer(ServedPool):
         self.terminate("stopped")
 
     def info(self) -> dict[str, Any]:
-        """What find_pool tells."""
-        return {"name": self.name, "options": self.options.as_dict(), "arbiter_pid": os.getpid()}
+        """What find_pool tells.
+
+        Only the options that differ from their defaults, and are in force: a process of an older version that is
+        served need not know others.
+        """
+        usual = PoolOptions().as_dict()
+        given = {name: value for name, value in self.options.as_dict().items() if usual.get(name, NOT_GIVEN) != value}
+        if self.segment.layout < layout.WITH_KEYS:
+            given.pop("max_per_key", None)
+        return {"name": self.name, "options": given, "arbiter_pid": os.getpid()}
 
     def _find(self, kind: str, known: Mapping[str, Callable[..., Any]], request: str) -> Callable[..., Any]:
         found = known.get(request)

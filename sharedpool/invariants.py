@@ -35,6 +35,7 @@ from .layout import (
     LINE,
     LINE_HIGH,
     MAX,
+    MAX_PER_KEY,
     NEXT,
     NEXT_FREE,
     OPENED,
@@ -65,6 +66,7 @@ from .layout import (
 )
 from .stats import COUNTERS, REASONS
 from .table import Table
+from .view import count_keys
 
 Violations = Iterator[str]
 
@@ -114,16 +116,19 @@ def the_cap_holds_or_over_says_not(table: Table) -> Violations:
 
 
 def with_a_reserve_idle_slots_are_counted(table: Table) -> Violations:
-    """RESERVING says that there is a reserve; only then IDLE_COUNT counts, and high priority stands before normal."""
+    """RESERVING says that there is a reserve or a limit per key; only then IDLE_COUNT counts.
+
+    Only with a reserve high priority stands before normal.
+    """
     w = table.words
     reserving = bool(w[GATE] & RESERVING)
-    if reserving != bool(w[RESERVE]):
-        yield f"RESERVE is {w[RESERVE]}, RESERVING {reserving}"
+    if reserving != bool(w[RESERVE] or w[MAX_PER_KEY]):
+        yield f"RESERVE is {w[RESERVE]}, MAX_PER_KEY {w[MAX_PER_KEY]}, RESERVING {reserving}"
     count = sum(word & STATE == IDLE for _, _, word in slots(table)) if reserving else 0
     if w[IDLE_COUNT] != count:
         yield f"IDLE_COUNT is {w[IDLE_COUNT]} and not {count}"
     ranks = [not is_high(w[at]) for at in queue(table)]
-    if reserving and ranks != sorted(ranks):
+    if w[RESERVE] and ranks != sorted(ranks):
         yield f"those of high priority do not stand before the others: {ranks}"
 
 
@@ -214,6 +219,16 @@ def grants_are_known_to_both(table: Table) -> Violations:
             yield f"cell {cell} ({word:#x}) has the grant {at}, which is {describe(w[at])}"
 
 
+def bare_grants_have_their_waiters_keys(table: Table) -> Violations:
+    """A permit on its way to a waiter counts for the key that he wants."""
+    w = table.words
+    for index, at, word in slots(table):
+        if word & STATE == GRANTED and word & BARE:
+            wanted = w[table.cell_at(holder_of(word)) + CELL_KEY]
+            if w[at + KEY] != wanted:
+                yield f"slot {index} is granted for key {wanted:#x}, and has {w[at + KEY]:#x}"
+
+
 def holders_are_rows_in_use(table: Table) -> Violations:
     """Slots and cells are held by rows that somebody has."""
     w = table.words
@@ -242,6 +257,7 @@ ALL: tuple[Callable[[Table], Violations], ...] = (
     the_queue_is_who_waits_by_turn,
     turns_are_given_once,
     grants_are_known_to_both,
+    bare_grants_have_their_waiters_keys,
     holders_are_rows_in_use,
 )
 
@@ -288,11 +304,38 @@ def connections_add_up(table: Table) -> Violations:
             yield f"the idle slot {table.slot_index(at)} was never opened"
 
 
+def keys_within_their_limit(table: Table) -> Violations:
+    """No key has more slots than MAX_PER_KEY. Not among ALL: after it was lowered one may."""
+    limit = table.words[MAX_PER_KEY]
+    for key, count in count_keys(table.words, table.geometry).items():
+        if limit and count > limit:
+            yield f"key {key:#x} has {count} slots, MAX_PER_KEY is {limit}"
+
+
+def _nobody_waits_in_vain_for_a_key(table: Table) -> Violations:
+    w = table.words
+    counts = count_keys(w, table.geometry)
+    taken = w[USED] - w[IDLE_COUNT]
+    for cell in queue(table):
+        key = w[cell + CELL_KEY]
+        if w[RESERVE] and not is_high(w[cell]) and taken >= w[MAX] - w[RESERVE]:
+            continue
+        room = counts.get(key, 0) < w[MAX_PER_KEY]
+        if room and w[USED] < w[MAX]:
+            yield f"cell {cell} waits beside a free permit: USED {w[USED]}, MAX {w[MAX]}, its key has {counts.get(key)}"
+        for index, at, word in slots(table):
+            if word & STATE == IDLE and not word & STAYS and (room or w[at + KEY] == key):
+                yield f"cell {cell} waits beside an idle connection: slot {index}"
+
+
 def nobody_waits_in_vain(table: Table) -> Violations:
     """At rest, with everything closed to its end: nobody waits beside what could be had."""
     w = table.words
     head = w[HEAD]
     if not head or w[GATE] & (PAUSED | STOPPED):
+        return
+    if w[MAX_PER_KEY]:
+        yield from _nobody_waits_in_vain_for_a_key(table)
         return
     if w[RESERVE] and not is_high(w[head]) and w[USED] - w[IDLE_COUNT] >= w[MAX] - w[RESERVE]:
         return

@@ -5,8 +5,9 @@ The memory is one array of 64-bit words, followed by two arrays of 32-bit marks:
     header | rows | slots | cells | lines (64-bit words)
     marks of the slots | kicks of the cells (32-bit)
 
-*Committed* words are the slot words, the cell words, the row words, the line words, MAX, RESERVE, and in GATE the
-epoch, PAUSED and STOPPED. Everything else is *derived*: it can be rebuilt from them, and `table.repair` does that.
+*Committed* words are the slot words, the cell words, the row words, the line words, MAX, RESERVE, MAX_PER_KEY, and in
+GATE the epoch, PAUSED and STOPPED. Everything else is *derived*: it can be rebuilt from them, and `table.repair` does
+that.
 
 A slot word, from the top: lease serial 12 | generation 28 | holder 16 | flags 4 | state 4. The holder of a GRANTED slot
 is a cell, else a row. (slot, generation) names a connection for ever; (slot, generation, serial) names a lease.
@@ -17,7 +18,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
+#: 3 is 2 and MAX_PER_KEY, KEYED, KEYS_OVER, and lines; what was there before lies where it lay.
 LAYOUT: Final = 3
+#: The layouts that this version serves, the oldest first. In an older one what came later is off.
+SERVED: Final = (2, 3)
+#: From this layout on there is a limit per key.
+WITH_KEYS: Final = 3
 MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 MASK32: Final = 0xFFFF_FFFF
 #: What MAX_WAITING says where there is no limit.
@@ -56,8 +62,12 @@ FOLD: Final = 30  # how many counters of ended rows were folded << 32 | the plac
 FOLD_TOTAL: Final = 31  # what its total becomes
 MIN_IDLE: Final = 32  # connections of a named key that are to exist
 CHECK_AFTER: Final = 33  # ns; idle longer than this, a driver's active check is asked
-FOLD_TO: Final = 36  # where that total lies
+MAX_PER_KEY: Final = 34  # slots that one key may have; 0: no limit
+KEYED: Final = 35  # bumped under such a limit when a slot gets a key, and when somebody joins the queue or is served
+FOLD_TO: Final = 36  # where that total lies, if it is a line's or a line is folded; else 0
 LINE_HIGH: Final = 37  # lines ever used: searches end there
+KEYS_OVER: Final = 40  # 1: keys may have more slots than MAX_PER_KEY since it was lowered; the arbiter's
+NOTED_PER_KEY: Final = 41  # a limit per key that comes into force once the table has the layout for it; 0: none
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
@@ -65,7 +75,7 @@ QUEUED: Final = 1  # somebody waits (derived)
 OVER: Final = 2  # more slots in use than MAX allows (derived)
 PAUSED: Final = 4
 STOPPED: Final = 8
-RESERVING: Final = 16  # RESERVE is not 0 (derived): idle slots are counted, and takers verify who is served
+RESERVING: Final = 16  # RESERVE or MAX_PER_KEY is not 0 (derived): idle slots are counted, takers verify who is served
 GATE_FLAGS: Final = 31
 EPOCH: Final = 32
 

@@ -13,7 +13,18 @@ from typing import Final
 from . import view
 from .counting import fold_line
 from .errors import PoolStopped
-from .layout import ARBITER_ROW, LINE, LINE_HIGH, LINE_ROW_SHIFT, LINE_USED, ROW_CLOSES, ROW_COUNTERS, TOTALS_ROW
+from .layout import (
+    ARBITER_ROW,
+    HEADER,
+    LINE,
+    LINE_HIGH,
+    LINE_ROW_SHIFT,
+    LINE_USED,
+    ROW,
+    ROW_CLOSES,
+    ROW_COUNTERS,
+    TOTALS_ROW,
+)
 from .stats import COUNTERS, REASONS
 from .table import BUSY, DONE, Table
 
@@ -31,15 +42,19 @@ class Lines:
 
     Args:
         table: The table, as the process's row.
+
+    Attributes:
+        rest: The place of the row where it counts what has no line.
     """
 
-    __slots__ = ("_places", "_room", "_row", "_share", "_table", "words")
+    __slots__ = ("_places", "_room", "_row", "_share", "_table", "rest", "words")
 
     def __init__(self, table: Table) -> None:
         self._table = table
         self.words = table.words
         arbiter = table.row == ARBITER_ROW
         self._row = TOTALS_ROW if arbiter else table.row
+        self.rest = HEADER + ROW * self._row
         lines = table.geometry.lines
         # A process that uses thousands of keys leaves lines to the others, and the last ones are the arbiter's.
         self._room, self._share = (lines, lines) if arbiter else (lines - lines // 8, lines // 4)
@@ -54,13 +69,13 @@ class Lines:
     def _claim(self, key: int) -> int:
         """A line for a key. Two threads may each get one, which does no harm: all lines of a key are added up."""
         if len(self._places) >= self._share:
-            return self._table.row_at
+            return self.rest
         word = self._row << LINE_ROW_SHIFT | LINE_USED
         try:
             for _ in range(_TRIES):
                 at = self._free()
                 if not at:
-                    return self._places.setdefault(key, self._table.row_at)
+                    return self._places.setdefault(key, self.rest)
                 result = self._table.claim_line(at, key, word)
                 if result == DONE:
                     return self._places.setdefault(key, at)
@@ -68,7 +83,7 @@ class Lines:
                     time.sleep(50e-6)
         except PoolStopped:  # this process has left the pool
             pass
-        return self._table.row_at
+        return self.rest
 
     def _free(self) -> int:
         """The place of a free line, or 0."""
@@ -85,7 +100,7 @@ class Lines:
         for line in view.lines(self.words, self._table.geometry):
             if line.row == row:
                 own = self._places.get(line.key)
-                if own is None or own == self._table.row_at:
+                if own is None or own == self.rest:
                     self.words[line.at] = LINE_USED | TOTALS_ROW << LINE_ROW_SHIFT
                     self._places[line.key] = line.at
                 else:
@@ -103,5 +118,5 @@ class Lines:
         for line in lines:
             if line.key not in used:
                 self._places.pop(line.key, None)
-                fold_line(w, line.at, self._table.row_at)
-        self._places = {key: at for key, at in self._places.items() if at != self._table.row_at}  # ask again
+                fold_line(w, line.at, self.rest)
+        self._places = {key: at for key, at in self._places.items() if at != self.rest}  # ask again

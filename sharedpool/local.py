@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -333,7 +334,7 @@ class LocalPool:
                 with self._lock:
                     slot = _Slot(route)
                     full = len(self.slots) >= self.options.max_connections or not self._may_have(route)
-                    if self._queue or full or self.stopped:
+                    if self._queue or full or self._is_full(route) or self.stopped:
                         return
                     self.slots.add(slot)
                     self._begin(slot, lease)
@@ -356,7 +357,16 @@ class LocalPool:
     def _is_behind(self, route: LocalRoute) -> bool:
         """Whether those come first who wait; with a reserve, normal priority waits although others need not."""
         passes = self.options.reserve and route.high
-        return bool(self._queue) and not (passes and not self._queue[0].route.high)
+        before = [waiter.route for waiter in self._queue if waiter.route.high or not passes]
+        return any(one == route or not self._is_full(one) for one in before)
+
+    def _is_full(self, route: LocalRoute, *, above: int = 0, closing: bool = True) -> bool:
+        """Whether max_per_key lets its address have no more; or has more than that, if `above` is 1."""
+        limit = self.options.max_per_key
+        if limit is None:
+            return False
+        count = sum(slot.route == route and (closing or slot.state != CLOSING) for slot in self.slots)
+        return count >= limit + above
 
     def _may_have(self, route: LocalRoute) -> bool:
         """Whether the cap and the reserve let it have one more."""
@@ -376,7 +386,7 @@ class LocalPool:
                 slot.idle = monotonic() - slot.since
                 return slot
             self._close(slot, "ended")
-        if len(self.slots) >= self.options.max_connections:
+        if len(self.slots) >= self.options.max_connections or self._is_full(route):
             return None
         slot = _Slot(route)
         self.slots.add(slot)
@@ -478,22 +488,32 @@ class LocalPool:
 
     def _serve(self) -> None:
         """Give the first in line what there is; who is first then is woken to watch what is closing."""
-        while self._queue:
-            slot = self._find(self._queue[0].route)
-            if slot is not None:
-                slot.move(GRANTED)
-                waiter = self._queue.popleft()
-                waiter.slot = slot
-                waiter.bell.notify()
-            elif not (self._may_have(self._queue[0].route) and self._make_room()):
-                break
+        while any(self._serve_one(waiter) for waiter in self._next()):
+            pass
         if self._queue and self._closing:
             self._queue[0].bell.notify()
+
+    def _next(self) -> list[_Waiter]:
+        """The first in line, and before it those whose addresses have all that they may."""
+        full = list(itertools.takewhile(lambda waiter: self._is_full(waiter.route), self._queue))
+        return [*full, *itertools.islice(self._queue, len(full), len(full) + 1)]
+
+    def _serve_one(self, waiter: _Waiter) -> bool:
+        """Give a waiter what there is, or begin to make room for it; whether anything was done."""
+        slot = self._find(waiter.route)
+        if slot is None:
+            return self._may_have(waiter.route) and not self._is_full(waiter.route) and self._make_room()
+        slot.move(GRANTED)
+        self._queue.remove(waiter)
+        waiter.slot = slot
+        waiter.bell.notify()
+        return True
 
     def _make_room(self) -> bool:
         """Close the idle connection longest unused, wherever it leads, unless as many are closing as are waited for."""
         over = self.paused or len(self.slots) > self.options.max_connections
-        return not over and len(self._closing) < len(self._queue) and self._close_idle(1, "evicted")
+        wanted = sum(not self._is_full(waiter.route) for waiter in self._queue)
+        return not over and len(self._closing) < wanted and self._close_idle(1, "evicted")
 
     def _full(self) -> TooManyWaiting:
         stats = self.stats()
@@ -507,6 +527,8 @@ class LocalPool:
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
         if self.paused:
             text += "; the pool is paused"
+        if self._is_full(route):
+            text += f"; its address has all that it may (max_per_key={self.options.max_per_key})"
         leased = [slot for slot in self.slots if slot.state == LEASED]
         if leased:
             age = monotonic() - min(slot.since for slot in leased)
@@ -555,6 +577,8 @@ class LocalPool:
             self._close(slot, reason)
         elif slot.doomed or len(self.slots) > self.options.max_connections:
             self._close(slot, "stopped" if slot.doomed else "over_limit")
+        elif self._is_full(slot.route, above=1, closing=False):
+            self._close(slot, "over_limit")
         elif not slot.reusable():
             self._close(slot, "unclean")
         else:
@@ -742,6 +766,9 @@ class LocalPool:
             self.stopped = self.ended = False
             self._tidy()
             self._close_idle(len(self.slots) - len(self._closing) - wanted.max_connections, "over_limit")
+            for route, idle in list(self._idle.items()):
+                while idle and self._is_full(route, above=1, closing=False):
+                    self._close(idle.pop(0), "over_limit")
             self._trim()
 
     def stop(self, *, ended: bool = False) -> None:

@@ -431,8 +431,11 @@ def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     identity = succession.scope_id(directory)
     served = Arbiter(listener, key, linger, scope=identity)
     _log_to(served)
-    for name, inherited in succession.segments(identity).items():
-        served.inherit(name, inherited)
+    inherited, refused = succession.segments(identity)
+    for name, taken in inherited.items():
+        served.inherit(name, taken)
+    for name, why in refused.items():
+        served.refuse(name, why, succession.holders(identity, name))
     _serve_registry(served, dirfd, key)
     listener.bind(scope.inside(dirfd, scope.ARBITER_SOCKET))
     listener.listen(512)

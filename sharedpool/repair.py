@@ -7,9 +7,11 @@ columns, because a loop of single loads over thousands of words would hold the m
 from __future__ import annotations
 
 from .layout import (
+    BARE,
     CELL,
     CELL_FREE,
     CELL_HIGH,
+    CELL_KEY,
     CELL_STALLED,
     CELL_WAITING,
     EPOCH,
@@ -28,6 +30,7 @@ from .layout import (
     KEY,
     MANY_TICKETS,
     MAX,
+    MAX_PER_KEY,
     NEXT,
     NEXT_FREE,
     NUMBER_MASK,
@@ -64,7 +67,7 @@ def rebuild(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> N
     _cells(w, geometry, granted)
     over = OVER if w[USED] > w[MAX] else 0
     queued = QUEUED if w[HEAD] else 0
-    reserving = RESERVING if w[RESERVE] else 0
+    reserving = RESERVING if w[RESERVE] or w[MAX_PER_KEY] else 0
     w[GATE] = ((w[GATE] & -EPOCH) + EPOCH) | (w[GATE] & (PAUSED | STOPPED)) | queued | over | reserving
     w[VER] = w[VER] + 1
 
@@ -85,7 +88,10 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
         if word:
             high = index + 1
         if state == GRANTED:
-            granted[geometry.cell_base + CELL * ((word & HOLDER) >> HOLDER_SHIFT)] = base + SLOT * index
+            cell = geometry.cell_base + CELL * ((word & HOLDER) >> HOLDER_SHIFT)
+            granted[cell] = base + SLOT * index
+            if word & BARE:
+                w[base + SLOT * index + KEY] = w[cell + CELL_KEY]
     free = 0
     for index in range(high - 1, -1, -1):
         at = base + SLOT * index
@@ -97,7 +103,7 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
     for index in range(high, max(high, w[HIGH])):
         marks[index] = 0
     w[USED] = used
-    w[IDLE_COUNT] = idle if w[RESERVE] else 0
+    w[IDLE_COUNT] = idle if w[RESERVE] or w[MAX_PER_KEY] else 0
     w[FREE_SLOT] = free
     w[HIGH] = high
     return granted

@@ -29,7 +29,9 @@ from .layout import (
     HOLDER_SHIFT,
     IDLE,
     KEY,
+    KEYS_OVER,
     MASK64,
+    MAX_PER_KEY,
     OVER,
     PAUSED,
     QUEUED,
@@ -128,8 +130,9 @@ class Returns:
                 seen = self._check(at, word)
             gate = w[GATE]
             now = monotonic_ns()
-            if seen & DOOMED or gate & (OVER | STOPPED):
-                reason = "stopped" if gate & STOPPED else "over_limit" if gate & OVER else "doomed"
+            over = gate & OVER or (gate & RESERVING and self._is_over(route))
+            if seen & DOOMED or over or gate & STOPPED:
+                reason = "stopped" if gate & STOPPED else "over_limit" if over else "doomed"
                 result = self._close(at, seen, now, reason)
                 outcome = CLOSED
             elif not gate & QUEUED or gate & PAUSED:
@@ -151,6 +154,9 @@ class Returns:
         if not head:  # the queue is changing, or a section was left half done
             return self._table.missed(0), GIVEN
         waits = w[head]  # before its key: with another ticket it may wait for something else
+        keyed = view.keyed(w, gate)
+        if keyed:
+            return self._to_waiter_of_a_key(at, seen, route, gate, keyed, now)
         same = w[head + CELL_KEY] == route.key
         fits = same and (not route.stays or (waits & CELL_ROW) >> CELL_ROW_SHIFT == self._table.row)
         most = view.share_for(w, gate, waits)
@@ -169,21 +175,62 @@ class Returns:
             return self._close(at, seen, now, "evicted"), CLOSED
         return self._hand(at, seen, seen, head, waits, gate, now, 0, most and most + 1), GIVEN
 
+    def _is_over(self, route: Route) -> bool:
+        """Whether the key has more connections than it may since the limit was lowered, not counting those closing."""
+        w = self.words
+        limit = w[MAX_PER_KEY]
+        if not (limit and w[KEYS_OVER]):
+            return False
+        return view.count_keys(w, self._table.geometry, closing=False).get(route.key, 0) > limit
+
+    def _to_waiter_of_a_key(self, at: int, seen: int, route: Route, gate: int, keyed: int, now: int) -> tuple[int, int]:
+        """The same with a limit per key: the longest waiter who may have it, or its permit; idle if nobody may."""
+        w = self.words
+        counts = view.count_keys(w, self._table.geometry)
+        cell, waits, key = view.next_waiter(w, gate, counts, view.in_use(w) - 1, route.key)
+        if not cell:
+            outcome = with_state(seen, IDLE) | route.stays
+            return self._put_idle(at, seen, outcome, gate, route.tag, now, keyed=keyed), outcome
+        if key != route.key or (route.stays and (waits & CELL_ROW) >> CELL_ROW_SHIFT != self._table.row):
+            return self._close(at, seen, now, "evicted"), CLOSED
+        most = view.share_for(w, gate, waits)
+        return self._hand(at, seen, seen, cell, waits, gate, now, 0, most and most + 1, keyed), GIVEN
+
     def _put_idle(
-        self, at: int, seen: int, new: int, gate: int, tag: int, now: int, first: int = 0, waits: int = 0, most: int = 0
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        tag: int,
+        now: int,
+        first: int = 0,
+        waits: int = 0,
+        most: int = 0,
+        keyed: int = 0,
     ) -> int:
         if gate & RESERVING:
-            return self._table.put_idle_counted(at, seen, new, gate, first, waits, most, tag, now)
+            return self._table.put_idle_counted(at, seen, new, gate, first, waits, most, tag, now, keyed)
         return self._table.put_idle(at, seen, new, gate, tag, now)
 
     def _hand(
-        self, at: int, word: int, seen: int, cell: int, waits: int, gate: int, now: int, bare: int = 0, most: int = 0
+        self,
+        at: int,
+        word: int,
+        seen: int,
+        cell: int,
+        waits: int,
+        gate: int,
+        now: int,
+        bare: int = 0,
+        most: int = 0,
+        keyed: int = 0,
     ) -> int:
         """To a waiter, and wake it in the same stretch: nothing can come between the commit and the call."""
         number = cell - self._cells >> CELL_SHIFT
         waker = self._wakers.get(cell) or self._waker(cell)
         new = word & _KEPT | bare | number << HOLDER_SHIFT | GRANTED
-        result = self._table.hand(at, seen, new, gate, cell, waits, 0, now, most)
+        result = self._table.hand(at, seen, new, gate, cell, waits, 0, now, most, keyed)
         if result == DONE:
             -waker
         return result
@@ -215,11 +262,17 @@ class Returns:
 
     def _permit_to_waiter(self, at: int, seen: int, head: int, gate: int) -> int:
         w = self.words
-        waits = w[head]
+        keyed = view.keyed(w, gate)
+        if keyed:
+            head, waits = view.permit_heir(w, self._table.geometry, gate, w[at + KEY])
+            if not head:
+                return self._table.free(at, seen, gate, 0, 0, 0, 0, keyed)
+        else:
+            waits = w[head]
         most = view.share_for(w, gate, waits)
-        if most and view.in_use(w) > most:
+        if not keyed and most and view.in_use(w) > most:
             return self._table.free(at, seen, gate, 0, head, waits, most)
-        return self._hand(at, seen, seen, head, waits, gate, monotonic_ns(), BARE, most and most + 1)
+        return self._hand(at, seen, seen, head, waits, gate, monotonic_ns(), BARE, most and most + 1, keyed)
 
     def closed(self, at: int, word: int, limit: int, reason: str = "discarded") -> int:
         """End a lease by closing its connection; the permit goes on once the remote has closed, too.

@@ -42,13 +42,16 @@ _REASONS = {
     "libc": "a mutex of one libc is not a mutex of another",
     "machine": "the memory's layout differs",
     "pointer": "the memory's layout differs",
-    "layout": "restart the processes that run the older version of sharedpool",
+    "layout": "restart the processes that run the older version of sharedpool, or any other that cannot serve it",
 }
 
 
 @functools.cache
 def identity() -> Mapping[str, Any]:
-    """What all processes that share a segment must have in common."""
+    """What all processes that share a segment must have in common.
+
+    The layout is the oldest one that this version serves: so one that knows only that one takes it for its like.
+    """
     return {
         "pid_namespace": _namespace("pid"),
         "time_namespace": _namespace("time"),
@@ -56,7 +59,7 @@ def identity() -> Mapping[str, Any]:
         "libc": " ".join(platform.libc_ver()) or "unknown",
         "machine": platform.machine(),
         "pointer": ctypes.sizeof(ctypes.c_void_p),
-        "layout": layout.LAYOUT,
+        "layout": layout.SERVED[0],
     }
 
 
@@ -83,11 +86,22 @@ def check_identity(theirs: Mapping[str, Any], who: str) -> None:
         AttachRefused: One differs; the message names both values and why it matters.
     """
     for name, ours in identity().items():
-        if theirs.get(name) != ours:
+        if name == "layout":
+            _check_layout(theirs.get(name), who)
+        elif theirs.get(name) != ours:
             raise AttachRefused(
                 f"{who} has {name} {theirs.get(name)!r}, this process has {ours!r}: {_REASONS[name]}",
                 fact=name, theirs=theirs.get(name), ours=ours,
             )  # fmt: skip
+
+
+def _check_layout(theirs: object, who: str) -> None:
+    if theirs not in layout.SERVED:
+        ours = " and ".join(map(str, layout.SERVED))
+        raise AttachRefused(
+            f"{who} has layout {theirs!r}, this process serves {ours}: {_REASONS['layout']}",
+            fact="layout", theirs=theirs, ours=layout.LAYOUT,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,6 +110,7 @@ class Segment:
 
     fd: int
     pool: str
+    layout: int
     secret: bytes
     geometry: Geometry
     mutex: Call
@@ -109,6 +124,11 @@ class Segment:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def move_to(self, number: int) -> None:
+        """Say that the memory has another layout now; one store, so whoever attaches reads the old or the new one."""
+        os.pwrite(self.fd, struct.pack("<I", number), len(MAGIC))
+        self.layout = number
 
     def table(self, row: int) -> Table:
         """The table, storing as `row`."""
@@ -157,6 +177,7 @@ def create(pool: str, geometry: Geometry, scope: str = "") -> Segment:
         raise StartFailed(f"no shared memory for pool {pool!r} ({size} bytes): {error}") from error
     facts = {
         **identity(),
+        "layout": layout.LAYOUT,
         "pool": pool,
         "secret": os.urandom(16).hex(),
         "rows": geometry.rows,
@@ -169,7 +190,7 @@ def create(pool: str, geometry: Geometry, scope: str = "") -> Segment:
         raise StartFailed(f"the header of pool {pool!r} is too long: {len(text)} bytes")
     os.pwrite(fd, text, _FACTS_AT)
     os.pwrite(fd, _HEAD.pack(MAGIC, layout.LAYOUT, len(text), size), 0)
-    segment = _map(fd, size, facts)
+    segment = _map(fd, size, facts, layout.LAYOUT)
     mutex.initialize(segment.words_address - _HEADER_BYTES + _MUTEX_AT)
     words = segment.words
     words[layout.VER] = 1
@@ -186,15 +207,15 @@ def attach(fd: int) -> Segment:
         AttachRefused: It is no segment, or not one for this process.
     """
     try:
-        size, facts = _read_header(fd)
+        size, facts, version = _read_header(fd)
         check_identity(facts, "the pool's shared memory")
-        return _map(fd, size, facts)
+        return _map(fd, size, facts, version)
     except BaseException:
         os.close(fd)
         raise
 
 
-def _read_header(fd: int) -> tuple[int, dict[str, Any]]:
+def _read_header(fd: int) -> tuple[int, dict[str, Any], int]:
     status = os.fstat(fd)
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -208,11 +229,7 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any]]:
     magic, version, length, size = _HEAD.unpack(head)
     if magic != MAGIC:
         raise AttachRefused(f"what came as shared memory is no segment: it begins with {magic!r}")
-    if version != layout.LAYOUT:
-        raise AttachRefused(
-            f"the pool's shared memory has layout {version}, this version of sharedpool has {layout.LAYOUT}:"
-            f" {_REASONS['layout']}"
-        )
+    _check_layout(version, "the pool's shared memory")
     if length > _HEADER_BYTES - _FACTS_AT or size != status.st_size:
         raise AttachRefused(f"the segment's header is damaged: {length} bytes of facts, {size} of {status.st_size}")
     try:
@@ -225,10 +242,10 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any]]:
         raise AttachRefused(f"the segment's header is damaged: {error!r}") from error
     if not sound:
         raise AttachRefused("the segment's header is damaged: its numbers do not fit its size")
-    return size, facts
+    return size, facts, version
 
 
-def _map(fd: int, size: int, facts: Mapping[str, Any]) -> Segment:
+def _map(fd: int, size: int, facts: Mapping[str, Any], version: int) -> Segment:
     geometry = Geometry(facts["rows"], facts["slots"], facts["cells"], facts.get("lines", 0))
     memory = mmap.mmap(fd, size)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -239,6 +256,7 @@ def _map(fd: int, size: int, facts: Mapping[str, Any]) -> Segment:
     return Segment(
         fd=fd,
         pool=facts["pool"],
+        layout=version,
         secret=bytes.fromhex(facts["secret"]),
         geometry=geometry,
         mutex=mutex.attach(address + _MUTEX_AT),

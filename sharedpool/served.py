@@ -53,6 +53,8 @@ from .layout import (
     IDLE,
     IDLE_TIMEOUT,
     KEY,
+    KEYS_OVER,
+    LAYOUT,
     LEASE_TIMEOUT,
     LEASED,
     MANY_TICKETS,
@@ -60,8 +62,10 @@ from .layout import (
     MAX,
     MAX_IDLE,
     MAX_LIFETIME,
+    MAX_PER_KEY,
     MAX_WAITING,
     MIN_IDLE,
+    NOTED_PER_KEY,
     OPENED,
     OPENING,
     OVER,
@@ -89,8 +93,10 @@ from .layout import (
     TICKET,
     UNPOLLED,
     USED,
+    VER,
     WAITING_COUNT,
     WATCH,
+    WITH_KEYS,
     Geometry,
     generation_of,
     holder_of,
@@ -100,7 +106,7 @@ from .layout import (
 )
 from .lines import CLOSES, COUNTS, Lines
 from .options import NOT_GIVEN, PoolOptions
-from .policies import Drain, Policies
+from .policies import COUNT_EVERY, Drain, Policies
 from .stats import ARBITER_COUNTERS
 from .table import DONE, STALE, NoLease
 from .view import row_pid, stats, steal_after
@@ -168,6 +174,7 @@ def options_in(w: memoryview[int]) -> PoolOptions:
     return PoolOptions(
         max_connections=w[MAX],
         max_waiting=None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
+        max_per_key=w[MAX_PER_KEY] or w[NOTED_PER_KEY] or None,
         reserve=min(w[RESERVE], w[MAX] - 1),  # its arbiter may have been killed between the two
         idle_timeout=seconds(IDLE_TIMEOUT),
         close_timeout=seconds(CLOSE_TIMEOUT) or 1.0,
@@ -216,6 +223,7 @@ class ServedPool:
     Attributes:
         expected: The rows of live processes that have not yet told an heir what they hold. Until they all have,
             nobody knows which connections are still open, and no slot becomes free.
+        layouts: The newest layout that each row's process knows, as it told.
     """
 
     def __init__(
@@ -249,6 +257,7 @@ class ServedPool:
         self.closings: dict[int, Closing] = {}
         self.key_names: dict[int, str] = {}
         self.reaping: set[int] = set()
+        self.layouts: dict[int, int] = {}
         self._watch = watch
         self._unwatch = unwatch
         self._tell_closed = tell_closed
@@ -257,8 +266,10 @@ class ServedPool:
         self._clock = clock
         self._expire_at = 0
         self._sweep_at = 0
+        self._keys_at = 0
         self._watching = False
         self._watch_at = 0
+        self._served = (0, 0, 0)
         self._cap_said = -_SAY_EVERY
         self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
@@ -352,18 +363,39 @@ class ServedPool:
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
         w[MAX_WAITING] = options.max_waiting or ANY_NUMBER
         flags = w[GATE] & PAUSED
-        self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve))
+        per_key = self._per_key(options)
+        w[KEYS_OVER] = 1 if per_key else 0  # before it holds: from then on checkins look
+        self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve, per_key))
         self.options = options
         self._expire_at = 0
         self.policies.changed()
         self._tell(self, None, Message(Kind.OPTIONS, body={"lease_timeout": options.lease_timeout}))
         self._trim()
+        self._trim_keys()
         self.policies.trim(self._clock())
+
+    def _per_key(self, options: PoolOptions) -> int:
+        """The limit per key that may be in force now: none while processes are attached that know nothing of it."""
+        w, wanted = self.words, options.max_per_key or 0
+        late = self.segment.layout < WITH_KEYS
+        if late and wanted and w[NOTED_PER_KEY] != wanted:
+            self._log.warning(
+                "pool %r: max_per_key=%d is not in force before the last process of an older version of sharedpool has"
+                " gone: %s", self.name, wanted, ", ".join(str(row_pid(w, row)) for row in self.old_rows()),
+            )  # fmt: skip
+        w[NOTED_PER_KEY] = wanted if late else 0
+        return 0 if late else wanted
+
+    def old_rows(self) -> list[int]:
+        """The rows in use of processes whose version knows only an older layout, or has not told yet."""
+        words = self.words[HEADER : HEADER + ROW * self.segment.geometry.rows : ROW].tolist()
+        rows = [row for row in range(FIRST_ROW, len(words)) if words[row] & STATE != ROW_FREE]
+        return [row for row in rows if self.layouts.get(row, 0) < LAYOUT]
 
     def stop(self) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
         w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED, w[RESERVE]))
+        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED, w[RESERVE], w[MAX_PER_KEY]))
         now = self._clock()
         for _, at, word in self.slots():
             if word & STATE == IDLE:
@@ -378,12 +410,12 @@ class ServedPool:
     def pause(self) -> None:
         """Nobody gets anything any more until `resume`; leases go on, and checkouts wait within their deadlines."""
         w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED | PAUSED, w[RESERVE]))
+        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED | PAUSED, w[RESERVE], w[MAX_PER_KEY]))
 
     def resume(self) -> None:
         """Those who wait are served at once, in their order."""
         w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED, w[RESERVE]))
+        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED, w[RESERVE], w[MAX_PER_KEY]))
         self._serve(self._clock())
 
     def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> Drain:
@@ -414,7 +446,7 @@ class ServedPool:
                 reason = view.reason(w, self.segment.geometry, at)
                 totals.get(w[at + KEY], totals[0])[CLOSES[reason] - ROW_COUNTERS] -= 1
         for key, counted in totals.items():
-            start = (self.lines.place(key) if key else self.table.row_at) + ROW_COUNTERS
+            start = (self.lines.place(key) if key else self.lines.rest) + ROW_COUNTERS
             for index, value in enumerate(counted):
                 w[start + index] = (w[start + index] - value) & MASK64
 
@@ -437,6 +469,26 @@ class ServedPool:
             surplus, reason = len(idle), "stopped"
         for _, at, word in idle[: max(0, surplus)]:
             self._close(at, word, reason, self._clock())
+
+    def _look_after_keys(self, now: int) -> None:
+        if self.words[NOTED_PER_KEY] and self.segment.layout >= WITH_KEYS:
+            self.apply(self.options)
+        if self.words[KEYS_OVER] and now >= self._keys_at:
+            self._keys_at = now + COUNT_EVERY
+            self._trim_keys()
+
+    def _trim_keys(self) -> None:
+        """The same for every key that has more than it may; once none has, checkins need not look any more."""
+        w = self.words
+        limit = w[MAX_PER_KEY]
+        surplus = view.count_keys(w, self.segment.geometry, closing=False)
+        surplus = {key: count - limit for key, count in surplus.items() if limit and count > limit}
+        idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
+        for _, at, word in idle:
+            key = w[at + KEY]
+            if surplus.get(key, 0) > 0 and self._close(at, word, "over_limit", self._clock()):
+                surplus[key] -= 1
+        w[KEYS_OVER] = 1 if any(surplus.values()) else 0
 
     # --- descriptors --------------------------------------------------------------------------------------------------
 
@@ -664,11 +716,16 @@ class ServedPool:
                 return DONE
             if cell and not gate & (OVER | PAUSED | STOPPED):
                 waits = w[cell]
+                keyed = view.keyed(w, gate)
+                if keyed:
+                    cell, waits = view.permit_heir(w, self.segment.geometry, gate, w[at + KEY])
+                    if not cell:
+                        return self.table.free(at, word, gate, old_cell, 0, 0, 0, keyed)
                 most = view.share_for(w, gate, waits)
-                if most and view.in_use(w) > most:
+                if not keyed and most and view.in_use(w) > most:
                     return self.table.free(at, word, gate, old_cell, cell, waits, most)
                 new = _granted(word, self.table.cell_index(cell)) | BARE
-                result = self.table.hand(at, word, new, gate, cell, waits, old_cell, now, most and most + 1)
+                result = self.table.hand(at, word, new, gate, cell, waits, old_cell, now, most and most + 1, keyed)
                 if result == DONE:
                     self._wake(cell)
                 return result
@@ -691,6 +748,9 @@ class ServedPool:
         """Give the head of the queue what it could have: after a raised limit, a pause, a repair, a release astray."""
         w = self.words
         while (cell := w[HEAD]) and not (gate := w[GATE]) & (OVER | PAUSED | STOPPED):
+            if view.keyed(w, gate):
+                self._serve_keys(now)
+                return
             cell_word = w[cell]
             most = view.share_for(w, gate, cell_word)
             if most and view.in_use(w) >= most:
@@ -706,6 +766,57 @@ class ServedPool:
                     self._wake(cell)
             elif not self._make_room(cell, now):
                 return
+
+    def _serve_keys(self, now: int) -> None:
+        """The same with a limit per key: whoever may have something gets it, in the order of the queue."""
+        w = self.words
+        while not (gate := w[GATE]) & (OVER | PAUSED | STOPPED) and w[HEAD]:
+            seen = w[VER], view.keyed(w, gate), gate
+            if seen == self._served or not self._serve_key(now, gate, seen[1]):
+                self._served = seen
+                return
+
+    def _serve_key(self, now: int, gate: int, keyed: int) -> bool:
+        """Do something for the first waiter for whom something can be done; False if there is none."""
+        w, table = self.words, self.table
+        counts = view.count_keys(w, self.segment.geometry)
+        closing = sum(word & STATE == CLOSING for _, _, word in self.slots())
+        idle = sorted((w[at + SINCE], at, word, w[at + KEY]) for _, at, word in self.slots() if word & STATE == IDLE)
+        movable = {key: (at, word) for _, at, word, key in idle if not word & STAYS}
+        staying = {key for *_, word, key in idle if word & STAYS}
+        wanted: dict[int, int] = {}
+        entitled = 0
+        for cell, waits, key in view.queue(w):
+            most = view.share_for(w, gate, waits)
+            if most and view.in_use(w) >= most:
+                continue
+            if key in movable:
+                at, word = movable[key]
+                new = _granted(word, table.cell_index(cell))
+                return self._rescue(cell, lambda: table.hand(at, word, new, gate, cell, waits, 0, now, most, keyed))  # noqa: B023
+            wanted[key] = wanted.get(key, 0) + 1
+            room = w[MAX_PER_KEY] - counts.get(key, 0)
+            if room > 0 and w[USED] < w[MAX]:
+                at = w[FREE_SLOT] or table.slot_at(w[HIGH])
+                word = w[at]
+                new = _granted(word + GEN_ONE & GEN | word & SERIAL, table.cell_index(cell)) | BARE
+                return self._rescue(cell, lambda: table.hand_free(at, word, new, gate, cell, waits, now, most, keyed))  # noqa: B023
+            if wanted[key] > room and key not in staying:
+                continue
+            entitled += 1
+            victims = [one for one in idle if wanted[key] <= room or one[3] == key]
+            if victims and closing < entitled:
+                _, at, word, _ = victims[0]
+                self._close(at, word, "reclaimed", now)
+                return True
+        return False
+
+    def _rescue(self, cell: int, attempt: Callable[[], int]) -> bool:
+        """Give a waiter something; True, as it was given or the table has changed: look again."""
+        if self._settle(attempt):
+            self._count("rescued", self.words[cell + CELL_KEY])
+            self._wake(cell)
+        return True
 
     def _serve_idle(self, cell: int, cell_word: int, gate: int, now: int, most: int) -> bool:
         """Try to give an idle connection of its key to the head of the queue; False if there is none."""
@@ -779,6 +890,10 @@ class ServedPool:
         head, gate = w[HEAD], w[GATE]
         if not head or w[cell + GRANT] != at:
             return
+        keyed = view.keyed(w, gate)
+        if keyed:
+            self._revoke_for_a_key(at, word, cell, gate, keyed, now)
+            return
         waits = w[head]  # before its key: with another ticket it may wait for something else
         key = w[cell + CELL_KEY]  # of who did not take it
         bare = word & BARE
@@ -794,6 +909,28 @@ class ServedPool:
         new = _granted(word, self.table.cell_index(head)) | bare
         if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1)):
             self._count("revoked", key)
+            self._wake(head)
+
+    def _revoke_for_a_key(self, at: int, word: int, cell: int, gate: int, keyed: int, now: int) -> None:
+        """The same with a limit per key: to the longest waiter who may have it."""
+        w, key, bare = self.words, self.words[at + KEY], word & BARE
+        closed = gate & (OVER | PAUSED | STOPPED)
+        counts = view.count_keys(w, self.segment.geometry)
+        if bare:
+            counts[key] = counts.get(key, 1) - 1
+        taken = view.in_use(w) - 1
+        head, waits, wants = view.next_waiter(w, gate, counts, taken, 0 if bare else key)
+        if not head or (bare and closed):
+            return
+        if not bare and (wants != key or closed):
+            if self._close(at, word, "revoked", now, cell):
+                self._count("revoked", w[cell + CELL_KEY])
+            return
+        most = view.share_for(w, gate, waits)
+        new = _granted(word, self.table.cell_index(head)) | bare
+        attempt = lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1, keyed)  # noqa: E731
+        if self._settle(attempt):
+            self._count("revoked", w[cell + CELL_KEY])
             self._wake(head)
 
     # --- processes ----------------------------------------------------------------------------------------------------
@@ -830,6 +967,7 @@ class ServedPool:
         self.lines.fold(row)
         counting.fold(w, row)
         self._insist(lambda: self.table.set_row(row, w[row_at], ROW_FREE, 0, now))
+        self.layouts.pop(row, None)
 
     def _reap_cell(self, cell: int, now: int) -> None:
         w = self.words
@@ -891,6 +1029,7 @@ class ServedPool:
         if self._unbacked:
             self._give_up_unbacked(now)
         self._trim()
+        self._look_after_keys(now)
         if now >= self._expire_at:
             self._expire_at = self._expire(now)
         due = min(due, self.policies.turn(now))
@@ -930,7 +1069,8 @@ class ServedPool:
         self.lines.make_room()
         w = self.words
         if w[TICKET] >= MANY_TICKETS:
-            self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & (PAUSED | STOPPED), w[RESERVE]))
+            flags = w[GATE] & (PAUSED | STOPPED)
+            self._insist(lambda: self.table.set_limit(w[MAX], flags, w[RESERVE], w[MAX_PER_KEY]))
 
     def _expire(self, now: int) -> int:
         """Close what has been idle too long; gives when the next one will be."""

@@ -20,8 +20,11 @@ def scope_id(directory: str) -> str:
     return hashlib.blake2b(os.fsencode(os.path.realpath(directory)), digest_size=8).hexdigest()
 
 
-def segments(scope: str) -> dict[str, Segment]:
-    """The segments of a scope that live processes have, by pool; where there are several, the one that most have."""
+def segments(scope: str) -> tuple[dict[str, Segment], dict[str, str]]:
+    """The segments of a scope that live processes have, by pool; where there are several, the one that most have.
+
+    Then why those are refused that have a layout which this version does not serve.
+    """
     found: dict[str, dict[tuple[int, int], list[str]]] = {}
     for path, name in _open_segments(scope):
         try:
@@ -29,16 +32,24 @@ def segments(scope: str) -> dict[str, Segment]:
         except OSError:  # closed just now
             continue
         found.setdefault(name, {}).setdefault((status.st_dev, status.st_ino), []).append(path)
-    inherited = {}
+    inherited, refused = {}, {}
     for name, copies in found.items():
-        taken = _open(name, max(copies.values(), key=len))
+        try:
+            taken = _open(name, max(copies.values(), key=len))
+        except AttachRefused as error:
+            refused[name] = str(error)
+            continue
         if taken is not None:
             inherited[name] = taken
-    return inherited
+    return inherited, refused
 
 
 def _open(name: str, paths: list[str]) -> Segment | None:
-    """The segment that is open under these paths, checked; None if nobody has it any more."""
+    """The segment that is open under these paths, checked; None if nobody has it any more.
+
+    Raises:
+        AttachRefused: It has a layout that this version does not serve.
+    """
     for path in paths:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -46,7 +57,9 @@ def _open(name: str, paths: list[str]) -> Segment | None:
             continue
         try:
             taken = segment.attach(fd)
-        except AttachRefused:  # another layout: its processes go on without an arbiter, and have to be restarted
+        except AttachRefused as error:
+            if error.fact == "layout":
+                raise
             continue
         if taken.pool == name:
             return taken
@@ -61,6 +74,11 @@ def _open_segments(scope: str) -> Iterator[tuple[str, str]]:
         for path, target in _descriptors(int(pid)):
             if target.startswith(prefix):
                 yield path, target[len(prefix) :].removesuffix(" (deleted)")
+
+
+def holders(scope: str, pool: str) -> list[int]:
+    """The processes that have a pool's segment open."""
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if has(pid, scope, pool)]
 
 
 def has(pid: int, scope: str, pool: str) -> bool:

@@ -49,12 +49,14 @@ from .layout import (
     IDLE,
     IDLE_COUNT,
     KEY,
+    KEYED,
     LINE,
     LINE_HIGH,
     LINE_KEY,
     MANY_TICKETS,
     MASK32,
     MAX,
+    MAX_PER_KEY,
     MAX_WAITING,
     MOST_PASSED,
     NEXT,
@@ -139,7 +141,8 @@ class Table:
     """
 
     __slots__ = (
-        "_marks", "_words", "cell_base", "find", "geometry", "marks", "mutex", "row", "row_at", "slot_base", "words",
+        "_marks", "_words", "cell_base", "find", "geometry", "kick_base", "marks", "mutex", "row", "row_at",
+        "slot_base", "words",
     )  # fmt: skip
 
     def __init__(
@@ -158,6 +161,7 @@ class Table:
         self.geometry = geometry
         self.slot_base = geometry.slot_base
         self.cell_base = geometry.cell_base
+        self.kick_base = geometry.slots
         self.row = row
         self.row_at = HEADER + ROW * row
 
@@ -268,8 +272,9 @@ class Table:
         lease: Claim,
         counter: int,
         now: int,
+        keyed: int = 0,
     ) -> int:
-        """IDLE -> LEASED, as `take_idle`, in a pool with a reserve.
+        """IDLE -> LEASED, as `take_idle`, in a pool with a reserve or a limit per key.
 
         Args:
             at: The slot.
@@ -282,6 +287,7 @@ class Table:
             lease: Gets `new`.
             counter: What is counted.
             now: When the lease began.
+            keyed: KEYED as it was searched, where others wait who may not have it for their keys; else 0.
         """
         w = self._words
         marks = self._marks
@@ -300,6 +306,7 @@ class Table:
                     and w[HEAD] == first
                     and (first == 0 or w[first] == waits)
                     and w[USED] - w[IDLE_COUNT] < most
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[since] = now
@@ -333,11 +340,13 @@ class Table:
         first: int = 0,
         waits: int = 0,
         most: int = 0,
+        keyed: int = 0,
     ) -> int:
         """FREE -> OPENING, or -> LEASED for a bare permit, below the cap with nobody waiting.
 
         `at` must be the head of the list of free slots or, where that is empty, the first slot never used. In a pool
-        with a reserve, `most` is not 0, and `first`, `waits` and `most` are verified as in `take_idle_counted`.
+        with a reserve or a limit per key, `most` is not 0, and `first`, `waits` and `most` are verified as in
+        `take_idle_counted`. With a limit per key, `keyed` is KEYED as it was when the key was below it.
         """
         w = self._words
         mutex = self.mutex
@@ -349,9 +358,17 @@ class Table:
         if rc == 0:
             try:
                 if w[at] == seen and w[GATE] == gate and not w[DIRTY] and w[USED] < w[MAX]:
-                    if (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index)) and (
-                        most == 0
-                        or (w[HEAD] == first and (first == 0 or w[first] == waits) and w[USED] - w[IDLE_COUNT] < most)
+                    if (
+                        (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index))
+                        and (keyed == 0 or w[KEYED] == keyed)
+                        and (
+                            most == 0
+                            or (
+                                w[HEAD] == first
+                                and (first == 0 or w[first] == waits)
+                                and w[USED] - w[IDLE_COUNT] < most
+                            )
+                        )
                     ):
                         w[DIRTY] = me
                         w[at + KEY] = key
@@ -365,6 +382,8 @@ class Table:
                         else:
                             w[HIGH] = top
                         w[USED] = w[USED] + 1
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         w[counter] = w[counter] + 1
                         w[DIRTY] = 0
                         done = 1
@@ -568,9 +587,19 @@ class Table:
         return done or self.missed(rc)
 
     def put_idle_counted(
-        self, at: int, seen: int, new: int, gate: int, first: int, waits: int, most: int, tag: int, now: int
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        first: int,
+        waits: int,
+        most: int,
+        tag: int,
+        now: int,
+        keyed: int = 0,
     ) -> int:
-        """LEASED -> IDLE, as `put_idle`, in a pool with a reserve.
+        """LEASED -> IDLE, as `put_idle`, in a pool with a reserve or a limit per key.
 
         Args:
             at: The slot.
@@ -583,6 +612,7 @@ class Table:
                 and `waits` are not verified.
             tag: The key's tag.
             now: When it became idle.
+            keyed: KEYED as it was when none of those who wait might have it, for their keys; 0: nobody waits.
         """
         w = self._words
         marks = self._marks
@@ -599,12 +629,15 @@ class Table:
                     and w[GATE] == gate
                     and not w[DIRTY]
                     and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[since] = now
                     w[at] = new
                     marks[mark] = tag
                     w[IDLE_COUNT] = w[IDLE_COUNT] + 1
+                    if keyed:
+                        w[KEYED] = keyed + 1
                     w[VER] = w[VER] + 1
                     w[DIRTY] = 0
                     done = 1
@@ -629,6 +662,7 @@ class Table:
         old_cell: int,
         now: int,
         most: int = 0,
+        keyed: int = 0,
     ) -> int:
         """A slot that is in use, idle, closed or granted -> GRANTED to a waiting cell, which leaves the queue.
 
@@ -642,6 +676,7 @@ class Table:
             old_cell: The cell that loses a grant it did not take, and stalls; 0 for none.
             now: When the grant was given.
             most: In a pool with a reserve, for normal priority: fewer slots must be in use; 0: not verified.
+            keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
         """
         w = self._words
         marks = self._marks
@@ -649,7 +684,8 @@ class Table:
         me = self.row
         mark = (at - self.slot_base) // SLOT
         idle = seen & STATE == IDLE and gate & RESERVING
-        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        key = self._words[cell + CELL_KEY] if new & BARE else 0
+        kick = self.kick_base + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
         done = 0
@@ -663,10 +699,15 @@ class Table:
                     and w[GATE] == gate
                     and not w[DIRTY]
                     and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[at + SINCE] = now
                     w[at] = new
+                    if key:
+                        w[at + KEY] = key
+                    if keyed:
+                        w[KEYED] = keyed + 1
                     if old_cell:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
@@ -701,11 +742,20 @@ class Table:
         return done or self.missed(rc)
 
     def hand_free(
-        self, at: int, seen: int, new: int, gate: int, cell: int, cell_word: int, now: int, most: int = 0
+        self,
+        at: int,
+        seen: int,
+        new: int,
+        gate: int,
+        cell: int,
+        cell_word: int,
+        now: int,
+        most: int = 0,
+        keyed: int = 0,
     ) -> int:
         """FREE -> GRANTED, bare, to a waiting cell: after a limit was raised, a pool resumed, a table repaired.
 
-        `most` as in `hand`.
+        `most` and `keyed` as in `hand`.
         """
         w = self._words
         marks = self._marks
@@ -713,7 +763,8 @@ class Table:
         me = self.row
         index = (at - self.slot_base) // SLOT
         top = index + 1
-        kick = self.geometry.slots + (cell - self.cell_base) // CELL
+        key = self._words[cell + CELL_KEY]
+        kick = self.kick_base + (cell - self.cell_base) // CELL
         if cell_word & 15 != CELL_WAITING:  # it left, or a section that unlinked it was left half done
             return self.missed(0)
         done = 0
@@ -725,12 +776,16 @@ class Table:
                         w[USED] < w[MAX]
                         and (w[FREE_SLOT] == at or (w[FREE_SLOT] == 0 and w[HIGH] == index))
                         and (most == 0 or w[USED] - w[IDLE_COUNT] < most)
+                        and (keyed == 0 or w[KEYED] == keyed)
                     ):
                         w[DIRTY] = me
+                        w[at + KEY] = key
                         w[at + SINCE] = now
                         w[at + OPENED] = 0
                         w[at + VERSION] = 0
                         w[at] = new
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         if w[FREE_SLOT] == at:
                             w[FREE_SLOT] = w[at + NEXT_FREE]
                         else:
@@ -763,12 +818,22 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def free(self, at: int, seen: int, gate: int, old_cell: int, first: int = 0, waits: int = 0, most: int = 0) -> int:
+    def free(
+        self,
+        at: int,
+        seen: int,
+        gate: int,
+        old_cell: int,
+        first: int = 0,
+        waits: int = 0,
+        most: int = 0,
+        keyed: int = 0,
+    ) -> int:
         """A slot without a connection -> FREE: nobody waits, or the cap was lowered below what is in use.
 
-        The caller has checked that `gate` says one of the two; or `most` is not 0, and who waits may not have it for
-        the reserve: verified by `first`, `waits` and `most` as in `put_idle_counted`. `old_cell` loses its grant, as in
-        `hand`.
+        The caller has checked that `gate` says one of the two; or `most` or `keyed` is not 0, and those who wait may
+        not have it for the reserve or for their keys: verified as in `put_idle_counted`. `old_cell` loses its grant, as
+        in `hand`.
         """
         w = self._words
         marks = self._marks
@@ -785,9 +850,12 @@ class Table:
                     and w[GATE] == gate
                     and not w[DIRTY]
                     and (most == 0 or (w[HEAD] == first and w[first] == waits and w[USED] - w[IDLE_COUNT] > most))
+                    and (keyed == 0 or w[KEYED] == keyed)
                 ):
                     w[DIRTY] = me
                     w[at] = new
+                    if keyed:
+                        w[KEYED] = keyed + 1
                     if old_cell:
                         w[old_cell] = w[old_cell] & -16 | CELL_STALLED
                         w[old_cell + GRANT] = 0
@@ -907,6 +975,7 @@ class Table:
         deadline: int,
         counter: int,
         now: int,
+        keyed: int = 0,
         evicted: int = 0,
     ) -> int:
         """An owned cell joins the end of the queue with normal priority.
@@ -926,6 +995,7 @@ class Table:
             deadline: When it gives up, monotonic ns; 0: never.
             counter: What is counted.
             now: Monotonic ns.
+            keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
             evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
@@ -947,8 +1017,10 @@ class Table:
                 if w[VER] == ver and (w[GATE] == gate or w[GATE] == queued) and w[cell] == owned and not w[DIRTY]:
                     if w[WAITING_COUNT] >= w[MAX_WAITING]:
                         done = FULL
-                    elif evict == 0 or w[place] == evict_seen:
+                    elif (evict == 0 or w[place] == evict_seen) and (keyed == 0 or w[KEYED] == keyed):
                         w[DIRTY] = me
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         ticket = w[TICKET]
                         tail = w[TAIL]
                         w[cell + CELL_KEY] = key
@@ -1005,6 +1077,7 @@ class Table:
         deadline: int,
         counter: int,
         now: int,
+        keyed: int = 0,
         evicted: int = 0,
     ) -> int:
         """An owned cell joins the queue with high priority, between two cells; else as `enqueue`.
@@ -1026,6 +1099,7 @@ class Table:
             deadline: When it gives up, monotonic ns; 0: never.
             counter: What is counted.
             now: Monotonic ns.
+            keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
             evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
@@ -1047,6 +1121,7 @@ class Table:
                         done = FULL
                     elif (
                         (evict == 0 or w[place] == evict_seen)
+                        and (keyed == 0 or w[KEYED] == keyed)
                         and (ticket == 0 or w[TICKET] == ticket)
                         and (w[after] == after_word and w[after + NEXT] == before if after else w[HEAD] == before)
                         and (
@@ -1056,6 +1131,8 @@ class Table:
                         )
                     ):
                         w[DIRTY] = me
+                        if keyed:
+                            w[KEYED] = keyed + 1
                         w[cell + CELL_KEY] = key
                         w[cell + CELL_DEADLINE] = deadline
                         w[cell + CELL_SINCE] = now
@@ -1123,6 +1200,7 @@ class Table:
                         else w[TAIL] == after
                     ):
                         w[DIRTY] = me
+                        w[KEYED] = w[KEYED] + 1
                         w[cell + PASSED] = MOST_PASSED
                         w[cell] = waiting
                         w[cell + NEXT] = before
@@ -1250,16 +1328,16 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def set_limit(self, maximum: int, flags: int, reserve: int = 0) -> int:
-        """Set the cap, the reserve and the flags PAUSED and STOPPED; whatever was decided before is decided again.
+    def set_limit(self, maximum: int, flags: int, reserve: int = 0, per_key: int = 0) -> int:
+        """Set the limits and the flags PAUSED and STOPPED; whatever was decided before is decided again.
 
-        With a reserve it leaves the table to be repaired, and repairs it: that counts what is idle and sets RESERVING.
-        The same after very many tickets: that numbers those who wait anew.
+        With a reserve or a limit per key it leaves the table to be repaired, and repairs it: that counts what is idle
+        and sets RESERVING. The same after very many tickets: that numbers those who wait anew.
         """
         w = self._words
         mutex = self.mutex
         me = self.row
-        unmade = me if reserve or self._words[TICKET] >= MANY_TICKETS else 0
+        unmade = me if reserve or per_key or self._words[TICKET] >= MANY_TICKETS else 0
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1268,6 +1346,8 @@ class Table:
                     w[DIRTY] = me
                     w[MAX] = maximum
                     w[RESERVE] = reserve
+                    w[MAX_PER_KEY] = per_key
+                    w[KEYED] = w[KEYED] + 1
                     w[IDLE_COUNT] = 0
                     w[GATE] = (w[GATE] & -32) + EPOCH | w[GATE] & QUEUED | (w[USED] > maximum) * OVER | flags
                     w[VER] = w[VER] + 1

@@ -22,7 +22,7 @@ from .arbiter import Arbiter
 from .attachment import Attachment
 from .errors import PoolNotFound, PoolTimeout
 from .invariants import check, violations
-from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, RESERVING, opening_word, tag_of, with_state
+from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, MAX_PER_KEY, RESERVING, opening_word, tag_of, with_state
 from .lease import Lease
 from .lines import COUNTS, Lines
 from .local import LocalPool
@@ -238,7 +238,11 @@ class SteppedWorker:
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
         new = opening_word(w[at], self.table.row)
         attempts = self.lines.place(key) + COUNTS["attempts"]
-        done = self.table.take_free(at, w[at], new, w[GATE], lease, key, attempts, self._arbiter.clock())
+        gate, now = w[GATE], self._arbiter.clock()
+        keyed = view.keyed(w, gate)
+        full = keyed and view.count_keys(w, self._pool.segment.geometry).get(key, 0) >= w[MAX_PER_KEY]
+        assert not full, "the key has as many as it may"
+        done = self.table.take_free(at, w[at], new, gate, lease, key, attempts, now, 0, 0, 0, keyed)
         assert done == DONE, "the cap is reached, or somebody waits"
         ours, theirs = socket.socketpair()
         if at in self._ends:

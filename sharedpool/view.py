@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from .counting import folding, on_its_way
@@ -18,6 +18,7 @@ from .layout import (
     CELL_ROW_SHIFT,
     CELL_SINCE,
     CELL_WAITING,
+    CLOSING,
     CONNECT_TIME,
     FIRST_ROW,
     FREE,
@@ -30,6 +31,7 @@ from .layout import (
     IDLE,
     IDLE_COUNT,
     KEY,
+    KEYED,
     LEASED,
     LINE,
     LINE_HIGH,
@@ -37,6 +39,7 @@ from .layout import (
     LINE_ROW_SHIFT,
     MASK64,
     MAX,
+    MAX_PER_KEY,
     MOST_PASSED,
     NEXT,
     NUMBER_SHIFT,
@@ -60,6 +63,7 @@ from .layout import (
     SINCE,
     SLOT,
     STATE,
+    STAYS,
     STEAL_AFTER,
     TAIL,
     TICKET,
@@ -113,7 +117,71 @@ def share(w: memoryview[int]) -> int:
 
 def share_for(w: memoryview[int], gate: int, waits: int) -> int:
     """The share that holds for a waiter, by its cell's word; 0 for none."""
-    return share(w) if gate & RESERVING and not is_high(waits) else 0
+    return share(w) if gate & RESERVING and w[RESERVE] and not is_high(waits) else 0
+
+
+def keyed(w: memoryview[int], gate: int) -> int:
+    """In a pool with a limit per key: KEYED, never 0; else 0."""
+    return w[KEYED] if gate & RESERVING and w[MAX_PER_KEY] else 0
+
+
+def count_keys(w: memoryview[int], geometry: Geometry, *, closing: bool = True) -> dict[int, int]:
+    """How many slots each key has, those that are being closed too unless `closing` is False.
+
+    Read KEYED before: while it stays the same, no key has more than this.
+    """
+    base = geometry.slot_base
+    keys_at = slice(base + KEY, base + SLOT * w[HIGH], SLOT)
+    words = slot_words(w, geometry)
+    counts: dict[int, int] = {}
+    for word, key in zip(words, w[keys_at].tolist(), strict=False):
+        if word & STATE and (closing or word & STATE != CLOSING):
+            counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def queue(w: memoryview[int]) -> Iterator[tuple[int, int, int]]:
+    """(cell, word, key) of those who wait, in their order; it may change meanwhile: no more steps than wait."""
+    cell = w[HEAD]
+    for _ in range(w[WAITING_COUNT]):
+        if not cell:
+            return
+        word = w[cell]  # before its key: with another ticket it may wait for something else
+        yield cell, word, w[cell + CELL_KEY]
+        cell = w[cell + NEXT]
+
+
+def next_waiter(
+    w: memoryview[int], gate: int, counts: dict[int, int], taken: int, own: int = 0, *, only_high: bool = False
+) -> tuple[int, int, int]:
+    """In a pool with a limit per key, who has waited longest of those who may have one slot.
+
+    Args:
+        w: The words.
+        gate: GATE.
+        counts: How many slots each key has; without that slot itself, unless `own` is given.
+        taken: Slots that are neither free nor idle, without that slot itself.
+        own: The key of that slot's connection: whoever wants that one may have it whatever its key has.
+        only_high: Those of normal priority do not count.
+
+    Returns:
+        The cell, its word and its key; or zeros.
+    """
+    limit = w[MAX_PER_KEY]
+    for cell, word, key in queue(w):
+        most = share_for(w, gate, word)
+        if (most and taken >= most) or (only_high and not is_high(word)):
+            continue
+        if key == own or counts.get(key, 0) < limit:
+            return cell, word, key
+    return 0, 0, 0
+
+
+def permit_heir(w: memoryview[int], geometry: Geometry, gate: int, key: int) -> tuple[int, int]:
+    """In a pool with a limit per key, who gets a slot's permit, which had this key: the cell and its word, or zeros."""
+    counts = count_keys(w, geometry)
+    counts[key] = counts.get(key, 1) - 1
+    return next_waiter(w, gate, counts, in_use(w) - 1)[:2]
 
 
 def slot_words(w: memoryview[int], geometry: Geometry) -> list[int]:
@@ -220,12 +288,19 @@ def _all_counts(w: memoryview[int], geometry: Geometry) -> tuple[list[list[int]]
         words = w[HEADER : HEADER + ROW * geometry.rows : ROW].tolist()
         rows = [row for row in range(FIRST_ROW, geometry.rows) if words[row] & 15 in (ROW_LIVE, ROW_DEAD)]
         counts = {row: _row_counts(w, row) for row in (TOTALS_ROW, ARBITER_ROW, *rows)}
+        counts[ARBITER_ROW] = _as_in_layout_2(counts[ARBITER_ROW])
         found = lines(w, geometry)
         for place, value in on_its_way(w):
             _correct(geometry, counts, found, place, value)
         if folding(w) == before:
             break
     return [*counts.values()], found, sum(words[row] & 15 == ROW_LIVE for row in rows)
+
+
+def _as_in_layout_2(counts: list[int]) -> list[int]:
+    """There the arbiter counted in its own row, and where others count something else."""
+    own = ROW_ARBITERS - ROW_COUNTERS
+    return [0] * own + counts[: len(ARBITER_COUNTERS)] + counts[own + len(ARBITER_COUNTERS) :]
 
 
 def _correct(geometry: Geometry, rows: dict[int, list[int]], found: list[LineView], place: int, value: int) -> None:
@@ -417,7 +492,7 @@ class Turn:
 def high_turn(w: memoryview[int], waiting: int, gate: int) -> Turn | None:
     """The turn of a high-priority waiter whose cell's word will be `waiting` besides; None: the queue is changing."""
     ticket = w[TICKET]
-    reserving = gate & RESERVING
+    reserving = gate & RESERVING and w[RESERVE]
     after, before = _join_before(w, _is_ordinary if reserving else _may_be_passed)
     after_word = w[after] if after else 0
     if after and after_word & 15 != CELL_WAITING:
@@ -473,6 +548,18 @@ def victim(w: memoryview[int], marks: memoryview[int], geometry: Geometry, spare
     if not best and any(marks[:high]):
         best = _oldest(w, marks, geometry, range(high), spared)
     return best
+
+
+def immovable(w: memoryview[int], geometry: Geometry, key: int, row: int) -> int:
+    """The place of the key's idle connection longest unused that cannot move to this row; 0 for none."""
+    base = geometry.slot_base
+    places = [
+        base + SLOT * index
+        for index, word in enumerate(slot_words(w, geometry))
+        if word & STATE == IDLE and word & STAYS and holder_of(word) != row
+    ]
+    places = [at for at in places if w[at + KEY] == key]
+    return min(places, key=lambda at: w[at + SINCE], default=0)
 
 
 def _oldest(w: memoryview[int], marks: memoryview[int], geometry: Geometry, indices: range, spared: int) -> int:

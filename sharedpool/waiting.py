@@ -38,6 +38,7 @@ from .layout import (
     KEY,
     LEASED,
     MASK64,
+    MAX_PER_KEY,
     MAX_WAITING,
     NEXT,
     OPENING,
@@ -146,7 +147,15 @@ class WaitingRoom:
     # --- joining ------------------------------------------------------------------------------------------------------
 
     def wait(
-        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, behind: bool = False
+        self,
+        route: Route,
+        lease: Lease[Any],
+        gate: int,
+        ver: int,
+        limit: int,
+        now: int,
+        behind: bool = False,
+        keyed: int = 0,
     ) -> int:
         """Join the queue and wait until the lease has been given a slot.
 
@@ -158,6 +167,7 @@ class WaitingRoom:
             limit: Until when, monotonic ns.
             now: Monotonic ns.
             behind: High priority, in a pool with a reserve: others of high priority waited when it decided to wait.
+            keyed: In a pool with a limit per key: KEYED as it was searched.
 
         Returns:
             DONE; or STALE or BUSY if it did not come to queueing.
@@ -175,14 +185,14 @@ class WaitingRoom:
             self._look_at(w[HIGH])
         evict = seen = 0
         if not sticky and -self._any_idle and not gate & (OVER | PAUSED):
-            evict = self._victim(route, gate)
+            evict = self._victim(route, gate, keyed)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
                 self._free.append(waiter)
                 return self._table.missed(0)
         queued = joined = False
         try:
-            result = self._join(cell, route, gate, ver, evict, seen, limit, now, behind)
+            result = self._join(cell, route, gate, ver, evict, seen, limit, now, behind, keyed)
             if result != DONE:
                 return result
             queued = joined = True
@@ -215,29 +225,51 @@ class WaitingRoom:
         if self._on_wait:
             self._hooks.tell("wait", took / 1e9)
 
-    def _victim(self, route: Route, gate: int) -> int:
-        """Another key's idle connection to be closed for its permit; 0 for none, or where the permit is not for it."""
+    def _victim(self, route: Route, gate: int, keyed: int) -> int:
+        """An idle connection to be closed for its permit; 0 for none, or where the permit is not for it.
+
+        It is another key's, unless the key has all that it may: then one of its own that cannot come here.
+        """
         w = self.words
         if gate & RESERVING and not route.high and view.in_use(w) >= view.share(w):
             return 0
+        if keyed:
+            geometry = self._segment.geometry
+            room = w[MAX_PER_KEY] - view.count_keys(w, geometry).get(route.key, 0)
+            if room <= 0:
+                return view.immovable(w, geometry, route.key, self._table.row)
+            if room <= sum(key == route.key for _, _, key in view.queue(w)):
+                return 0
         return view.victim(w, self.marks, self._segment.geometry, route.key)
 
     def _join(
-        self, cell: int, route: Route, gate: int, ver: int, evict: int, seen: int, limit: int, now: int, behind: bool
+        self,
+        cell: int,
+        route: Route,
+        gate: int,
+        ver: int,
+        evict: int,
+        seen: int,
+        limit: int,
+        now: int,
+        behind: bool,
+        keyed: int,
     ) -> int:
         """Join the queue with the route's priority; TooManyWaiting where it is as long as it may be."""
         deadline = 0 if limit == _NEVER else limit
         counter = route.counts + self._waits
         evicted = self._lines.place(self.words[evict + KEY]) + CLOSES["evicted"] if evict else 0
         if not route.high:
-            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, counter, now, evicted)
+            result = self._table.enqueue(
+                cell, route.key, gate, ver, evict, seen, deadline, counter, now, keyed, evicted
+            )
         else:
             turn = view.high_turn(self.words, CELL_WAITING | self._table.row << CELL_ROW_SHIFT, gate)
             if turn is None or (behind and not turn.after):  # those before it have gone: look again
                 return self._table.missed(0)
             result = self._table.enqueue_high(
                 cell, route.key, gate, ver, turn.word, turn.after, turn.after_word, turn.before, turn.before_word,
-                turn.passed, turn.ticket, evict, seen, deadline, counter, now, evicted,
+                turn.passed, turn.ticket, evict, seen, deadline, counter, now, keyed, evicted,
             )  # fmt: skip
         if result == FULL:
             raise self._full()

@@ -40,3 +40,7 @@ cdef class Attachment:
     @cython.locals(w=Word[::1], word=uint64_t, entry=Entry, route=Route, gate=uint64_t, new=uint64_t,
                    now=cython.longlong, took=cython.longlong, bucket=uint64_t)
     cpdef checkin(self, Lease lease)
+
+
+@cython.locals(seconds=double)
+cdef long long _limit(patience) except? -1

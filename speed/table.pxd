@@ -17,7 +17,7 @@ cdef class Table:
     cdef public object words, marks, mutex, find, geometry
     cdef Word[::1] _words
     cdef Mark[::1] _marks
-    cdef public uint64_t slot_base, cell_base, row, row_at
+    cdef public uint64_t slot_base, cell_base, kick_base, row, row_at
 
     cpdef uint64_t slot_at(self, uint64_t index)
     cpdef uint64_t slot_index(self, uint64_t at)
@@ -31,9 +31,9 @@ cdef class Table:
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
     cpdef int take_idle(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, Claim lease, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
-    cpdef int take_idle_counted(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t first, uint64_t waits, uint64_t most, Claim lease, uint64_t counter, uint64_t now) except -2
+    cpdef int take_idle_counted(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t first, uint64_t waits, uint64_t most, Claim lease, uint64_t counter, uint64_t now, uint64_t keyed=*) except -2
     @cython.locals(done=cython.int, index=cython.ulonglong, me=cython.ulonglong, mutex=object, rc=cython.int, top=cython.ulonglong, w=Word[::1])
-    cpdef int take_free(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, Claim lease, uint64_t key, uint64_t counter, uint64_t now, uint64_t first=*, uint64_t waits=*, uint64_t most=*) except -2
+    cpdef int take_free(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, Claim lease, uint64_t key, uint64_t counter, uint64_t now, uint64_t first=*, uint64_t waits=*, uint64_t most=*, uint64_t keyed=*) except -2
     @cython.locals(bare=cython.ulonglong, done=cython.int, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, w=Word[::1])
     cpdef int take_grant(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t cell, Claim lease, uint64_t key, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
@@ -45,21 +45,21 @@ cdef class Table:
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
     cpdef int put_idle(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t tag, uint64_t now) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, rc=cython.int, since=cython.ulonglong, w=Word[::1])
-    cpdef int put_idle_counted(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t first, uint64_t waits, uint64_t most, uint64_t tag, uint64_t now) except -2
-    @cython.locals(done=cython.int, idle=cython.ulonglong, kick=cython.ulonglong, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, w=Word[::1])
-    cpdef int hand(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t cell, uint64_t cell_word, uint64_t old_cell, uint64_t now, uint64_t most=*) except -2
-    @cython.locals(done=cython.int, index=cython.ulonglong, kick=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, top=cython.ulonglong, w=Word[::1])
-    cpdef int hand_free(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t cell, uint64_t cell_word, uint64_t now, uint64_t most=*) except -2
+    cpdef int put_idle_counted(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t first, uint64_t waits, uint64_t most, uint64_t tag, uint64_t now, uint64_t keyed=*) except -2
+    @cython.locals(done=cython.int, idle=cython.ulonglong, key=cython.ulonglong, kick=cython.ulonglong, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, w=Word[::1])
+    cpdef int hand(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t cell, uint64_t cell_word, uint64_t old_cell, uint64_t now, uint64_t most=*, uint64_t keyed=*) except -2
+    @cython.locals(done=cython.int, index=cython.ulonglong, key=cython.ulonglong, kick=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, top=cython.ulonglong, w=Word[::1])
+    cpdef int hand_free(self, uint64_t at, uint64_t seen, uint64_t new, uint64_t gate, uint64_t cell, uint64_t cell_word, uint64_t now, uint64_t most=*, uint64_t keyed=*) except -2
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, new=cython.ulonglong, rc=cython.int, w=Word[::1])
-    cpdef int free(self, uint64_t at, uint64_t seen, uint64_t gate, uint64_t old_cell, uint64_t first=*, uint64_t waits=*, uint64_t most=*) except -2
+    cpdef int free(self, uint64_t at, uint64_t seen, uint64_t gate, uint64_t old_cell, uint64_t first=*, uint64_t waits=*, uint64_t most=*, uint64_t keyed=*) except -2
     @cython.locals(done=cython.int, idle=bint, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, new=cython.ulonglong, rc=cython.int, w=Word[::1])
     cpdef int close(self, uint64_t at, uint64_t seen, uint64_t since, uint64_t old_cell, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, index=cython.ulonglong, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, top=cython.ulonglong, w=Word[::1])
     cpdef int claim_cell(self, uint64_t cell) except -2
     @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, tail=cython.ulonglong, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
-    cpdef int enqueue(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t evicted=*) except -2
+    cpdef int enqueue(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t keyed=*, uint64_t evicted=*) except -2
     @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, w=Word[::1])
-    cpdef int enqueue_high(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t word, uint64_t after, uint64_t after_word, uint64_t before, uint64_t before_word, uint64_t passed, uint64_t ticket, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t evicted=*) except -2
+    cpdef int enqueue_high(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t word, uint64_t after, uint64_t after_word, uint64_t before, uint64_t before_word, uint64_t passed, uint64_t ticket, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t keyed=*, uint64_t evicted=*) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, turn=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
     cpdef int rejoin(self, uint64_t cell, uint64_t seen, uint64_t after, uint64_t before, uint64_t ver, uint64_t gate) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, w=Word[::1])
@@ -69,4 +69,4 @@ cdef class Table:
     @cython.locals(at=cython.ulonglong, done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
     cpdef int set_row(self, uint64_t row, uint64_t seen, uint64_t new, uint64_t nonce, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, unmade=cython.ulonglong, w=Word[::1])
-    cpdef int set_limit(self, uint64_t maximum, uint64_t flags, uint64_t reserve=*) except -2
+    cpdef int set_limit(self, uint64_t maximum, uint64_t flags, uint64_t reserve=*, uint64_t per_key=*) except -2

@@ -27,10 +27,10 @@ cdef class WaitingRoom:
 
     @cython.locals(w=Word[::1], waiter=Waiter, cell=uint64_t, sticky=bint, evict=uint64_t, seen=uint64_t,
                    queued=bint, joined=bint, result=int)
-    cpdef int wait(self, Route route, Lease lease, uint64_t gate, uint64_t ver, long long limit, long long now, bint behind=*) except -2
+    cpdef int wait(self, Route route, Lease lease, uint64_t gate, uint64_t ver, long long limit, long long now, bint behind=*, uint64_t keyed=*) except -2
 
     @cython.locals(deadline=uint64_t, counter=uint64_t, evicted=uint64_t, result=int)
-    cdef int _join(self, uint64_t cell, Route route, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t seen, long long limit, uint64_t now, bint behind) except -2
+    cdef int _join(self, uint64_t cell, Route route, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t seen, long long limit, uint64_t now, bint behind, uint64_t keyed) except -2
 
     @cython.locals(w=Word[::1], marks=Mark[::1], cell=uint64_t, grant=uint64_t, patience=Patience, sleeper=Sleeper,
                    kick=cython.uint, at=uint64_t, result=int, word=uint64_t, nap=cython.longlong, napped=bint)

@@ -16,7 +16,7 @@ import psutil
 from .. import inspection, launch, mutex, options, scope
 from ..errors import SharedPoolError
 from ..inspection import NoArbiter
-from ..layout import LAYOUT
+from ..layout import LAYOUT, SERVED
 from ..pool import mode
 
 OK: Final = "ok"
@@ -154,6 +154,11 @@ _ALONE: Final = (
 def version_check(about: dict[str, Any]) -> Check:
     """The arbiter keeps the code that it was started with; an upgrade needs a restart of all."""
     ours = getattr(sys.modules["sharedpool"], "__version__", "unknown")
+    if about["layout"] in SERVED[:-1]:
+        return Check(
+            "version", WARNING, f"the arbiter has layout {about['layout']} ({about['version']}), this package {LAYOUT}"
+            f" ({ours}): what came with that is off before a new arbiter takes over and the last old process has gone",
+        )  # fmt: skip
     if about["layout"] != LAYOUT:
         return Check(
             "version", PROBLEM, f"the arbiter has layout {about['layout']} ({about['version']}), this package {LAYOUT}"

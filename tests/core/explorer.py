@@ -9,15 +9,17 @@ slots than the cap, a lease taken away from the living, and an end at which some
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 from sharedpool import invariants
 from sharedpool.layout import (
     ARBITER_ROW,
+    BARE,
     CELL_STALLED,
     CLOSING,
     DIRTY,
@@ -29,8 +31,11 @@ from sharedpool.layout import (
     HEAD,
     IDLE,
     IDLE_COUNT,
+    KEY,
+    KEYED,
     LEASED,
     MAX,
+    MAX_PER_KEY,
     MAX_WAITING,
     OPENING,
     PART,
@@ -38,6 +43,7 @@ from sharedpool.layout import (
     RESERVE,
     ROW_DEAD,
     STATE,
+    STAYS,
     STOPPED,
     USED,
     VER,
@@ -108,11 +114,14 @@ class Explorer:
         watch: The arbiter looks after whoever waits beside what it could have.
         flags: PAUSED at the start.
         reserve: Slots for high priority only.
+        per_key: The limit per key; 0: none.
+        stays: What is idle at the start cannot move.
         max_waiting: Who would have to queue while so many wait is refused.
         deaths: So often the arbiter is killed, at any time.
         breaks: Whoever is killed may be killed at every store of a section, too.
         unsaid: Transitions that do not bump VER: what the version rule is for.
         forgets: What the arbiter should do and does not.
+        unkeyed: Transitions that do not bump KEYED.
     """
 
     def __init__(
@@ -125,11 +134,14 @@ class Explorer:
         watch: bool = False,
         flags: int = 0,
         reserve: int = 0,
+        per_key: int = 0,
+        stays: bool = False,
         max_waiting: int = 0,
         deaths: int = 0,
         breaks: bool = False,
         unsaid: frozenset[str] = frozenset(),
         forgets: frozenset[str] = frozenset(),
+        unkeyed: frozenset[str] = frozenset(),
     ) -> None:
         self.workers = workers
         self.script = script
@@ -137,16 +149,17 @@ class Explorer:
         self.deaths = deaths
         self.breaks = breaks
         self.unsaid = unsaid
+        self.unkeyed = unkeyed
         self.forgets = forgets
         slots = maximum + script.count("raise")
         self.world = World(maximum=maximum, slots=slots, cells=len(workers), workers=len(workers) + 1, lines=0)
-        for at in [self.world.leased(FIRST_ROW + len(workers), key) for key in idle]:
+        for at in [self.world.leased(FIRST_ROW + len(workers), key, STAYS if stays else 0) for key in idle]:
             self.world.give_back(at)
         self.cells = [self.world.cell(FIRST_ROW + index) for index in range(len(workers))]
         if max_waiting:
             self.world.words[MAX_WAITING] = max_waiting
-        if flags or reserve:
-            self.world.limit(maximum, flags, reserve)
+        if flags or reserve or per_key:
+            self.world.limit(maximum, flags, reserve, per_key)
         self.disorder = "revoke" in script or any(worker.high for worker in workers)
         self.states = 0
         self._sound: set[bytes] = set()
@@ -227,6 +240,9 @@ class Explorer:
     def _commit(self, table: Table, plan: Plan) -> tuple[bool, int]:
         w = table.words
         queue, used, limit, ver = invariants.queue(table), w[USED], w[MAX], w[VER]
+        keyed = w[KEYED]
+        closing = sum(word & STATE == CLOSING for _, _, word in invariants.slots(table))
+        keys, entitled = self.world.keys(), self._entitled(table, plan)
         answer, word = moves.carry_out(table, plan)
         if answer == FULL:
             assert len(queue) == w[WAITING_COUNT] == w[MAX_WAITING]
@@ -236,8 +252,18 @@ class Explorer:
             return False, 0
         if plan.method in self.unsaid:
             w[VER] = ver
+        if plan.method in self.unkeyed:
+            w[KEYED] = keyed
         if w[RESERVE]:
             self._commit_with_reserve(table, plan)
+        if w[MAX_PER_KEY] and plan.method != "set_limit":
+            self._commit_with_keys(plan, keys, entitled)
+            queue = entitled if plan.method != "enqueue_high" else queue
+            if plan.method == "hand" and plan.arguments[1] & STATE == IDLE and plan.arguments[4] in queue:
+                # Those before it need not have what is idle, if as many permits are on their way to them.
+                passed = queue.index(plan.arguments[4])
+                assert passed <= closing, f"an idle one to {plan.arguments[4]}, first is {queue[0]}"
+                queue = queue[passed:]
         if plan.method in ("take_idle", "take_free", "take_idle_counted"):
             before = [cell for cell in queue if not self._passes(table, cell)]
             assert not before, f"{plan.method} overtakes {before}"
@@ -252,6 +278,24 @@ class Explorer:
             assert plan.arguments[4] == queue[0], f"{plan.method} to {plan.arguments[4]}, first is {queue[0]}"
         assert w[USED] <= max(limit, used), f"USED {w[USED]} above MAX {limit}"
         return True, word
+
+    def _entitled(self, table: Table, plan: Plan) -> list[int]:
+        """With a limit per key: who waits and may have the slot that a plan is about."""
+        w = table.words
+        if not w[MAX_PER_KEY] or not plan.method or plan.method in ("set_limit", "set_row"):
+            return []
+        if plan.method == "take_free":
+            return self.world.entitled(plan.arguments[4])
+        bare = plan.method in ("free", "hand") and (plan.method == "free" or bool(plan.arguments[2] & BARE))
+        return self.world.entitled(without=w[plan.at + KEY]) if bare else self.world.entitled(w[plan.at + KEY])
+
+    def _commit_with_keys(self, plan: Plan, before: collections.Counter[int], entitled: list[int]) -> None:
+        """No key got more than it may, and nothing was left idle or free that a waiter might have had."""
+        w = self.world.words
+        for key, count in self.world.keys().items():
+            assert count <= max(w[MAX_PER_KEY], before[key]), f"{plan.method}: key {key:#x} has {count} slots"
+        if plan.method in ("put_idle_counted", "free") and not w[GATE] & moves.CLOSED and not w[RESERVE]:
+            assert not entitled, f"{plan.method} although {entitled} may have it"
 
     def _passes(self, table: Table, cell: int) -> bool:
         """Whether this worker need not wait for who waits in a cell."""
@@ -425,7 +469,7 @@ class Explorer:
 
     def _stores(self, state: State, row: int, plan: Plan) -> Iterator[int]:
         """Break a section off at each of its stores, one after the other."""
-        for k in count(1):
+        for k in itertools.count(1):
             self.world.restore(state.memory)
             breaker = Breaker(k)
             try:
@@ -454,7 +498,8 @@ class Explorer:
         if scripted and not scripted.startswith("kill"):
             plan, more = self._scripted(table, scripted, gate)
             if plan is AGAIN:
-                plan, more = Plan("set_limit", (w[MAX], gate & (PAUSED | STOPPED), w[RESERVE])), False  # nothing to do
+                flags = gate & (PAUSED | STOPPED)
+                plan, more = Plan("set_limit", (w[MAX], flags, w[RESERVE], w[MAX_PER_KEY])), False  # nothing to do
             yield scripted, plan, state.script + (not more)
 
     def _scripted(self, table: Table, act: str, gate: int) -> tuple[Plan, bool]:
@@ -465,8 +510,10 @@ class Explorer:
         limits |= {"resume": (w[MAX], 0), "stop": (w[MAX], STOPPED)}
         if act == "reserve":
             return Plan("set_limit", (w[MAX], flags, 1)), False
+        if act in ("one", "two", "any"):  # so many per key
+            return Plan("set_limit", (w[MAX], flags, w[RESERVE], {"one": 1, "two": 2, "any": 0}[act])), False
         if act in limits and act != "end":
-            return Plan("set_limit", (*limits[act], w[RESERVE])), False
+            return Plan("set_limit", (*limits[act], w[RESERVE], w[MAX_PER_KEY])), False
         limits = {"end": (w[MAX], flags)}
         if act in limits:
             return Plan("set_limit", limits[act]), False

@@ -38,11 +38,13 @@ from sharedpool.layout import (
     KEY,
     LEASED,
     MAX,
+    MAX_PER_KEY,
     NEXT,
     OPENING,
     OVER,
     PAUSED,
     QUEUED,
+    RESERVE,
     RESERVING,
     ROW_CLOSES,
     SERIAL,
@@ -84,7 +86,7 @@ AGAIN: Final = Plan("")
 STOP: Final = Plan("stop")
 
 #: The arguments before and after the lease, by method.
-_LEASE_AT = {
+LEASE_AT = {
     "take_idle": 4, "take_idle_counted": 7, "take_free": 4, "take_grant": 4, "swap": 3, "connected": 3, "reopen": 3,
 }  # fmt: skip
 
@@ -94,8 +96,8 @@ def carry_out(table: Table, plan: Plan, lease: Any = None) -> tuple[int, int]:
     lease = lease or Lease()
     lease.word = plan.expected
     arguments: list[Any] = list(plan.arguments)
-    if plan.method in _LEASE_AT:
-        arguments.insert(_LEASE_AT[plan.method], lease)
+    if plan.method in LEASE_AT:
+        arguments.insert(LEASE_AT[plan.method], lease)
     return getattr(table, plan.method)(*arguments), lease.word
 
 
@@ -109,28 +111,36 @@ def checkout(
     if gate & STOPPED:
         return STOP
     counter = table.counter(0)
+    keyed = view.keyed(table.words, gate)
     if gate & RESERVING:
-        plan, behind = _take_with_reserve(table, key, connects, gate, counter, now, high)
+        plan, behind = _take_with_reserve(table, key, connects, gate, counter, now, high, keyed)
     else:
         plan, behind = _take(table, key, connects, gate, counter, now), False
-    return plan or _queue(table, key, gate, ver, cell, now, high, behind)
+    return plan or _queue(table, key, gate, ver, cell, now, high, behind and not keyed, keyed)
 
 
 def _take_with_reserve(
-    table: Table, key: int, connects: bool, gate: int, counter: int, now: int, high: bool
+    table: Table, key: int, connects: bool, gate: int, counter: int, now: int, high: bool, keyed: int
 ) -> tuple[Plan | None, bool]:
     """What a checkout may take, and whether those of its like that wait come first."""
     w = table.words
     first = w[HEAD]
     waits = w[first] if first else 0
-    behind = bool(first and is_high(waits)) if high else bool(gate & QUEUED)
+    passes = high and w[RESERVE] != 0
+    behind = bool(first and is_high(waits)) if passes else bool(gate & QUEUED)
+    counts = view.count_keys(w, table.geometry)
+    if keyed and behind:
+        behind = view.next_waiter(w, gate, counts, view.in_use(w), key, only_high=passes)[0] != 0
     most = ANY_NUMBER if high else view.share(w)
     if behind or gate & CLOSED or view.in_use(w) >= most:
         return None, behind
     if at := find_idle(table, key):
         new = leased_word(w[at], table.row)
-        return Plan("take_idle_counted", (at, w[at], new, gate, first, waits, most, counter, now)), behind
-    return _open(table, key, connects, gate, counter, now, first, waits, most), behind
+        unseen = keyed if first else 0
+        return Plan("take_idle_counted", (at, w[at], new, gate, first, waits, most, counter, now, unseen)), behind
+    if keyed and counts.get(key, 0) >= w[MAX_PER_KEY]:
+        return None, behind
+    return _open(table, key, connects, gate, counter, now, first, waits, most, keyed), behind
 
 
 def _take(table: Table, key: int, connects: bool, gate: int, counter: int, now: int) -> Plan | None:
@@ -154,12 +164,14 @@ def _open(table: Table, key: int, connects: bool, gate: int, counter: int, now: 
     return Plan("take_free", (at, seen, new, gate, key, counter, now, *with_reserve))
 
 
-def _queue(table: Table, key: int, gate: int, ver: int, cell: int, now: int, high: bool, behind: bool) -> Plan:
+def _queue(
+    table: Table, key: int, gate: int, ver: int, cell: int, now: int, high: bool, behind: bool, keyed: int
+) -> Plan:
     """Nothing is to be had: queue, and close another key's idle connection for its permit."""
     w, counter = table.words, table.counter(0)
     evict = seen = 0
     if not gate & OVER and not (gate & RESERVING and not high and view.in_use(w) >= view.share(w)):
-        evict = view.victim(w, table.marks, table.geometry, key)
+        evict = _victim(table, key, keyed)
         seen = w[evict] if evict else 0
         if evict and seen & STATE != IDLE:
             return AGAIN
@@ -168,8 +180,19 @@ def _queue(table: Table, key: int, gate: int, ver: int, cell: int, now: int, hig
         if turn is None or (behind and not turn.after):
             return AGAIN
         places = dataclasses.astuple(turn)
-        return Plan("enqueue_high", (cell, key, gate, ver, *places, evict, seen, 0, counter, now))
-    return Plan("enqueue", (cell, key, gate, ver, evict, seen, 0, counter, now))
+        return Plan("enqueue_high", (cell, key, gate, ver, *places, evict, seen, 0, counter, now, keyed))
+    return Plan("enqueue", (cell, key, gate, ver, evict, seen, 0, counter, now, keyed))
+
+
+def _victim(table: Table, key: int, keyed: int) -> int:
+    w = table.words
+    if keyed:
+        room = w[MAX_PER_KEY] - view.count_keys(w, table.geometry).get(key, 0)
+        if room <= 0:
+            return view.immovable(w, table.geometry, key, table.row)
+        if room <= sum(wanted == key for _, _, wanted in view.queue(w)):
+            return 0
+    return view.victim(w, table.marks, table.geometry, key)
 
 
 def find_idle(table: Table, key: int) -> int:
@@ -177,7 +200,7 @@ def find_idle(table: Table, key: int) -> int:
     w, start = table.words, 0
     while (index := table.find(tag_of(key), start, w[HIGH])) >= 0:
         at, start = table.slot_at(index), index + 1
-        if w[at] & STATE == IDLE and w[at + KEY] == key:
+        if w[at] & STATE == IDLE and w[at + KEY] == key and not (w[at] & STAYS and holder_of(w[at]) != table.row):
             return at
     return 0
 
@@ -239,6 +262,9 @@ def checkin(table: Table, at: int, seen: int, gate: int, key: int, now: int) -> 
     head = w[HEAD]
     if not head:
         return AGAIN
+    keyed = view.keyed(w, gate)
+    if keyed:
+        return _checkin_keyed(table, at, seen, gate, key, now, keyed)
     waits = w[head]
     most = view.share_for(w, gate, waits)
     if most and view.in_use(w) > most:
@@ -248,10 +274,24 @@ def checkin(table: Table, at: int, seen: int, gate: int, key: int, now: int) -> 
     return hand(table, at, seen, gate, head, 0, now, bare=False, most=most and most + 1)
 
 
-def put_idle(at: int, seen: int, gate: int, key: int, now: int, head: int, waits: int, most: int) -> Plan:
+def _checkin_keyed(table: Table, at: int, seen: int, gate: int, key: int, now: int, keyed: int) -> Plan:
+    w = table.words
+    counts = view.count_keys(w, table.geometry)
+    cell, waits, wanted = view.next_waiter(w, gate, counts, view.in_use(w) - 1, key)
+    if not cell:
+        return put_idle(at, seen, gate, key, now, 0, 0, 0, keyed)
+    if wanted != key or (seen & STAYS and (waits & CELL_ROW) >> CELL_ROW_SHIFT != table.row):
+        return close(table, at, seen, 0, now)
+    most = view.share_for(w, gate, waits)
+    return hand(table, at, seen, gate, cell, 0, now, bare=False, most=most and most + 1, keyed=keyed)
+
+
+def put_idle(
+    at: int, seen: int, gate: int, key: int, now: int, head: int, waits: int, most: int, keyed: int = 0
+) -> Plan:
     new, tag = with_state(seen, IDLE), tag_of(key)
     if gate & RESERVING:
-        return Plan("put_idle_counted", (at, seen, new, gate, head, waits, most, tag, now))
+        return Plan("put_idle_counted", (at, seen, new, gate, head, waits, most, tag, now, keyed))
     return Plan("put_idle", (at, seen, new, gate, tag, now))
 
 
@@ -260,22 +300,38 @@ def close(table: Table, at: int, seen: int, old_cell: int, now: int) -> Plan:
 
 
 def hand(
-    table: Table, at: int, seen: int, gate: int, cell: int, old_cell: int, now: int, *, bare: bool, most: int = 0
+    table: Table,
+    at: int,
+    seen: int,
+    gate: int,
+    cell: int,
+    old_cell: int,
+    now: int,
+    *,
+    bare: bool,
+    most: int = 0,
+    keyed: int = 0,
 ) -> Plan:
     new = seen & ~(STATE | HOLDER | 0xF0) | seen & STAYS | (BARE if bare else 0)
     new |= table.cell_index(cell) << HOLDER_SHIFT | GRANTED
-    return Plan("hand", (at, seen, new, gate, cell, table.words[cell], old_cell, now, most))
+    return Plan("hand", (at, seen, new, gate, cell, table.words[cell], old_cell, now, most, keyed))
 
 
 def pass_on(table: Table, at: int, seen: int, gate: int, old_cell: int, now: int) -> Plan:
     """A permit without a connection goes to the longest waiter, or becomes free."""
     head = table.words[HEAD]
     if head and not gate & CLOSED:
-        waits = table.words[head]
+        keyed = view.keyed(table.words, gate)
+        if keyed:
+            head, waits = view.permit_heir(table.words, table.geometry, gate, table.words[at + KEY])
+            if not head:
+                return Plan("free", (at, seen, gate, old_cell, 0, 0, 0, keyed))
+        else:
+            waits = table.words[head]
         most = view.share_for(table.words, gate, waits)
-        if most and view.in_use(table.words) > most:
+        if not keyed and most and view.in_use(table.words) > most:
             return Plan("free", (at, seen, gate, old_cell, head, waits, most))
-        return hand(table, at, seen, gate, head, old_cell, now, bare=True, most=most and most + 1)
+        return hand(table, at, seen, gate, head, old_cell, now, bare=True, most=most and most + 1, keyed=keyed)
     if not head and gate & QUEUED:
         return AGAIN
     return Plan("free", (at, seen, gate, old_cell))
@@ -290,6 +346,8 @@ def serve(table: Table, gate: int, now: int) -> Plan:
     cell = w[HEAD]
     if not cell or gate & CLOSED:
         return AGAIN
+    if keyed := view.keyed(w, gate):
+        return _serve_keyed(table, gate, keyed, now)
     most = view.share_for(w, gate, w[cell])
     if most and view.in_use(w) >= most:
         return AGAIN
@@ -319,6 +377,30 @@ def trim(table: Table, now: int) -> Plan:
     return close(table, at, word, 0, now)
 
 
+def _serve_keyed(table: Table, gate: int, keyed: int, now: int) -> Plan:
+    w = table.words
+    counts = view.count_keys(w, table.geometry)
+    idle = [(at, word) for _, at, word in slots(table) if word & STATE == IDLE]
+    closing = sum(word & STATE == CLOSING for _, _, word in slots(table))
+    for cell, waits, key in view.queue(w):
+        most = view.share_for(w, gate, waits)
+        if most and view.in_use(w) >= most:
+            continue
+        for at, word in idle:
+            if w[at + KEY] == key and not word & STAYS:
+                return hand(table, at, word, gate, cell, 0, now, bare=False, most=most, keyed=keyed)
+        room = counts.get(key, 0) < w[MAX_PER_KEY]
+        if room and w[USED] < w[MAX]:
+            at = w[FREE_SLOT] or table.slot_at(w[HIGH])
+            word = w[at]
+            new = (word + GEN_ONE & GEN) | word & SERIAL | BARE | table.cell_index(cell) << HOLDER_SHIFT | GRANTED
+            return Plan("hand_free", (at, word, new, gate, cell, waits, now, most, keyed))
+        victims = [at for at, _ in idle if room or w[at + KEY] == key]
+        if victims and not closing:
+            return close(table, victims[0], w[victims[0]], 0, now)
+    return AGAIN
+
+
 def revoke(table: Table, at: int, gate: int, now: int) -> Plan:
     """A grant that was not taken in time goes to the next waiter, or its connection is closed for it."""
     w = table.words
@@ -328,6 +410,8 @@ def revoke(table: Table, at: int, gate: int, now: int) -> Plan:
     cell = table.cell_at(holder_of(word))
     if w[cell + GRANT] != at:
         return AGAIN
+    if keyed := view.keyed(w, gate):
+        return _revoke_keyed(table, at, gate, cell, keyed, now)
     most = view.share_for(w, gate, w[head]) if is_high(w[cell]) else 0
     if most and view.in_use(w) > most:
         return AGAIN
@@ -337,6 +421,21 @@ def revoke(table: Table, at: int, gate: int, now: int) -> Plan:
     if gate & CLOSED:
         return AGAIN
     return hand(table, at, word, gate, head, cell, now, bare=bare, most=most and most + 1)
+
+
+def _revoke_keyed(table: Table, at: int, gate: int, cell: int, keyed: int, now: int) -> Plan:
+    w = table.words
+    word, key = w[at], w[at + KEY]
+    bare = bool(word & BARE)
+    counts = view.count_keys(w, table.geometry)
+    counts[key] -= bare
+    head, waits, wanted = view.next_waiter(w, gate, counts, view.in_use(w) - 1, 0 if bare else key)
+    if not head or (bare and gate & CLOSED):
+        return AGAIN
+    if not bare and (wanted != key or gate & CLOSED):
+        return close(table, at, word, cell, now)
+    most = view.share_for(w, gate, waits)
+    return hand(table, at, word, gate, head, cell, now, bare=bare, most=most and most + 1, keyed=keyed)
 
 
 def reap_cell(table: Table, cell: int, gate: int, now: int) -> Plan:

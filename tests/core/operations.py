@@ -25,6 +25,7 @@ from sharedpool.layout import (
     HEADER,
     HOLDER,
     HOLDER_SHIFT,
+    KEYED,
     LEASED,
     LINE,
     LINE_ROW_SHIFT,
@@ -395,13 +396,15 @@ def revoke(world: World) -> Ready:
     return _hand(world, ARBITER_ROW, at, world.waiting(THREE), old_cell=slow)
 
 
-def _hand(world: World, row: int, at: int, cell: int, *, bare: bool = False, old_cell: int = 0, most: int = 0) -> Ready:
+def _hand(
+    world: World, row: int, at: int, cell: int, *, bare: bool = False, old_cell: int = 0, most: int = 0, keyed: int = 0
+) -> Ready:
     seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
     new = world.granted_word(at, cell, bare=bare)
     return Ready(
         row,
-        lambda table, _: table.hand(at, seen, new, gate, cell, word, old_cell, now, most),
-        (at, GATE, cell, cell + GRANT),
+        lambda table, _: table.hand(at, seen, new, gate, cell, word, old_cell, now, most, keyed),
+        (at, GATE, cell, cell + GRANT, *([KEYED] if keyed else [])),
         slots=(at,),
         cells=(cell, old_cell) if old_cell else (cell,),
     )
@@ -421,14 +424,14 @@ def hand_a_slot_used_before(world: World) -> Ready:
     return _hand_free(world)
 
 
-def _hand_free(world: World, most: int = 0) -> Ready:
+def _hand_free(world: World, most: int = 0, keyed: int = 0) -> Ready:
     at, cell = world.next_free(), world.words[HEAD]
     seen, gate, word, now = world.words[at], world.gate, world.words[cell], world.tick()
     new = world.granted_word(at, cell, bare=True) + GEN_ONE
     return Ready(
         ARBITER_ROW,
-        lambda table, _: table.hand_free(at, seen, new, gate, cell, word, now, most),
-        (at, GATE, cell, cell + GRANT),
+        lambda table, _: table.hand_free(at, seen, new, gate, cell, word, now, most, keyed),
+        (at, GATE, cell, cell + GRANT, *([KEYED] if keyed else [])),
         slots=(at,),
         cells=(cell,),
     )
@@ -524,14 +527,14 @@ def enqueue_and_evict(world: World) -> Ready:
     return _enqueue(world, world.idle(TWO, B))
 
 
-def _enqueue(world: World, evict: int = 0) -> Ready:
+def _enqueue(world: World, evict: int = 0, keyed: int = 0) -> Ready:
     cell, table = world.cell(ONE), world.table(ONE)
     seen = world.words[evict] if evict else 0
     gate, ver, counter, now = world.gate, world.words[VER], table.counter(1), world.tick()
     return Ready(
         ONE,
-        lambda table, _: table.enqueue(cell, A, gate, ver, evict, seen, now + 50, counter, now),
-        (GATE, VER, cell, evict) if evict else (GATE, VER, cell),
+        lambda table, _: table.enqueue(cell, A, gate, ver, evict, seen, now + 50, counter, now, keyed),
+        (GATE, VER, cell, *([evict] if evict else []), *([KEYED] if keyed else [])),
         slots=(evict,) if evict else (),
         cells=(cell,),
     )
@@ -566,17 +569,17 @@ def enqueue_high_and_evict(world: World) -> Ready:
     return _enqueue_high(world, evict)
 
 
-def _enqueue_high(world: World, evict: int = 0) -> Ready:
+def _enqueue_high(world: World, evict: int = 0, keyed: int = 0) -> Ready:
     cell, table, turn = world.cell(ONE), world.table(ONE), world.high_turn(ONE)
     seen = world.words[evict] if evict else 0
     gate, ver, counter, now = world.gate, world.words[VER], table.counter(1), world.tick()
     places = dataclasses.astuple(turn)
     guards = [GATE, VER, cell, turn.after + NEXT if turn.after else HEAD, turn.before + PREV if turn.before else TAIL]
     guards += [turn.after] * bool(turn.after) + [turn.before, turn.before + PASSED] * bool(turn.before)
-    guards += [TICKET] * bool(turn.ticket) + [evict] * bool(evict)
+    guards += [TICKET] * bool(turn.ticket) + [evict] * bool(evict) + [KEYED] * bool(keyed)
     return Ready(
         ONE,
-        lambda table, _: table.enqueue_high(cell, A, gate, ver, *places, evict, seen, now + 50, counter, now),
+        lambda table, _: table.enqueue_high(cell, A, gate, ver, *places, evict, seen, now + 50, counter, now, keyed),
         tuple(guards),
         slots=(evict,) if evict else (),
         cells=(cell,),
@@ -676,6 +679,120 @@ def a_process_dies(world: World) -> Ready:
     return Ready(ARBITER_ROW, lambda table, _: table.set_row(ONE, word, new, 0, now), (HEADER + ROW * ONE,))
 
 
+def limit_keys(world: World, number: int = 1) -> None:
+    world.limit(world.words[MAX], per_key=number)
+
+
+def take_free_below_the_limit_of_its_key(world: World) -> Ready:
+    world.leased(TWO)
+    limit_keys(world)
+    world.waiting(THREE)
+    w, at, gate, first, keyed = world.words, world.next_free(), world.gate, world.words[HEAD], world.words[KEYED]
+    seen, counter, waits, most = w[at], world.table(ONE).counter(0), w[first], w[MAX]
+    new, now = opening_word(seen, ONE), world.tick()
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_free(at, seen, new, gate, lease, B, counter, now, first, waits, most, keyed),
+        (at, GATE, HEAD, first, KEYED),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def take_idle_past_one_whose_key_is_full(world: World) -> Ready:
+    world.leased(TWO)
+    at = world.idle(TWO, B)
+    limit_keys(world)
+    world.waiting(THREE)
+    w, gate, first, keyed = world.words, world.gate, world.words[HEAD], world.words[KEYED]
+    seen, counter, waits, most, now = w[at], world.table(ONE).counter(0), w[first], w[MAX], world.tick()
+    new = leased_word(seen, ONE)
+    return Ready(
+        ONE,
+        lambda table, lease: table.take_idle_counted(
+            at, seen, new, gate, first, waits, most, lease, counter, now, keyed
+        ),
+        (at, GATE, HEAD, first, KEYED),
+        slots=(at,),
+        takes=True,
+    )
+
+
+def put_idle_past_one_whose_key_is_full(world: World) -> Ready:
+    world.leased(TWO)
+    at = world.leased(ONE, B)
+    limit_keys(world)
+    world.waiting(THREE)
+    seen, gate, keyed, now = world.words[at], world.gate, world.words[KEYED], world.tick()
+    new, tag = seen - 1, tag_of(B)
+    return Ready(
+        ONE,
+        lambda table, _: table.put_idle_counted(at, seen, new, gate, 0, 0, 0, tag, now, keyed),
+        (at, GATE, KEYED),
+        slots=(at,),
+    )
+
+
+def hand_past_one_whose_key_is_full(world: World) -> Ready:
+    world.leased(TWO)
+    at = world.leased(ONE, B)
+    limit_keys(world)
+    world.waiting(THREE)
+    return _hand(world, ONE, at, world.waiting(TWO, B), keyed=world.words[KEYED])
+
+
+def hand_a_permit_to_another_key(world: World) -> Ready:
+    at = world.closing(ONE, B)
+    limit_keys(world)
+    return _hand(world, ARBITER_ROW, at, world.waiting(TWO), bare=True, keyed=world.words[KEYED])
+
+
+def hand_a_free_slot_below_the_limit_of_its_key(world: World) -> Ready:
+    limit_keys(world)
+    world.waiting(TWO)
+    return _hand_free(world, keyed=world.words[KEYED])
+
+
+def free_past_one_whose_key_is_full(world: World) -> Ready:
+    world.leased(TWO)
+    at = world.closing(ONE, B)
+    limit_keys(world)
+    world.waiting(THREE)
+    seen, gate, keyed = world.words[at], world.gate, world.words[KEYED]
+    return Ready(
+        ARBITER_ROW,
+        lambda table, _: table.free(at, seen, gate, 0, 0, 0, 0, keyed),
+        (at, GATE, KEYED),
+        slots=(at,),
+    )
+
+
+def enqueue_for_a_full_key(world: World) -> Ready:
+    world.leased(TWO)
+    limit_keys(world)
+    return _enqueue(world, keyed=world.words[KEYED])
+
+
+def enqueue_high_for_a_full_key(world: World) -> Ready:
+    world.leased(TWO)
+    limit_keys(world)
+    world.waiting(TWO)
+    return _enqueue_high(world, keyed=world.words[KEYED])
+
+
+def make_a_limit_per_key(world: World) -> Ready:
+    world.idle(ONE)
+    world.granted(THREE, bare=True)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(3, 0, 0, 1), ())
+
+
+def end_a_limit_per_key(world: World) -> Ready:
+    world.idle(ONE)
+    limit_keys(world)
+    world.waiting(TWO)
+    return Ready(ARBITER_ROW, lambda table, _: table.set_limit(2, 0), ())
+
+
 def raise_the_limit(world: World) -> Ready:
     world.leased(ONE)
     world.leased(ONE)
@@ -734,6 +851,10 @@ ALL: tuple[Operation, ...] = (
     hand_before_the_reserve, hand_an_idle_connection_before_the_reserve, hand_an_idle_connection_of_the_reserve,
     hand_a_free_slot_before_the_reserve, close_an_idle_one_with_a_reserve, enqueue_and_evict_with_a_reserve,
     enqueue_high_before_the_others_with_a_reserve, make_a_reserve, end_a_reserve,
+    take_free_below_the_limit_of_its_key, take_idle_past_one_whose_key_is_full, put_idle_past_one_whose_key_is_full,
+    hand_past_one_whose_key_is_full, hand_a_permit_to_another_key, hand_a_free_slot_below_the_limit_of_its_key,
+    free_past_one_whose_key_is_full, enqueue_for_a_full_key, enqueue_high_for_a_full_key,
+    make_a_limit_per_key, end_a_limit_per_key,
     raise_the_limit, lower_the_limit, stop,
 )  # fmt: skip
 

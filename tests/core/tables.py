@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 from collections.abc import Callable
 from typing import Any
 
-from sharedpool import view
+from sharedpool import invariants, view
 from sharedpool.layout import (
     ANY_NUMBER,
     ARBITER_ROW,
     BARE,
     CELL_HIGH,
+    CELL_KEY,
     CELL_ROW_SHIFT,
     CELL_WAITING,
     EPOCH,
@@ -25,13 +27,17 @@ from sharedpool.layout import (
     HEADER,
     HIGH,
     HOLDER_SHIFT,
+    KEY,
     LEASED,
     MAX,
+    MAX_PER_KEY,
     MAX_WAITING,
     RESERVING,
     ROW,
     ROW_CLOSES,
     ROW_LIVE,
+    SLOT,
+    STATE,
     TICKET,
     VER,
     Geometry,
@@ -247,8 +253,24 @@ class World:
         self.close(at, cell)
         return cell
 
-    def limit(self, maximum: int, flags: int = 0, reserve: int = 0) -> None:
-        must(self.table(ARBITER_ROW).set_limit(maximum, flags, reserve))
+    def limit(self, maximum: int, flags: int = 0, reserve: int = 0, per_key: int = 0) -> None:
+        must(self.table(ARBITER_ROW).set_limit(maximum, flags, reserve, per_key))
+
+    def keys(self) -> collections.Counter[int]:
+        """How many slots each key has."""
+        base, words = self.geometry.slot_base, self.words
+        places = range(base, base + SLOT * self.geometry.slots, SLOT)
+        return collections.Counter(words[at + KEY] for at in places if words[at] & STATE != FREE)
+
+    def entitled(self, own: int = 0, without: int = 0) -> list[int]:
+        """Who waits, in order, and may have a permit, or a connection of the key `own`, although others have theirs.
+
+        `without` is the key of that slot, if what comes free is a permit.
+        """
+        counts, limit = self.keys(), self.words[MAX_PER_KEY]
+        counts[without] -= 1
+        waiting = invariants.queue(self.table(ARBITER_ROW))
+        return [at for at in waiting if self.words[at + CELL_KEY] == own or counts[self.words[at + CELL_KEY]] < limit]
 
     def row_word(self, row: int) -> int:
         return int(self.words[HEADER + ROW * row])

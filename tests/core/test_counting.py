@@ -140,7 +140,10 @@ def some_step(machine: TableMachine, chance: random.Random) -> None:
         lambda: machine.doom(number=number),
         lambda: machine.give_up_waiting(number=number),
         lambda: machine.limit(
-            maximum=chance.randint(1, 6), flags=chance.choice([0, 0, 0, PAUSED]), reserve=chance.choice([0, 0, 0, 1, 2])
+            maximum=chance.randint(1, 6),
+            flags=chance.choice([0, 0, 0, PAUSED]),
+            reserve=chance.choice([0, 0, 0, 1, 2]),
+            per_key=chance.choice([0, 0, 1, 2]),
         ),
         lambda: machine.die_and_be_reaped(row=row),
     ]

@@ -20,6 +20,7 @@ from sharedpool.layout import (
     KEY,
     LEASED,
     MAX,
+    MAX_PER_KEY,
     RESERVE,
     ROW,
     STATE,
@@ -65,7 +66,7 @@ def finished(operation: Operation, **pool: int) -> World:
 def committed(world: World) -> dict[int, int]:
     """The words that everything else is derived from, by place."""
     table, geometry = world.table(ONE), world.geometry
-    places = [MAX, RESERVE, *(HEADER + ROW * row for row in range(geometry.rows))]
+    places = [MAX, RESERVE, MAX_PER_KEY, *(HEADER + ROW * row for row in range(geometry.rows))]
     places += map(table.slot_at, range(geometry.slots))
     places += map(table.cell_at, range(geometry.cells))
     return {place: world.words[place] for place in places}

@@ -49,6 +49,22 @@ WITHOUT_A_WATCHER: dict[str, Case] = {
     "a reserve, two keys": ([patient, other, Worker(B, high=True)], (), {"maximum": 2, "reserve": 1}),
     "one may wait": ([patient, patient, hasty], (), {"max_waiting": 1}),
     "one may wait, connects fail": ([failing] * 3, (), {"max_waiting": 1}),
+    "a key has its limit": ([patient, patient, other], (), {"maximum": 3, "per_key": 1}),
+    "both keys have their limit": ([patient, other, other], (), {"maximum": 2, "per_key": 1}),
+    "a limit per key at the cap": ([patient, other, third], (), {"maximum": 2, "per_key": 1}),
+    "a limit per key, a lease that never ends": ([keeping, patient, other], (), {"maximum": 2, "per_key": 1}),
+    "a limit per key, an idle one of another": ([patient, patient], (), {"maximum": 2, "per_key": 1, "idle": (B, B)}),
+    "a limit per key, idle ones": ([patient, patient, other], (), {"maximum": 2, "per_key": 1, "idle": (A, B)}),
+    "a limit per key, what is idle stays": (
+        [patient, other],
+        (),
+        {"maximum": 2, "per_key": 1, "idle": (A,), "stays": True},
+    ),
+    "a limit per key, connects fail": ([failing, failing, other], (), {"maximum": 2, "per_key": 1}),
+    "a limit per key, bare permits": ([permit, permit, other], (), {"maximum": 2, "per_key": 1}),
+    "a limit per key, time-outs": ([hasty, hasty, Worker(B, gives_up=True)], (), {"maximum": 2, "per_key": 1}),
+    "a limit per key, discards": ([Worker(discards=True), patient, other], (), {"maximum": 2, "per_key": 1}),
+    "a limit per key, high priority": ([patient, high, other], (), {"maximum": 2, "per_key": 1}),
     "a lease is doomed": ([patient, patient], ("doom",), {}),
 }
 
@@ -66,6 +82,18 @@ WITH_A_WATCHER: dict[str, Case] = {
     "a reserve, the limit is raised": ([patient, patient], ("raise",), {**watched, "maximum": 2, "reserve": 1}),
     "a reserve is made": ([patient, high], ("reserve",), {**watched, "maximum": 2}),
     "a reserve ends": ([patient, patient, high], ("end",), {**watched, "maximum": 2, "reserve": 1}),
+    "a limit per key and a reserve": (
+        [patient, high, other], (), {**watched, "maximum": 2, "per_key": 1, "reserve": 1}
+    ),
+    "a limit per key is made": ([patient, patient, other], ("one",), {**watched, "maximum": 2}),
+    "a limit per key is raised": ([patient, patient, other], ("two",), {**watched, "maximum": 3, "per_key": 1}),
+    "a limit per key ends": ([patient, patient, other], ("any",), {**watched, "maximum": 2, "per_key": 1}),
+    "a limit per key, a worker is killed": (
+        [patient, patient], ("kill0", "reap0"), {**watched, "maximum": 2, "per_key": 1}
+    ),
+    "a limit per key, a grant is revoked": (
+        [patient, patient, other], ("revoke",), {**watched, "maximum": 2, "per_key": 1}
+    ),
     "behind a waiter of another key": (
         [Worker(B, keeps=True), keeping, third], (), {**watched, "idle": (A, A), "maximum": 3}
     ),
@@ -138,6 +166,21 @@ def test_an_heir_that_does_not_close_what_is_above_the_limit_lets_somebody_wait_
     forgetful = {"watch": True, "deaths": 1, "maximum": 2, "forgets": frozenset(["trims"])}
     with pytest.raises(Violation, match="waits beside an idle connection"):
         Explorer([patient, patient], ("lower",), idle=(A, A), **forgetful).explore()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("transitions", "workers", "wrong"),
+    [
+        (("hand", "enqueue_high"), [Worker(B, connects=False), Worker(C, connects=False), permit, urgent], "2 slots"),
+        (("enqueue",), [keeping, other, patient, third], "may have it"),
+    ],
+    ids=["two permits for one key", "a checkin past one who came"],
+)
+def test_without_the_version_of_keys_a_limit_per_key_does_not_hold(
+    transitions: tuple[str, ...], workers: list[Worker], wrong: str
+) -> None:
+    with pytest.raises(Violation, match=wrong):
+        Explorer(workers, unkeyed=frozenset(transitions), maximum=2, per_key=1).explore()
 
 
 def test_without_a_watcher_a_raised_limit_helps_nobody_who_waits_already() -> None:

@@ -52,9 +52,9 @@ def test_each_process_has_one_line_for_a_key_and_they_are_added_up() -> None:
 
 def test_a_pool_without_lines_counts_in_its_rows() -> None:
     world = World(lines=0)
-    for row in (ONE, ARBITER_ROW):
+    for row, there in ((ONE, ONE), (ARBITER_ROW, TOTALS_ROW)):
         place = Lines(world.table(row)).place(A)
-        assert place == HEADER + ROW * row
+        assert place == HEADER + ROW * there
         count(world, place, "reuses")
     assert reuses(world) == {0: 2}
 

@@ -6,6 +6,7 @@ sequences are tried; the default takes about half a second.
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ from sharedpool.layout import (
     IDLE_COUNT,
     LEASED,
     MAX,
+    MAX_PER_KEY,
     MAX_WAITING,
     MOST_PASSED,
     NUMBER_SHIFT,
@@ -39,6 +41,7 @@ from sharedpool.layout import (
     PASSED,
     PAUSED,
     RESERVE,
+    RESERVING,
     ROW_DEAD,
     ROW_FREE,
     ROW_LIVE,
@@ -61,6 +64,8 @@ EXAMPLES = int(os.environ.get("SHAREDPOOL_TEST_EXAMPLES", "20"))
 
 rows = st.sampled_from([ONE, TWO, THREE])
 keys = st.sampled_from([A, B])
+flags = st.sampled_from([0, 0, 0, PAUSED, STOPPED])
+per_keys = st.sampled_from([0, 0, 1, 2])
 some = st.integers(min_value=0, max_value=7)
 
 
@@ -83,13 +88,20 @@ class TableMachine(RuleBasedStateMachine):
             made = plan()
             if made in (AGAIN, STOP):
                 return made, 0
+            before = self.world.keys()
             answer, word = moves.carry_out(self.world.table(row), made)
+            self.keys_hold(before)
             assert answer != BUSY
             if answer == FULL:
                 return STOP, FULL
             if answer == DONE:
                 return made, word
         raise AssertionError(f"a plan made at rest is stale: {made}")
+
+    def keys_hold(self, before: collections.Counter[int]) -> None:
+        limit = self.world.words[MAX_PER_KEY]
+        for key, count in self.world.keys().items():
+            assert not limit or count <= max(limit, before[key]), f"key {key:#x} has {count} slots"
 
     def live(self, row: int) -> bool:
         return self.world.row_word(row) & STATE == ROW_LIVE
@@ -127,7 +139,8 @@ class TableMachine(RuleBasedStateMachine):
             assert w[WAITING_COUNT] == len(before) >= w[MAX_WAITING]
         if plan is not STOP:
             passes = high and w[RESERVE] and not any(is_high(w[at]) for at in before)
-            assert not before or passes, "a newcomer overtook who waits"
+            full = w[MAX_PER_KEY] and not (w[RESERVE] or (set(self.world.entitled(own=wants)) & set(before)))
+            assert not before or passes or full or (w[MAX_PER_KEY] and w[RESERVE]), "a newcomer overtook who waits"
             assert high or not w[RESERVE] or w[USED] - w[IDLE_COUNT] <= w[MAX] - w[RESERVE], "it had of the reserve"
             self.hold(plan.at, word, wants, connects)
 
@@ -181,10 +194,10 @@ class TableMachine(RuleBasedStateMachine):
             return
         del self.leases[at]
         table, w = self.world.table(holder_of(word)), self.world.words
-        first = w[HEAD]
+        first = next(iter(self.world.entitled(own=key)), 0) if w[MAX_PER_KEY] else w[HEAD]
         if clean:
             plan, _ = self.settle(table.row, lambda: moves.checkin(table, at, w[at], w[GATE], key, self.world.tick()))
-            assert plan.method != "hand" or (w[at] & STATE == GRANTED and w[first + GRANT] == at)
+            assert plan.method != "hand" or w[RESERVE] or (w[at] & STATE == GRANTED and w[first + GRANT] == at)
         else:
             self.settle(table.row, lambda: moves.close(table, at, w[at], 0, self.world.tick()))
 
@@ -262,9 +275,9 @@ class TableMachine(RuleBasedStateMachine):
             plan = Plan("swap", (at, word, word | DOOMED, 0, 0, since))
             assert moves.carry_out(self.table, plan)[0] == DONE
 
-    @rule(maximum=st.integers(1, 6), flags=st.sampled_from([0, 0, 0, PAUSED, STOPPED]), reserve=st.integers(0, 5))
-    def limit(self, maximum: int, flags: int, reserve: int) -> None:
-        self.world.limit(maximum, flags, reserve if reserve < maximum else 0)
+    @rule(maximum=st.integers(1, 6), flags=flags, reserve=st.integers(0, 5), per_key=per_keys)
+    def limit(self, maximum: int, flags: int, reserve: int, per_key: int) -> None:
+        self.world.limit(maximum, flags, reserve if reserve < maximum else 0, per_key)
 
     @rule(number=st.integers(1, 6))
     def limit_the_queue(self, number: int) -> None:
@@ -292,7 +305,7 @@ class TableMachine(RuleBasedStateMachine):
         self.leases = {at: held for at, held in self.leases.items() if holder_of(held[0]) != row}
 
     @rule(number=some, k=st.integers(1, 14))
-    @precondition(lambda self: not self.world.gate & GATE_FLAGS)
+    @precondition(lambda self: not self.world.gate & GATE_FLAGS & ~RESERVING)
     def be_killed_in_a_checkout(self, number: int, k: int) -> None:
         """A fourth process begins a checkout, dies at its k-th store, and whoever comes next repairs."""
         row, w = (ONE, TWO, THREE)[number % 3], self.world.words
@@ -302,10 +315,10 @@ class TableMachine(RuleBasedStateMachine):
         breaker = Breaker(k)
         broken = breaking(self.world, row, breaker.store)
         plan = moves.checkout(self.world.table(row), A, True, w[GATE], w[VER], 0, self.world.tick())
-        if plan.method not in ("take_idle", "take_free"):
+        if plan.method not in ("take_idle", "take_free", "take_idle_counted"):
             return
         arguments: list[Any] = list(plan.arguments)
-        arguments.insert(4, BreakingLease(breaker.store))
+        arguments.insert(moves.LEASE_AT[plan.method], BreakingLease(breaker.store))
         try:
             getattr(broken, plan.method)(*arguments)
         except Broken:

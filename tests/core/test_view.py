@@ -50,7 +50,8 @@ def test_counters_are_those_of_the_living_the_dead_and_the_arbiter() -> None:
     w, last = world.words, len(COUNTERS) - 1
     for row, number in ((TOTALS_ROW, 1000), (ONE, 100), (TWO, 10)):
         w[HEADER + ROW * row + ROW_COUNTERS + last] = number
-    w[HEADER + ROW * ARBITER_ROW + ROW_ARBITERS] = 7
+    w[HEADER + ROW * TOTALS_ROW + ROW_ARBITERS] = 3
+    w[HEADER + ROW * ARBITER_ROW + ROW_COUNTERS] = 4  # there one of layout 2 counted
     stats = view.stats(w, world.geometry, "x")
     assert getattr(stats, COUNTERS[last]) == 1110
     assert getattr(stats, ARBITER_COUNTERS[0]) == 7

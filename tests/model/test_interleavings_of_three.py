@@ -32,6 +32,17 @@ SLOW: dict[str, Case] = {
         ("revoke",),
         {**watched, "maximum": 2, "reserve": 1},
     ),
+    "three, a limit per key, one is killed": (
+        [patient, patient, other],
+        ("kill1", "reap1"),
+        {**watched, "maximum": 2, "per_key": 1},
+    ),
+    "four, a limit per key": ([patient, patient, other, third], (), {**watched, "maximum": 2, "per_key": 1}),
+    "three, a limit per key, permits": (
+        [Worker(B, connects=False), permit, Worker(high=True, connects=False)],
+        (),
+        {**watched, "maximum": 2, "per_key": 1},
+    ),
     "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
 }
 

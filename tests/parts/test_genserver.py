@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from sharedpool import AttachRefused, OptionError, segment
-from sharedpool.layout import LAYOUT
+from sharedpool.layout import IDLE, LAYOUT, MAX_PER_KEY, NOTED_PER_KEY, SERVED, STATE
 from sharedpool.testing import SteppedArbiter, check
 
 
@@ -140,9 +140,27 @@ def test_terminate_runs_when_the_arbiter_ends(arbiter: SteppedArbiter, log: pyte
 def test_code_change_refuses_a_layout_that_it_does_not_know(arbiter: SteppedArbiter) -> None:
     """hackney_pool:code_change/3"""
     pool = arbiter.declare("default", {}, 1)[0]
-    pool.code_change(LAYOUT)
+    assert pool.code_change(LAYOUT) == LAYOUT
     with pytest.raises(AttachRefused, match=rf"layout {LAYOUT + 1}.*restart all processes"):
         pool.code_change(LAYOUT + 1)
+
+
+def test_code_change_moves_a_table_after_the_last_process_of_the_older_version(arbiter: SteppedArbiter) -> None:
+    """hackney_pool:code_change/3"""
+    pool = arbiter.declare("default", {}, 1)[0]
+    old, new = arbiter.worker(pool, 2), arbiter.worker(pool, 3)
+    pool.segment.move_to(SERVED[0])
+    pool.layouts[new.table.row] = LAYOUT
+    arbiter.declare("default", {"max_per_key": 1}, 1)
+    at = new.open()
+    new.leave_idle(at)
+    arbiter.pass_time(1)
+    assert pool.code_change(SERVED[0], None, None) == SERVED[0]
+    assert (pool.options.max_per_key, pool.words[MAX_PER_KEY], pool.old_rows()) == (1, 0, [old.table.row])
+    old.die()
+    arbiter.pass_time(1)
+    assert (pool.segment.layout, pool.words[MAX_PER_KEY], pool.words[NOTED_PER_KEY]) == (LAYOUT, 1, 0)
+    assert pool.words[at] & STATE == IDLE
 
 
 def test_a_linked_pool_keeps_the_arbiter_until_its_process_dies_or_it_is_stopped(arbiter: SteppedArbiter) -> None:

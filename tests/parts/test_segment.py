@@ -141,7 +141,7 @@ def magic(made: Segment) -> str:
 
 def another_layout(made: Segment) -> str:
     os.pwrite(made.fd, struct.pack("<I", layout.LAYOUT + 1), 8)
-    return f"layout {layout.LAYOUT + 1}.* has {layout.LAYOUT}.*restart"
+    return f"layout {layout.LAYOUT + 1}.* serves .*{layout.LAYOUT}.*restart"
 
 
 def another_size(made: Segment) -> str:

@@ -419,6 +419,7 @@ def test_doctor_tells_versions_and_layouts_apart() -> None:
     about = {"layout": LAYOUT, "version": sharedpool.__version__}
     assert version_check(about).level == "ok"
     assert version_check({**about, "version": "0.0.1"}).level == "warning"
+    assert version_check({"layout": LAYOUT - 1, "version": "0.0.1"}).level == "warning"
     other = version_check({"layout": LAYOUT + 1, "version": "9"})
     assert other.level == "PROBLEM"
     assert "restart all processes" in other.text
