@@ -25,11 +25,13 @@ from .channel import Channel
 from .counting import SUM, Durations, bucket_of
 from .drivers.sockets import end
 from .errors import (
+    NO_DESCRIPTOR,
     ArbiterLost,
     AttachRefused,
     ConnectFailed,
     FileLimit,
     LeaseError,
+    PoolBroken,
     PoolStopped,
     PoolTimeout,
     SharedPoolError,
@@ -45,11 +47,14 @@ from .layout import (
     CELL_SINCE,
     CHECK_AFTER,
     CLOSE_TIMEOUT,
+    CLOSING,
     CONNECT_TIME,
     DOOMED,
+    FREE,
     FREE_SLOT,
     GATE,
     GATE_FLAGS,
+    GRANTED,
     HEAD,
     HIGH,
     IDLE,
@@ -58,6 +63,7 @@ from .layout import (
     LEASED,
     MASK64,
     MAX,
+    MAX_FOREIGN,
     MAX_PER_KEY,
     MIN_IDLE,
     OPENING,
@@ -113,6 +119,8 @@ _FETCH: Final = 100_000_000
 _REGISTER: Final = 100_000_000
 #: An arbiter beats once a second; this is long, ns.
 _HUNG: Final = 2_000_000_000
+#: What this process was not told of (its queue of events was full) it finds out by itself after so long, ns.
+_SWEEP: Final = 500_000_000
 #: Seconds between two attempts to find or start an arbiter.
 _AGAIN: Final = 0.2
 #: In GATE: somebody waits, or nothing new may begin.
@@ -147,8 +155,22 @@ class Attachment:
         )
         self.opening: dict[int, tuple[int, socket.socket]] = {}
         self._beat = 0
-        self.welcome, descriptor = self.channel.attach(seconds)
-        self.segment = segment.attach(descriptor)
+        self._sweep_at = self._sweeps = 0
+        try:
+            self._dead, other = socket.socketpair()
+            other.close()
+        except OSError as error:
+            raise file_limit(error, f"attach to pool {name!r}") from error
+        try:
+            self.welcome, descriptor = self.channel.attach(seconds)
+            self.segment = segment.attach(descriptor)
+        except BaseException as error:
+            self._tell(Kind.DETACH)
+            self.channel.close()
+            self._dead.close()
+            if isinstance(error, OSError) and not isinstance(error, SharedPoolError):
+                raise file_limit(error, f"attach to pool {name!r}") from error
+            raise
         self.row: int = self.welcome["row"]
         self.table = self.segment.table(self.row)
         self.words = self._words = self.table.words
@@ -159,8 +181,6 @@ class Attachment:
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
         self.places: dict[int, events.Place | None] = {}
         self._tidying = threading.Lock()
-        self._dead, other = socket.socketpair()
-        other.close()
         self.lines = Lines(self.table)
         self._scrap = self.table.row_at + ROW_SCRAP
         self._lease_bucket = self.table.row_at + ROW_LEASE_SECONDS
@@ -308,6 +328,8 @@ class Attachment:
             except OutOfTime:
                 self.count("timeouts", route.counts)
                 raise self._timeout(route) from None
+            except (IndexError, ValueError, OverflowError) as error:
+                raise self._damaged(error) from error
             word, at = lease.word, lease.place
             if word & STATE == OPENING:
                 return self._open(route, lease, limit, connect_timeout)
@@ -321,6 +343,8 @@ class Attachment:
                 entry = self._fetch(route, lease, limit, refused)
                 if entry is None:
                     continue
+            elif len(self.entries) >= self._words[MAX_FOREIGN] and self.entries.pop(at, None) is entry:
+                self.entries[at] = entry  # the most recently used is the last
             lease._entry = entry
             gate = entry.gate
             reason = "ended"
@@ -520,7 +544,46 @@ class Attachment:
         self.entries[at] = entry
         if old is not None:
             old.let_go()
+        if len(self.entries) >= self.words[MAX_FOREIGN]:
+            self.look_after_entries()
         return entry
+
+    def look_after_entries(self) -> None:
+        """Let go of connections that have ended, of which this process was not told, and of too many foreign ones."""
+        w = self.words
+        foreign = []
+        for at, entry in list(self.entries.items()):
+            word = w[at]
+            if generation_of(word) != entry.generation or word & STATE == FREE:
+                self._let_go_of(entry)
+                self._was_closed(entry.route, view.reason(w, self.segment.geometry, at))
+            elif not self._is_ours(word):
+                foreign.append(entry)
+        for entry in foreign[: max(0, len(foreign) + 1 - (w[MAX_FOREIGN] or 1))]:
+            self._let_go_of(entry)
+
+    def _is_ours(self, word: int) -> bool:
+        """Whether a slot is this process's by its word; one that is being closed counts as its last holder's."""
+        return word & STATE == CLOSING or (word & STATE != GRANTED and holder_of(word) == self.row)
+
+    def _let_go_of(self, entry: Entry) -> None:
+        """Close this process's duplicate, unless a thread of it takes the connection just now.
+
+        First it is out of reach, then its slot is looked at: who takes the slot from then on finds no entry and asks
+        the arbiter; who had taken it before shows in the slot's word, and gets the entry back.
+        """
+        at = entry.at
+        found = self.entries.pop(at, None)
+        if found is not entry:
+            if found is not None:
+                self.entries.setdefault(at, found)
+            return
+        word = self.words[at]
+        if generation_of(word) == entry.generation and self._is_ours(word):
+            if self.entries.setdefault(at, entry) is entry:
+                return
+        entry.word = 0  # no word of a slot that was ever used: what is on a stack is not taken either
+        entry.let_go()
 
     def _open(
         self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float,
@@ -687,9 +750,20 @@ class Attachment:
                 return
             self._return(entry, word)
         except BaseException as error:
-            if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry, False))
+            self._not_ended(error, lease, word, entry)
             raise
+
+    def _not_ended(self, error: BaseException, lease: Lease[Any], word: int, entry: Entry | None) -> None:
+        """Something was raised while a lease was being ended: the event thread, or the next call, ends it."""
+        if not isinstance(error, LeaseError):
+            self.chores.append((lease.place, word, entry, False))
+        if isinstance(error, IndexError | ValueError | OverflowError):
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> PoolBroken:
+        """A word led out of the memory, or does not fit into one: whatever did that, everything is rebuilt."""
+        self.table.suspect()
+        return PoolBroken(f"pool {self.name!r}: its shared memory was damaged, and is being mended: {error}")
 
     def _long_lease(self, took: int) -> tuple[int, int]:
         """The place of a duration's bucket, and the duration; of another's lease it may be below 0."""
@@ -732,8 +806,7 @@ class Attachment:
             else:
                 self._close(entry, word, "discarded")
         except BaseException as error:
-            if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry, False))
+            self._not_ended(error, lease, word, entry)
             raise
 
     def _close(self, entry: Entry, word: int, reason: str) -> None:
@@ -818,6 +891,27 @@ class Attachment:
         return held
 
     # --- events -------------------------------------------------------------------------------------------------------
+
+    def attend(self, data: bytes | None) -> None:
+        """The event thread's work: what the arbiter sent (None: nothing for a while), and what was left over."""
+        try:
+            if data:
+                self.on_event(wire.unpack(data))
+            if self.chores:
+                self.tidy()
+            now = monotonic_ns()
+            if now >= self._sweep_at:
+                self._sweep_at = now + _SWEEP
+                self.look_after_entries()
+                self._sweeps += 1
+                if data is None and self._sweeps % 2 == 0:
+                    self.look_after_arbiter()
+        except SharedPoolError:
+            pass
+        except (IndexError, ValueError, OverflowError, TypeError) as error:  # nothing of the memory's ends this thread
+            self.hooks.log.error(
+                "pool %r: its shared memory, or what the arbiter says, is damaged: %r", self.name, error
+            )
 
     def on_event(self, message: Message) -> None:
         """What the arbiter sent unasked."""
@@ -983,6 +1077,8 @@ class Attachment:
         self.inert = True
         self.channel.close()
         self.segment.let_go()
+        for _, sock in self.opening.values():
+            sock.close()  # which ends a connection for the process only that opened it
         for entry in self.entries.values():
             if entry.real >= 0:
                 with contextlib.suppress(OSError):
@@ -1012,7 +1108,9 @@ def _copy(number: Callable[[], int]) -> int:
         return -1
     try:
         copy = os.dup(real)
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:  # told as nothing, it would be taken for closed: again when there is room
+            raise file_limit(error, "tell a new arbiter what is held") from error
         return -1
     if number() != real:  # it is forgotten before it is closed
         os.close(copy)
@@ -1032,7 +1130,7 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
     while True:
         data: bytes | None = None
         try:
-            events.settimeout(1.0)
+            events.settimeout(_SWEEP / 1e9)
             data, descriptor = fdpass.receive(events, wire.LONGEST)
             if descriptor is not None:
                 os.close(descriptor)
@@ -1054,13 +1152,7 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
                 events.close()
                 events = found
             continue
-        with contextlib.suppress(SharedPoolError):
-            if data:
-                attachment.on_event(wire.unpack(data))
-            if attachment.chores:
-                attachment.tidy()
-            if data is None:
-                attachment.look_after_arbiter()
+        attachment.attend(data)
         del attachment
 
 

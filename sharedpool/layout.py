@@ -68,6 +68,7 @@ FOLD_TO: Final = 36  # where that total lies, if it is a line's or a line is fol
 LINE_HIGH: Final = 37  # lines ever used: searches end there
 KEYS_OVER: Final = 40  # 1: keys may have more slots than MAX_PER_KEY since it was lowered; the arbiter's
 NOTED_PER_KEY: Final = 41  # a limit per key that comes into force once the table has the layout for it; 0: none
+MAX_FOREIGN: Final = 42  # 1 + connections of others that a process keeps at hand; ANY_NUMBER: no limit; 0: not said
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------

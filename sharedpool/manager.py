@@ -469,6 +469,7 @@ def _reset_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # memory that is not to be had is an error
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 

@@ -104,6 +104,9 @@ class _Shared:
 
 
 _sharing = threading.Lock()
+#: Held while modules are loaded at the first use, and while this process forks: a child would wait for ever for a
+#: module that a thread of its parent was loading.
+_loading = threading.RLock()
 _shared: dict[tuple[str, str], _Shared] = {}
 
 
@@ -190,8 +193,9 @@ class Pool(Generic[T]):
             from . import local
 
             return local.attach(self.name, self._given, app=self._app, update=self._update)
-        from . import scope
-        from .attachment import Attachment
+        with _loading:
+            from . import scope
+            from .attachment import Attachment
 
         directory = scope.directory_for(os.environ, app=self._app)
         ours = {name: value for name, value in self._given.items() if name not in options.OF_THE_HANDLE}
@@ -624,9 +628,18 @@ def close_all() -> None:
         pool.close()
 
 
+def _before_fork() -> None:
+    _loading.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    _loading.release()
+
+
 def _after_fork_in_child() -> None:
-    global _sharing
+    global _sharing, _loading
     _sharing = threading.Lock()
+    _loading = threading.RLock()
     _shared.clear()
     attachment = sys.modules.get(__package__ + ".attachment")
     if attachment is not None:
@@ -639,4 +652,4 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

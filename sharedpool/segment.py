@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import layout, mutex
-from .errors import AttachRefused, StartFailed
+from .errors import NO_DESCRIPTOR, AttachRefused, SharedPoolError, StartFailed, file_limit
 from .layout import Geometry
 from .native import Call, finder, waker
 from .table import Table
@@ -132,7 +132,9 @@ class Segment:
 
     def table(self, row: int) -> Table:
         """The table, storing as `row`."""
-        return Table(self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address))
+        return Table(
+            self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address, self.geometry.slots)
+        )
 
     def kick_address(self, cell_at: int) -> int:
         """Where the sleeper of a cell sleeps."""
@@ -162,19 +164,33 @@ def create(pool: str, geometry: Geometry, scope: str = "") -> Segment:
     """Make a segment, all of its memory allocated: a hole on a full tmpfs would be SIGBUS in somebody's worker.
 
     Raises:
-        StartFailed: The memory is not to be had.
+        StartFailed: The memory is not to be had; FileLimit: nor a descriptor for it.
     """
     size = _HEADER_BYTES + geometry.size
     try:
         fd = os.memfd_create(name(scope, pool), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
-        raise StartFailed(f"no shared memory for pool {pool!r}: memfd_create: {error}") from error
+        raise _no_memory(error, pool, size) from error
     try:
-        os.posix_fallocate(fd, 0, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        return _fill(fd, size, pool, geometry)
     except OSError as error:
         os.close(fd)
-        raise StartFailed(f"no shared memory for pool {pool!r} ({size} bytes): {error}") from error
+        raise _no_memory(error, pool, size) from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _no_memory(error: OSError, pool: str, size: int) -> SharedPoolError:
+    if error.errno in NO_DESCRIPTOR:
+        return file_limit(error, f"make pool {pool!r}", "the arbiter")
+    return StartFailed(f"no shared memory for pool {pool!r} ({size} bytes): {error}")
+
+
+def _fill(fd: int, size: int, pool: str, geometry: Geometry) -> Segment:
+    """Allocate, seal and lay out a new segment."""
+    os.posix_fallocate(fd, 0, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     facts = {
         **identity(),
         "layout": layout.LAYOUT,

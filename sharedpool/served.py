@@ -60,6 +60,7 @@ from .layout import (
     MANY_TICKETS,
     MASK64,
     MAX,
+    MAX_FOREIGN,
     MAX_IDLE,
     MAX_LIFETIME,
     MAX_PER_KEY,
@@ -107,6 +108,7 @@ from .layout import (
 from .lines import CLOSES, COUNTS, Lines
 from .options import NOT_GIVEN, PoolOptions
 from .policies import COUNT_EVERY, Drain, Policies
+from .sanity import damage
 from .stats import ARBITER_COUNTERS
 from .table import DONE, STALE, NoLease
 from .view import row_pid, stats, steal_after
@@ -165,30 +167,53 @@ class Closing:
 
 
 def options_in(w: memoryview[int]) -> PoolOptions:
-    """The options that are in force in a table: what `apply` wrote down."""
+    """The options that are in force in a table: what `apply` wrote down; the default for what cannot be one."""
+    found = _options_in(w)
+    wrong = {name for name, value in found.items() if not rules.allows(name, value)}
+    sound = {name: value for name, value in found.items() if name not in wrong}
+    if sound.get("max_foreign") is NOT_GIVEN:  # of a version that had no such option
+        del sound["max_foreign"]
+    if "reserve" in sound:  # its arbiter may have been killed between the two
+        sound["reserve"] = min(sound["reserve"], int(sound.get("max_connections", PoolOptions().max_connections)) - 1)
+    return rules.make(sound)
+
+
+def _options_in(w: memoryview[int]) -> dict[str, Any]:
     flags = w[RULES]
 
     def seconds(at: int) -> float | None:
         return w[at] / 1e9 if w[at] else None
 
-    return PoolOptions(
-        max_connections=w[MAX],
-        max_waiting=None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
-        max_per_key=w[MAX_PER_KEY] or w[NOTED_PER_KEY] or None,
-        reserve=min(w[RESERVE], w[MAX] - 1),  # its arbiter may have been killed between the two
-        idle_timeout=seconds(IDLE_TIMEOUT),
-        close_timeout=seconds(CLOSE_TIMEOUT) or 1.0,
-        steal_after=NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
-        move=bool(flags & CAN_MOVE),
-        order="sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
-        max_idle=None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
-        max_lifetime=seconds(MAX_LIFETIME),
-        lease_timeout=seconds(LEASE_TIMEOUT),
-        reclaim=bool(flags & RECLAIM),
-        min_idle=w[MIN_IDLE],
-        check="none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
-        check_after=seconds(CHECK_AFTER) or 0.0,
-    )
+    return {
+        "max_connections": w[MAX],
+        "max_waiting": None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
+        "max_per_key": w[MAX_PER_KEY] or w[NOTED_PER_KEY] or None,
+        "reserve": w[RESERVE],
+        "idle_timeout": seconds(IDLE_TIMEOUT),
+        "close_timeout": seconds(CLOSE_TIMEOUT) or 1.0,
+        "steal_after": NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
+        "move": bool(flags & CAN_MOVE),
+        "order": "sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
+        "max_foreign": None if w[MAX_FOREIGN] == ANY_NUMBER else w[MAX_FOREIGN] - 1 if w[MAX_FOREIGN] else NOT_GIVEN,
+        "max_idle": None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
+        "max_lifetime": seconds(MAX_LIFETIME),
+        "lease_timeout": seconds(LEASE_TIMEOUT),
+        "reclaim": bool(flags & RECLAIM),
+        "min_idle": w[MIN_IDLE],
+        "check": "none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
+        "check_after": seconds(CHECK_AFTER) or 0.0,
+    }
+
+
+def _foreign_word(number: int | None) -> int:
+    return ANY_NUMBER if number is None else number + 1
+
+
+#: The words of the options.
+_RULE_WORDS: Final = (
+    MAX, RESERVE, MAX_WAITING, IDLE_TIMEOUT, CLOSE_TIMEOUT, STEAL_AFTER, RULES, MAX_IDLE, MAX_LIFETIME, LEASE_TIMEOUT,
+    MIN_IDLE, CHECK_AFTER, MAX_FOREIGN,
+)  # fmt: skip
 
 
 def nanoseconds(seconds: float | None) -> int:
@@ -271,6 +296,8 @@ class ServedPool:
         self._watch_at = 0
         self._served = (0, 0, 0)
         self._cap_said = -_SAY_EVERY
+        self._damage = ""
+        self._rules = self._rule_words()
         self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
         self._log = logging.getLogger(f"sharedpool.pool.{name}")
@@ -358,6 +385,7 @@ class ServedPool:
         )
         w[MIN_IDLE] = options.min_idle
         w[CHECK_AFTER] = nanoseconds(options.check_after)
+        w[MAX_FOREIGN] = _foreign_word(options.max_foreign)
         w[MAX_IDLE] = MASK64 if options.max_idle is None else options.max_idle
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
@@ -367,6 +395,7 @@ class ServedPool:
         w[KEYS_OVER] = 1 if per_key else 0  # before it holds: from then on checkins look
         self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve, per_key))
         self.options = options
+        self._rules = self._rule_words()
         self._expire_at = 0
         self.policies.changed()
         self._tell(self, None, Message(Kind.OPTIONS, body={"lease_timeout": options.lease_timeout}))
@@ -380,8 +409,8 @@ class ServedPool:
         late = self.segment.layout < WITH_KEYS
         if late and wanted and w[NOTED_PER_KEY] != wanted:
             self._log.warning(
-                "pool %r: max_per_key=%d is not in force before the last process of an older version of sharedpool has"
-                " gone: %s", self.name, wanted, ", ".join(str(row_pid(w, row)) for row in self.old_rows()),
+                "pool %r: max_per_key=%d is noted, but not in force before the last process of an older version"
+                " has ended (%s)", self.name, wanted, ", ".join(str(row_pid(w, row)) for row in self.old_rows()),
             )  # fmt: skip
         w[NOTED_PER_KEY] = wanted if late else 0
         return 0 if late else wanted
@@ -508,6 +537,11 @@ class ServedPool:
         self.held[index] = Held(generation, sock, {row})
         self._watch(self, index, sock)
 
+    def unheld(self, index: int, generation: int) -> None:
+        """A connection whose descriptor could not be received here: it is lent once, as nobody could end it."""
+        if index < self.segment.geometry.slots:
+            self._doom(self.table.slot_at(index), generation)
+
     def holds(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
         """A worker holds this connection, as it tells an heir. Whose slot was given to another connection is ended."""
         held = self.held.get(index)
@@ -539,6 +573,7 @@ class ServedPool:
     def _take_over(self) -> None:
         """Begin where a killed arbiter was: rows that it was reaping, and a section that it may have left half done."""
         self.table.repair()
+        self.words[MAX_FOREIGN] = _foreign_word(self.options.max_foreign)
         for row in range(FIRST_ROW, self.segment.geometry.rows):
             if self.words[HEADER + ROW * row] & STATE == ROW_DEAD:
                 self.reaping.add(row)
@@ -1013,6 +1048,10 @@ class ServedPool:
             return self._turn(now)
         except Later:
             return now + 1_000_000
+        except (IndexError, ValueError, OverflowError):
+            self._log.exception("pool %r: its shared memory was damaged, and is mended", self.name)
+            self.table.suspect()
+            return now + SWEEP_EVERY
 
     def _turn(self, now: int) -> int:
         w = self.words
@@ -1066,11 +1105,26 @@ class ServedPool:
         for index, _, word in self.slots():
             if word & STATE == CLOSING:
                 self.begin_closing(index, now)
+        self._look_for_damage()
         self.lines.make_room()
         w = self.words
         if w[TICKET] >= MANY_TICKETS:
             flags = w[GATE] & (PAUSED | STOPPED)
             self._insist(lambda: self.table.set_limit(w[MAX], flags, w[RESERVE], w[MAX_PER_KEY]))
+
+    def _look_for_damage(self) -> None:
+        """What cannot be, and still cannot at the next look a second later, is mended; so are the options."""
+        found = damage(self.words, self.table.marks, self.segment.geometry)
+        before, self._damage = self._damage, found
+        if found and found == before:
+            self._log.error("pool %r: its shared memory was damaged (%s), and is mended", self.name, found)
+            self.table.suspect()
+        if not self.stopped and self._rule_words() != self._rules:
+            self._log.error("pool %r: the options in its shared memory were damaged, and are set anew", self.name)
+            self.apply(self.options)
+
+    def _rule_words(self) -> list[int]:
+        return [self.words[at] for at in _RULE_WORDS]
 
     def _expire(self, now: int) -> int:
         """Close what has been idle too long; gives when the next one will be."""

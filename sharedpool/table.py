@@ -91,12 +91,16 @@ from .layout import (
     with_state,
 )
 from .repair import rebuild
+from .sanity import damage
 
 DONE: Final = 1
 STALE: Final = 0
 BUSY: Final = -1
 #: `enqueue` only: as many wait as may.
 FULL: Final = 2
+
+#: After so many sections that committed nothing the table itself is looked at: some 10 ms of trying.
+MANY_MISSES: Final = 2000
 
 #: What the mutex of a process that has left the pool answers: nothing of it can commit any more.
 LEFT: Final = errno.ECANCELED
@@ -141,8 +145,8 @@ class Table:
     """
 
     __slots__ = (
-        "_marks", "_words", "cell_base", "find", "geometry", "kick_base", "marks", "mutex", "row", "row_at",
-        "slot_base", "words",
+        "_marks", "_misses", "_progress", "_words", "cell_base", "find", "geometry", "kick_base", "marks", "mutex",
+        "row", "row_at", "slot_base", "words",
     )  # fmt: skip
 
     def __init__(
@@ -156,6 +160,8 @@ class Table:
     ) -> None:
         self.words = self._words = words
         self.marks = self._marks = marks
+        self._misses = 0
+        self._progress: tuple[int, ...] = ()
         self.mutex = mutex
         self.find = find
         self.geometry = geometry
@@ -193,6 +199,10 @@ class Table:
         if rc == 0:
             if self.words[DIRTY]:
                 self.repair()
+            else:
+                self._misses = self._misses + 1
+                if self._misses % MANY_MISSES == 0:
+                    self._look()
             return STALE
         if rc in _HELD:
             return BUSY
@@ -204,6 +214,28 @@ class Table:
         raise PoolBroken(
             f"the pool's mutex cannot be recovered ({errno.errorcode.get(rc, rc)}); every process must attach anew"
         )
+
+    def _look(self) -> None:
+        """So many sections did not come off. Others were faster, or what was searched cannot be: then it is mended.
+
+        Raises:
+            PoolBroken: Nothing can be found, and yet nothing moves.
+        """
+        w = self.words
+        found = damage(w, self.marks, self.geometry)
+        if found and found == damage(w, self.marks, self.geometry):
+            self.suspect()
+            return
+        progress = (w[VER], w[GATE], w[TICKET], w[HEAD], w[USED])
+        stands, self._progress = progress == self._progress, progress
+        if stands:
+            raise PoolBroken(f"the pool's shared memory is damaged: nothing can be done any more (at {progress})")
+
+    def suspect(self) -> None:
+        """Something in the table cannot be: have everything rebuilt, by this process or by whoever comes next."""
+        for _ in range(3):  # a section that is being carried out takes the mark away as it ends
+            self.words[DIRTY] = self.row
+            self.repair()
 
     def repair(self) -> int:
         """Rebuild everything derived if a section was left half done; DONE when nothing is left to repair."""

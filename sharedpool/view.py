@@ -75,6 +75,7 @@ from .layout import (
     holder_of,
     is_high,
 )
+from .options import MOST_WAITING
 from .stats import (
     ARBITER_COUNTERS,
     COUNTERS,
@@ -450,7 +451,7 @@ def longest_wait(w: memoryview[int], now: int) -> int:
     With priorities that is not always its head. The queue may change meanwhile: no more steps than wait.
     """
     cell, longest = w[HEAD], 0
-    for _ in range(w[WAITING_COUNT]):
+    for _ in range(min(w[WAITING_COUNT], MOST_WAITING)):
         if not cell:
             break
         longest = max(longest, now - w[cell + CELL_SINCE])
@@ -514,7 +515,9 @@ def _join_before(w: memoryview[int], passes: Callable[[memoryview[int], int], bo
     first, last = w[HEAD], w[TAIL]
     if not last or not passes(w, last):
         return last, 0
-    while first and last:
+    for _ in range(MOST_WAITING):
+        if not (first and last):
+            break
         if passes(w, first):
             return w[first + PREV], first
         earlier = w[last + PREV]

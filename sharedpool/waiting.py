@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from . import view
 from .counting import SUM, bucket_of
-from .errors import PoolStopped, TooManyWaiting
+from .errors import PoolBroken, PoolStopped, TooManyWaiting
 from .held import Patience, Route
 from .hooks import Hooks
 from .layout import (
@@ -283,7 +283,7 @@ class WaitingRoom:
 
     def _look_at(self, slots: int) -> None:
         """`_any_idle` covers the slots ever used, not all of them: 4 kB of cold memory cost a wait 1 us."""
-        self._any_idle = any_set(self._segment.marks_address, slots)
+        self._any_idle = any_set(self._segment.marks_address, min(slots, self._segment.geometry.slots))
         self._looked_at = slots
 
     def _claim(self, limit: int) -> Waiter:
@@ -335,7 +335,7 @@ class WaitingRoom:
                 if result == DONE or (result == BUSY and not patience.wait()):
                     raise OutOfTime
                 continue
-            if word & 15 == CELL_STALLED:
+            if word & 15 != CELL_WAITING:
                 self._rejoin(cell, word)
                 now = monotonic_ns()
                 continue
@@ -369,10 +369,14 @@ class WaitingRoom:
     def _rejoin(self, cell: int, word: int) -> None:
         """It slept through a grant, which went on to the next: back to its place by its ticket."""
         w = self.words
+        if word & 15 != CELL_STALLED:
+            raise PoolBroken(f"pool {self._name!r}: its shared memory was damaged: this checkout lost its place")
         gate, ver = w[GATE], w[VER]
         turn = word >> TURN_SHIFT
         after, before = 0, w[HEAD]
-        while before and w[before] >> TURN_SHIFT < turn:
+        for _ in range(self._table.geometry.cells):
+            if not before or w[before] >> TURN_SHIFT >= turn:
+                break
             after, before = before, w[before + NEXT]
         if self._table.rejoin(cell, word, after, before, ver, gate) == DONE:
             self._tell_watch()

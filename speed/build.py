@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "sharedpool"
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": False,
+    "boundscheck": True,
     "wraparound": False,
     "initializedcheck": False,
     "annotation_typing": False,

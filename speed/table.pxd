@@ -17,7 +17,8 @@ cdef class Table:
     cdef public object words, marks, mutex, find, geometry
     cdef Word[::1] _words
     cdef Mark[::1] _marks
-    cdef public uint64_t slot_base, cell_base, kick_base, row, row_at
+    cdef public uint64_t slot_base, cell_base, kick_base, row, row_at, _misses
+    cdef public object _progress
 
     cpdef uint64_t slot_at(self, uint64_t index)
     cpdef uint64_t slot_index(self, uint64_t at)

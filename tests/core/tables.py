@@ -136,6 +136,8 @@ class World:
 
     def restore(self, saved: bytes) -> None:
         self.memory[:] = saved
+        for table in self._tables.values():  # what it has missed so far was in another world
+            table._misses, table._progress = 0, ()
 
     @property
     def gate(self) -> int:
