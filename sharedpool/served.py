@@ -732,13 +732,14 @@ class ServedPool:
             self._tell_closed(self, rows, index, closing.generation, closing.reason)
         closing.ending = None
         closing.look = now
+        if closing.opened:  # counted before anybody can see that it is no longer closing
+            closing.opened = False
+            self._count("closed", key)
+            log.debug("pool %r: slot %d: closed a connection: %s", self.name, index, closing.reason)
         at = self.table.slot_at(index)
         word = self.words[at]
         if word & STATE == CLOSING and generation_of(word) == closing.generation:
             self._pass_on(at, word, 0, now)
-        if closing.opened:
-            self._count("closed", key)
-            log.debug("pool %r: slot %d: closed a connection: %s", self.name, index, closing.reason)
         del self.closings[index]
 
     def _pass_on(self, at: int, word: int, old_cell: int, now: int) -> None:
