@@ -72,7 +72,6 @@ from .layout import (
     QUEUED,
     RESERVE,
     RESERVING,
-    ROW_CLOSES,
     ROW_CONNECT_SECONDS,
     ROW_LEASE_SECONDS,
     ROW_SCRAP,
@@ -99,10 +98,11 @@ from .layout import (
     opening_word,
 )
 from .lease import Lease
+from .lines import CLOSES, COUNTS, Lines
 from .native import FILENO, Call
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
-from .stats import COUNTERS, REASONS, KeyStats, PoolStats, from_closes
+from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats, from_closes
 from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
 from .warming import Opening, Warmer
@@ -181,10 +181,7 @@ class Attachment:
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
         self.places: dict[int, events.Place | None] = {}
         self._tidying = threading.Lock()
-        self._counters = {counter: self.table.counter(index) for index, counter in enumerate(COUNTERS)}
-        self._reuses = self._counters["reuses"]
-        self._takeovers = self._counters["takeovers"]
-        self._handoffs = self._counters["handoffs"]
+        self.lines = Lines(self.table)
         self._scrap = self.table.row_at + ROW_SCRAP
         self._lease_bucket = self.table.row_at + ROW_LEASE_SECONDS
         self._lease_sum = self._lease_bucket + SUM
@@ -197,10 +194,9 @@ class Attachment:
         self._on_checkin = self.hooks.of("checkin")
         self._warmer: Warmer | None = None
         self.room = WaitingRoom(
-            self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch, self.hooks
+            self.table, self.segment, name, self.lines, self._tell_close, self._tell_watch, self.hooks
         )
-        discarded = self.table.row_at + ROW_CLOSES + REASONS.index("discarded")
-        self.returns = Returns(self.table, self.segment, self._tell_close, discarded, self.room.longest_for)
+        self.returns = Returns(self.table, self.segment, self._tell_close, self.lines, self.room.longest_for)
         self.room.returns = self.returns
         _attachments.add(self)
         self._note_places()
@@ -214,9 +210,9 @@ class Attachment:
         """Whether this is a forked child's copy."""
         return self.inert
 
-    def count(self, name: str) -> None:
-        """One more of a counter of this process; its row has no other writer, until it has left the pool."""
-        w, at = self.words, self._counters[name]
+    def count(self, name: str, counts: int) -> None:
+        """One more of a counter behind a place of `lines`; nobody else writes there, until this process has left."""
+        w, at = self.words, counts + COUNTS[name]
         if not self.inert:
             w[at] = w[at] + 1
 
@@ -226,13 +222,14 @@ class Attachment:
 
     def own_counters(self) -> dict[str, int]:
         """What this process has counted."""
-        closes = view.row_closes(self.words, self.row)
-        return {**view.row_counters(self.words, self.row), **from_closes(closes)}
+        counters, closes = view.row_counts(self.words, self.segment.geometry, self.row)
+        return {**counters, **from_closes(closes)}
 
     def key_stats(self) -> dict[str, KeyStats]:
-        """Connections by state, and waiters, of every address that this process has used, over all processes."""
+        """The numbers of every address that this process has used, over all processes; "other": what has none."""
         known = view.keys(self.words, self.segment.geometry)
-        return {route.where: known.get(route.key, KeyStats()) for route in list(self.routes.values())}
+        found = {route.where: known.get(route.key, KeyStats()) for route in list(self.routes.values())}
+        return {**found, OTHER_KEYS: known[0]} if 0 in known else found
 
     def _tell(self, kind: Kind, slot: int = 0, generation: int = 0) -> None:
         """A hint to the arbiter; it finds out by itself within a second if this does not arrive."""
@@ -266,7 +263,8 @@ class Attachment:
             sticky = bool(rules & STICKY) or not (moves or rules & STRICT)
             key = segment.key_of(self.segment.secret, address)
             checks = getattr(driver, "check", None) if rules & ACTIVE else None
-            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky, checks=checks)
+            counts = self.lines.place(key)
+            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky, counts=counts, checks=checks)
             known = self.routes.setdefault(address, known)
             self._tell_name(known)
         return known
@@ -310,7 +308,7 @@ class Attachment:
                 if not (self._polls and gate.quiet(0)) and FILENO[conn] == entry.number and +gate >= 0:
                     entry.thread = get_ident()
                     lease.conn = conn
-                    counter = self._reuses
+                    counter = route.reuses
                     w[counter] = w[counter] + 1
                     return lease
                 return self._renew(route, lease, entry, _limit(patience), connect_timeout, "ended")
@@ -328,7 +326,7 @@ class Attachment:
             try:
                 counter, idle = self._acquire(route, lease, limit, refused)
             except OutOfTime:
-                self.count("timeouts")
+                self.count("timeouts", route.counts)
                 raise self._timeout(route) from None
             except (IndexError, ValueError, OverflowError) as error:
                 raise self._damaged(error) from error
@@ -338,7 +336,7 @@ class Attachment:
             if not route.driver.connects:
                 self.permits[at] = get_ident()
                 lease.conn = None
-                self.count("opens")
+                self.count("opens", route.counts)
                 return lease
             entry = self.entries.get(at)
             if entry is None or entry.generation != generation_of(word) or entry.version != self._words[at + VERSION]:
@@ -383,7 +381,7 @@ class Attachment:
         patience: Patience | None = None
         while True:
             gate, ver, now = w[GATE], w[VER], monotonic_ns()
-            counter, idle = self._handoffs, 0
+            counter, idle = route.handoffs, 0
             if gate & STOPPED:
                 raise PoolStopped(f"pool {self.name!r} was stopped")
             straight = not gate & GATE_FLAGS
@@ -393,7 +391,7 @@ class Attachment:
             if straight or (route.sticky and not gate & RESERVING and self._may_stick(gate, now)):
                 at, seen = self._find_idle(route, refused, own_only=not straight)
             if at:
-                counter = self._reuses if holder_of(seen) == self.row else self._takeovers
+                counter = route.reuses if holder_of(seen) == self.row else route.takeovers
                 idle = now - self.words[at + SINCE]
                 lease.place = at
                 result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, self._scrap, now)
@@ -434,7 +432,7 @@ class Attachment:
         if not behind and not gate & (OVER | PAUSED) and view.in_use(w) < most:
             at, seen = self._find_idle(route, refused, own_only=False)
             if at:
-                counter = self._reuses if holder_of(seen) == self.row else self._takeovers
+                counter = route.reuses if holder_of(seen) == self.row else route.takeovers
                 idle = now - w[at + SINCE]
                 lease.place = at
                 new = leased_word(seen, self.row)
@@ -444,9 +442,9 @@ class Attachment:
                 )
                 return result, counter, idle
             if w[USED] < w[MAX] and not (keyed and self._is_full(route)):
-                return self._take_free(route, lease, gate, now, first, waits, most, keyed), self._handoffs, 0
+                return self._take_free(route, lease, gate, now, first, waits, most, keyed), route.handoffs, 0
         behind = behind and not keyed  # KEYED says whether they have gone
-        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed), self._handoffs, 0
+        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed), route.handoffs, 0
 
     def _is_full(self, route: Route) -> bool:
         """Whether the key has as many slots as it may."""
@@ -471,7 +469,7 @@ class Attachment:
             return self.table.missed(0)
         connects = route.driver.connects
         new = opening_word(seen, self.row, OPENING if connects else LEASED)
-        counter = self._counters["attempts"] if connects else self._scrap
+        counter = route.counts + COUNTS["attempts"] if connects else self._scrap
         lease.place = at
         if most:
             return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most, keyed)
@@ -522,7 +520,7 @@ class Attachment:
         if descriptor is None:
             self._give_up(lease, refused=False, registered=False, reason="gone")
             return None
-        self.count("fetches")
+        self.count("fetches", route.counts)
         conn = route.driver.adopt(descriptor, b"")
         try:
             return self._keep(route, at, word, conn)
@@ -554,7 +552,7 @@ class Attachment:
             word = w[at]
             if generation_of(word) != entry.generation or word & STATE == FREE:
                 self._let_go_of(entry)
-                self._was_closed(entry.route, view.reason(w, at))
+                self._was_closed(entry.route, view.reason(w, self.segment.geometry, at))
             elif not self._is_ours(word):
                 foreign.append(entry)
         for entry in foreign[: max(0, len(foreign) + 1 - (w[MAX_FOREIGN] or 1))]:
@@ -618,7 +616,7 @@ class Attachment:
                 raise
             self._opened(route, lease)
         except BaseException as error:
-            self.count("open_failures")
+            self.count("open_failures", route.counts)
             self._give_up(lease, refused=isinstance(error, ConnectFailed), registered=registered)
             raise
         finally:
@@ -626,7 +624,7 @@ class Attachment:
         took = monotonic_ns() - began
         self._smooth(took)
         self._connect_seconds.add(took)
-        self.count(way)
+        self.count(way, route.counts)
         self.hooks.tell("open", route.where)
         lease._entry = entry
         lease.conn = entry.conn
@@ -636,20 +634,21 @@ class Attachment:
     def _opened(self, route: Route, lease: Lease[Any]) -> None:
         """OPENING -> LEASED."""
         w, at = self.words, lease.place
+        opened = route.counts + COUNTS["opened"]
         patience = Patience(_NEVER)
         while True:
             seen, word = w[at], lease.word
             if (seen ^ word) & ~DOOMED:
                 raise LeaseError("the slot was taken away while its connection was being opened")
             new = seen & ~STATE | LEASED | route.stays
-            result = self.table.connected(at, seen, new, lease, word, self._counters["opened"], monotonic_ns())
+            result = self.table.connected(at, seen, new, lease, word, opened, monotonic_ns())
             if result == DONE:
                 lease.word = new & ~DOOMED
                 return
             if result == BUSY:
                 patience.wait()
 
-    def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool, reason: str = "") -> None:
+    def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool, reason: str = "discarded") -> None:
         """An opening failed. Refused: there is no connection, the permit goes on at once; else it is closed first."""
         at, word = lease.place, lease.word
         result = LATER
@@ -700,18 +699,16 @@ class Attachment:
             entry.let_go()
             sock.close()
             self._was_closed(route, reason)
-        counter = self._counters["replaced"]
+        closes, replaced = route.counts + CLOSES[reason], route.counts + COUNTS["replaced"]
         patience = Patience(limit or monotonic_ns() + _GIVE_BACK)
         while confirmed:
             seen, word = w[at], lease.word
             if (seen ^ word) & ~DOOMED:
                 break
             new = opening_word(seen, self.row)
-            result = self.table.reopen(
-                at, seen, new, lease, word, self.returns.reasons[reason], counter, monotonic_ns()
-            )
+            result = self.table.reopen(at, seen, new, lease, word, closes, replaced, monotonic_ns())
             if result == DONE:
-                self.count("attempts")
+                self.count("attempts", route.counts)
                 return self._open(route, lease, limit, connect_timeout)
             if result == BUSY and not patience.wait():
                 break
@@ -790,7 +787,7 @@ class Attachment:
             self.chores.append((entry.at, word, entry, False))
         elif result == CLOSED:
             self._drop_entry(entry)
-            self._was_closed(entry.route, view.reason(self.words, entry.at))
+            self._was_closed(entry.route, view.reason(self.words, self.segment.geometry, entry.at))
         elif result != GIVEN:
             entry.word = result
             entry.route.push(entry)
@@ -856,7 +853,7 @@ class Attachment:
                 if (self.words[at] ^ word) & ~DOOMED:
                     continue  # ended otherwise
                 if forgotten:
-                    self.count("dropped")
+                    self.count("dropped", self.lines.place(self.words[at + KEY]))
                     self._lease_seconds.add(monotonic_ns() - self.words[at + SINCE])
                 reason = "dropped" if forgotten else "late"
                 if word & STATE == LEASED and at in self.permits:

@@ -498,9 +498,10 @@ class Pool(Generic[T]):
         return {} if attached is None else attached.own_counters()
 
     def key_stats(self) -> dict[str, KeyStats]:
-        """Connections by state, and waiters, over all processes, of every address that this process has used.
+        """The numbers of every address that this process has used, over all processes, by `tcp://host:port`.
 
-        By `tcp://host:port`. Counters are kept per pool and per worker, not per key.
+        "other" has what belongs to no address, or to one beyond the 2,048 lines that a pool has for pairs of a process
+        and an address; it is missing while that is nothing.
         """
         attached = self._attached or self.open()._attached
         assert attached is not None

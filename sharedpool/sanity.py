@@ -18,6 +18,7 @@ from .layout import (
     CELL_WAITING,
     CLOSING,
     FOLD,
+    FOLD_TO,
     FREE,
     FREE_CELL,
     FREE_SLOT,
@@ -31,6 +32,7 @@ from .layout import (
     HOLDER_SHIFT,
     IDLE,
     KEYED,
+    LINE_HIGH,
     NEXT,
     NEXT_FREE,
     ROW,
@@ -59,8 +61,11 @@ def mend(w: memoryview[int], geometry: Geometry) -> None:
     for at in (VER, GATE, TICKET, KEYED):
         if w[at] >= _MOST:
             w[at] = w[at] & STATE  # GATE keeps its flags; a repair gives new tickets
-    if w[FOLD] & 0xFFFF_FFFF >= geometry.slot_base:
-        w[FOLD] = 0
+    w[LINE_HIGH] = min(w[LINE_HIGH], geometry.lines)
+    counts = (range(HEADER, geometry.slot_base), range(geometry.line_base, geometry.words))
+    for place in (w[FOLD] & 0xFFFF_FFFF, w[FOLD_TO]):
+        if place and not any(place in places for places in counts):
+            w[FOLD] = w[FOLD_TO] = 0
     states = [w[at] & STATE for at in _rows(geometry)]
     for row, at in enumerate(_rows(geometry)):
         if states[row] > ROW_DEAD:
@@ -85,7 +90,7 @@ def _mend_counts(w: memoryview[int], row_at: int) -> None:
 def _mend_cells(w: memoryview[int], geometry: Geometry, rows: set[int]) -> set[int]:
     """Free those that cannot be; gives the numbers of those that wait."""
     waiting = set()
-    for index, word in enumerate(w[geometry.cell_base : geometry.words : CELL].tolist()):
+    for index, word in enumerate(w[geometry.cell_base : geometry.line_base : CELL].tolist()):
         state = word & 15
         if word and (not 0 < state <= CELL_STALLED or (word & CELL_ROW) >> CELL_ROW_SHIFT not in rows):
             w[geometry.cell_base + CELL * index] = 0
@@ -109,6 +114,8 @@ def damage(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> st
     Read without the mutex: what is found in a table that changes meanwhile may be none. Damage stays: look twice.
     """
     high, cell_high = w[HIGH], w[CELL_HIGH]
+    if w[LINE_HIGH] > geometry.lines:
+        return f"LINE_HIGH {w[LINE_HIGH]}"
     if high > geometry.slots or cell_high > geometry.cells or max(w[VER], w[GATE], w[TICKET], w[KEYED]) >= _MOST:
         return f"HIGH {high}, CELL_HIGH {cell_high}, VER {w[VER]}, GATE {w[GATE]}, TICKET {w[TICKET]}"
     return _damage_in_slots(w, marks, geometry) or _damage_in_cells(w, geometry)

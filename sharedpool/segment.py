@@ -199,6 +199,7 @@ def _fill(fd: int, size: int, pool: str, geometry: Geometry) -> Segment:
         "rows": geometry.rows,
         "slots": geometry.slots,
         "cells": geometry.cells,
+        "lines": geometry.lines,
     }
     text = json.dumps(facts).encode()
     if len(text) > _HEADER_BYTES - _FACTS_AT:
@@ -249,8 +250,9 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any], int]:
         raise AttachRefused(f"the segment's header is damaged: {length} bytes of facts, {size} of {status.st_size}")
     try:
         facts = json.loads(os.pread(fd, length, _FACTS_AT))
-        numbers = (facts["rows"], facts["slots"], facts["cells"])
-        whole = all(type(number) is int and number > 0 for number in numbers) and isinstance(facts["pool"], str)
+        numbers = (facts["rows"], facts["slots"], facts["cells"], facts.get("lines", 0))
+        whole = all(type(number) is int and number >= 0 for number in numbers) and all(numbers[:3])
+        whole = whole and isinstance(facts["pool"], str)
         sound = whole and _HEADER_BYTES + Geometry(*numbers).size == size and len(bytes.fromhex(facts["secret"])) == 16
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AttachRefused(f"the segment's header is damaged: {error!r}") from error
@@ -260,7 +262,7 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any], int]:
 
 
 def _map(fd: int, size: int, facts: Mapping[str, Any], version: int) -> Segment:
-    geometry = Geometry(facts["rows"], facts["slots"], facts["cells"])
+    geometry = Geometry(facts["rows"], facts["slots"], facts["cells"], facts.get("lines", 0))
     memory = mmap.mmap(fd, size)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     view = memoryview(memory)

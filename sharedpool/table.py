@@ -50,6 +50,9 @@ from .layout import (
     IDLE_COUNT,
     KEY,
     KEYED,
+    LINE,
+    LINE_HIGH,
+    LINE_KEY,
     MANY_TICKETS,
     MASK32,
     MAX,
@@ -1005,6 +1008,7 @@ class Table:
         counter: int,
         now: int,
         keyed: int = 0,
+        evicted: int = 0,
     ) -> int:
         """An owned cell joins the end of the queue with normal priority.
 
@@ -1024,6 +1028,7 @@ class Table:
             counter: What is counted.
             now: Monotonic ns.
             keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
+            evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
         marks = self._marks
@@ -1035,7 +1040,7 @@ class Table:
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
         queued = gate | QUEUED
-        evicted = self.row_at + ROW_EVICTED
+        evicted = evicted or self.row_at + ROW_EVICTED
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1105,6 +1110,7 @@ class Table:
         counter: int,
         now: int,
         keyed: int = 0,
+        evicted: int = 0,
     ) -> int:
         """An owned cell joins the queue with high priority, between two cells; else as `enqueue`.
 
@@ -1126,6 +1132,7 @@ class Table:
             counter: What is counted.
             now: Monotonic ns.
             keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
+            evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
         marks = self._marks
@@ -1136,7 +1143,7 @@ class Table:
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
         queued = gate | QUEUED
-        evicted = self.row_at + ROW_EVICTED
+        evicted = evicted or self.row_at + ROW_EVICTED
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1282,6 +1289,36 @@ class Table:
                     if new == 0:
                         w[cell + NEXT] = w[FREE_CELL]
                         w[FREE_CELL] = cell
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    # --- counting by key ----------------------------------------------------------------------------------------------
+
+    def claim_line(self, line: int, key: int, word: int) -> int:
+        """A free line -> `word`, for what its row counts of a key."""
+        w = self._words
+        mutex = self.mutex
+        me = self.row
+        top = (line - self.geometry.line_base) // LINE + 1
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[line] == 0 and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[line + LINE_KEY] = key
+                    if w[LINE_HIGH] < top:
+                        w[LINE_HIGH] = top
+                    w[line] = word
                     w[DIRTY] = 0
                     done = 1
             finally:
