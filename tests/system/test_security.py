@@ -148,13 +148,13 @@ def test_the_registrys_key_is_in_no_arguments_environment_file_or_log(
     assert scopes.START_LOCK in " ".join(seen)
 
 
-def test_every_arbiter_has_a_key_of_its_own(worker: Worker, scope: Scope, tcp: Target) -> None:
-    worker.use(tcp)
-    first = worker.call(hold_key)
-    worker.call(commands.library, "stop")
+def test_every_arbiter_has_a_key_of_its_own(two: list[Worker], scope: Scope, tcp: Target) -> None:
+    two[0].use(tcp)
+    first = two[0].call(hold_key)
+    two[0].call(commands.library, "stop")
     wait_until(lambda: not scope.arbiters())
-    worker.use(tcp)
-    assert worker.call(hold_key) != first
+    two[1].use(tcp)
+    assert two[1].call(hold_key) != first
 
 
 def registry_without_the_key(state: State) -> str:
