@@ -145,7 +145,7 @@ def build(target: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        options = ["-O2", "-g0", "-Wno-sign-compare"]
+        options = ["-O2", "-g0", "-Wno-sign-compare", "-Wno-discarded-qualifiers"]  # Cython: a volatile local variable
         extensions = [
             Extension(f"sharedpool.{name}", [str(source)], extra_compile_args=options)
             for name, source in _lay_out(scratch).items()
