@@ -1059,6 +1059,10 @@ class Attachment:
         if self._warmer is not None:
             self._warmer.stop()
         self._leave_table()
+        for entry in self.entries.values():
+            if self._leases(entry):  # there may be no arbiter that could end it
+                with contextlib.suppress(OSError):
+                    shut(entry.real)
         self._let_go()
         self._tell(Kind.DETACH)
         self.channel.close()
@@ -1078,15 +1082,13 @@ class Attachment:
         self.segment.let_go()
 
     def _let_go(self) -> None:
-        """Close what this process holds. What is leased stays its user's object, but its connection ends."""
+        """Close what this process holds. What is leased stays its user's object; the arbiter ends its connection."""
         for entry in self.entries.values():
             if self.words[entry.at] == entry.word:
                 entry.let_go()
             elif entry.real >= 0:
                 real, entry.real = entry.real, -1
                 with contextlib.suppress(OSError):
-                    if self._leases(entry):  # there may be no arbiter that could end it
-                        shut(real)
                     os.close(real)
         self.entries.clear()
         self._dead.close()
