@@ -322,7 +322,7 @@ class Chaos:
                 pending.result()
             except Exception as error:
                 self.report.faults[f"{what} failed: {type(error).__name__}"] += 1
-                self.unsure = time.monotonic() + OPERATION
+                self.unsure = time.monotonic() + 10.0
         elif time.monotonic() > limit:
             self.report.stuck.append(f"{what} does not return:\n{self.operator.stacks()}")
             self.operation = None
