@@ -31,8 +31,8 @@ PAUSE = 0.06
 #: What a back end that closes slowly needs; less than close_timeout, for it is in vain to wait longer.
 SLOW = 0.8
 CLOSE_TIMEOUT = 3.0
-#: A call may be so late on a busy machine before it is called stuck, ns.
-LATE = 15_000_000_000
+#: A call may be so late before it is called stuck, ns: its process may have to attach, which may take 30 s.
+LATE = 35_000_000_000
 #: An operation may take so long while arbiters are killed, seconds.
 OPERATION = 60.0
 #: Pools of different kinds; chance chooses one for a run.
@@ -406,7 +406,7 @@ class Chaos:
         self._look_at_peak()
         self.board.stop()
         for worker in self.workers:
-            alive = worker.call(users.join, 20.0)
+            alive = worker.call(users.join, 40.0)
             if alive:
                 report.stuck.append(f"{', '.join(alive)} of {worker.pid}:\n{worker.stacks()}")
         self._settled()
