@@ -341,7 +341,10 @@ def call(directory: str, method: str, *arguments: Any, start: bool, seconds: flo
     for attempt in (1, 2, 3):
         key = launch.caller(directory, start=start, seconds=launch.START_SECONDS if start else seconds)
         if key is None:
-            return None
+            if start or not _bereaved(directory):
+                return None
+            start = True
+            continue
         try:
             with calls.within(seconds):
                 return _call(directory, key, method, *arguments)
@@ -352,6 +355,14 @@ def call(directory: str, method: str, *arguments: Any, start: bool, seconds: flo
                 raise StartFailed(f"the registry in {directory} does not answer: {error!r}") from error
             time.sleep(0.02)  # the arbiter was just ending
     return None
+
+
+def _bereaved(directory: str) -> bool:
+    """Whether processes have pools here whose arbiter has died: a successor starts, or is started to be asked."""
+    found, _ = succession.segments(succession.scope_id(directory))
+    for taken in found.values():
+        taken.let_go()
+    return any(not taken.words[layout.GATE] & layout.STOPPED for taken in found.values())
 
 
 def _call(directory: str, key: bytes, method: str, *arguments: Any) -> Any:

@@ -59,6 +59,20 @@ def test_its_pools_go_on_with_their_limits_counters_and_connections(
     assert backend.accepted == 2
 
 
+def test_an_operator_who_comes_before_the_successor_finds_the_pool(
+    two: list[Worker], scope: Scope, tcp: Target
+) -> None:
+    worker, operator = two
+    worker.attach(max_connections=2)
+    worker.use(tcp)
+    worker.stop()  # so that it cannot start one
+    kill_arbiter(scope)
+    operator.call(commands.library, "set_max_connections", "default", 3)
+    assert operator.call(commands.library, "get_stats", "default")["max"] == 3
+    worker.resume()
+    worker.wait_stats(max_connections=3, idle=1)
+
+
 def test_max_waiting_and_the_reserve_are_kept(two: list[Worker], scope: Scope, backend: Backend, tcp: Target) -> None:
     one, other = two
     for worker in two:
