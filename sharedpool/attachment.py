@@ -786,8 +786,8 @@ class Attachment:
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
         elif result == CLOSED:
-            self._drop_entry(entry)
-            self._was_closed(entry.route, view.reason(self.words, self.segment.geometry, entry.at))
+            if self._drop_entry(entry):
+                self._was_closed(entry.route, view.reason(self.words, self.segment.geometry, entry.at))
         elif result != GIVEN:
             entry.word = result
             entry.route.push(entry)
@@ -825,18 +825,19 @@ class Attachment:
         result = self.returns.closed(entry.at, word, monotonic_ns() + _GIVE_BACK, reason)
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
-        self._drop_entry(entry)
-        self._was_closed(entry.route, reason)
+        if self._drop_entry(entry):
+            self._was_closed(entry.route, reason)
 
     def _was_closed(self, route: Route, reason: str) -> None:
         """A connection that this process held has been closed, by whomever: says why."""
         self.hooks.log.debug("closed a connection to %s: %s", route.where, reason)
         self.hooks.tell("close", reason)
 
-    def _drop_entry(self, entry: Entry) -> None:
-        if self.entries.get(entry.at) is entry:
-            del self.entries[entry.at]
+    def _drop_entry(self, entry: Entry) -> bool:
+        """Let go of a connection; False if another thread has done so: the event thread, told of its end."""
+        known = self.entries.get(entry.at) is entry and self.entries.pop(entry.at, None) is entry
         entry.let_go()
+        return known
 
     def drop(self, lease: Lease[Any]) -> None:
         """A lease was forgotten and collected; called by a finalizer, so it only takes note."""
@@ -861,8 +862,8 @@ class Attachment:
                 elif self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason) == LATER:
                     self.chores.append((at, word, entry, False))
                 elif entry is not None:
-                    self._drop_entry(entry)
-                    self._was_closed(entry.route, reason)
+                    if self._drop_entry(entry):
+                        self._was_closed(entry.route, reason)
         except (IndexError, LeaseError, PoolStopped):
             pass
         finally:
@@ -929,9 +930,7 @@ class Attachment:
         if message.kind is Kind.CLOSED:
             at = self.table.slot_at(message.slot)
             entry = self.entries.get(at)
-            if entry is not None and entry.generation == message.generation:
-                del self.entries[at]
-                entry.let_go()
+            if entry is not None and entry.generation == message.generation and self._drop_entry(entry):
                 number = message.request  # an event has none: it is the reason's here, from 1
                 self._was_closed(entry.route, REASONS[number - 1] if 0 < number <= len(REASONS) else "")
         elif message.kind is Kind.NOTIFY:

@@ -699,6 +699,10 @@ class ServedPool:
             self.begin_closing(self.table.slot_index(at), now)
         return done
 
+    def _closes(self, index: int, generation: int) -> bool:
+        known = self.closings.get(index)
+        return known is not None and known.generation == generation
+
     def begin_closing(self, index: int, now: int) -> None:
         """A slot was found or reported CLOSING: start closing its connection to the end, once."""
         if index >= self.segment.geometry.slots:
@@ -707,12 +711,13 @@ class ServedPool:
         if word & STATE != CLOSING:
             return
         generation = generation_of(word)
-        known = self.closings.get(index)
-        if known is not None and known.generation == generation:
+        if self._closes(index, generation):
             return
         held = self.held.get(index)
         if held is None or held.generation != generation:
             self._drain(self)
+            if self.words[self.table.slot_at(index)] != word or self._closes(index, generation):
+                return  # what came in has begun it, or even ended it
             held = self.held.get(index)
         ending = None
         if held is not None and held.generation == generation:

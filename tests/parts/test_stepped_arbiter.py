@@ -125,6 +125,27 @@ def test_what_a_worker_began_to_close_when_it_died_is_closed_at_once(arbiter: St
     assert numbers(pool).used == 0
 
 
+def test_a_close_that_is_reported_while_its_connection_is_looked_for_counts_once(
+    arbiter: SteppedArbiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = arbiter.pool(max_connections=2)
+    worker = arbiter.worker(pool)
+    at, w = worker.open(), worker.table.words
+    index = worker.table.slot_index(at)
+    table = worker.table
+    assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), arbiter.clock()) == DONE
+    worker.peer(at).close()
+    held = pool.held.pop(index)  # its registration is still on the way, and behind it the report
+
+    def both_arrive(_: ServedPool) -> None:
+        pool.held[index] = held
+        pool.begin_closing(index, arbiter.clock())
+
+    monkeypatch.setattr(pool, "_drain", both_arrive)
+    pool.begin_closing(index, arbiter.clock())  # the sweep found it
+    assert (numbers(pool).opened, numbers(pool).closed, numbers(pool).connections) == (1, 1, 0)
+
+
 def test_a_grant_is_left_to_its_waiter_for_a_tenth_of_a_second_and_then_goes_to_the_next(
     arbiter: SteppedArbiter,
 ) -> None:
