@@ -6,7 +6,7 @@ import socket
 import time
 
 from ..errors import ConnectFailed, ConnectTimeout, file_limit
-from . import Register, check_host, check_port, register
+from . import Register, check_host, check_port, named, register
 from .sockets import PooledSocket, StreamDriver, connect
 
 
@@ -22,10 +22,10 @@ class TcpDriver(StreamDriver):
     def open(self, host: str, port: int, timeout: float, register: Register) -> PooledSocket:
         """Try the host's addresses in turn within one timeout."""
         limit = time.monotonic() + timeout
-        where = f"tcp://{host}:{port}"
+        where = named("tcp", host, port)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter: a label of more than 63 characters
             raise ConnectFailed(f"{where}: the name cannot be resolved: {error}") from error
         last: ConnectFailed | ConnectTimeout = ConnectFailed(f"{where} has no address")
         for family, kind, protocol, _, address in found:
