@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 import psutil
 
 from . import fdpass, layout, options, segment, succession, view, wire
-from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, StartFailed
+from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, file_limit
 from .genserver import PoolServer
 from .layout import HEADER, INCARNATION, ROW, ROW_NONCE
 from .records import Records
@@ -98,7 +98,8 @@ class Arbiter:
         self.incarnation = 1
         self._authkey = authkey
         self._scope = scope
-        self._unanswered: list[tuple[Client, Message]] = []
+        self._unanswered: dict[Client, Message] = {}
+        self._hellos: list[tuple[Client, Message, socket.socket]] = []
         self._linger = linger
         self._epoll = select.epoll()
         self._clients: set[Client] = set()
@@ -112,6 +113,7 @@ class Arbiter:
         self._attached = 0
         self._accept_at = 0
         self._accept_said = -_SAY_EVERY
+        self._spare = os.dup(self._bell)
         self._watch(self._bell, select.EPOLLIN, self._ring)
         if listener is not None:
             listener.setblocking(False)
@@ -141,11 +143,8 @@ class Arbiter:
         for pool in list(self.pools.values()):
             due = min(due, self._turn_of(pool, now))
         due = min(due, self._look_after_processes(now))
-        if self._unanswered:
-            unanswered, self._unanswered = self._unanswered, []
-            for client, message in unanswered:
-                if client.pool is not None:
-                    self._fetch(client, client.pool, message)
+        if self._unanswered or self._hellos:
+            self._answer_the_rest()
             due = min(due, now + 2_000_000)
         if self._accept_at:
             due = min(due, self._accept_again(now))
@@ -155,6 +154,19 @@ class Arbiter:
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
             self.pools.pop(name).segment.let_go()
         return max(0.0, (due - self._clock()) / 1e9)
+
+    def _answer_the_rest(self) -> None:
+        """What could not be answered when it came: an heir did not know yet, or a pool's mutex was busy."""
+        unanswered, self._unanswered = self._unanswered, {}
+        for client, message in unanswered.items():
+            if client.pool is not None:
+                self._within(client, functools.partial(self._fetch, client, client.pool, message))
+        hellos, self._hellos = self._hellos, []
+        for client, message, events in hellos:
+            if client.channel is None or client.pool is not None:  # it has not waited for so long, or asks twice
+                events.close()
+            else:
+                self._within(client, functools.partial(self._hello, client, message, events))
 
     def _turn_of(self, pool: PoolServer, now: int) -> int:
         """One pool's turn; whatever is wrong with one pool, the others go on."""
@@ -197,8 +209,12 @@ class Arbiter:
             for index in list(pool.held):
                 pool.forget(index)
             pool.segment.let_go()
+        for _, _, events in self._hellos:
+            events.close()
         self._epoll.close()
         os.close(self._bell)
+        if self._spare >= 0:
+            os.close(self._spare)
 
     def stay(self) -> None:
         """The end was called off: somebody came."""
@@ -242,8 +258,12 @@ class Arbiter:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._stop_accepting(error)
-                return
+                if self._spare < 0:
+                    self._stop_accepting(error)
+                    return
+                os.close(self._spare)  # so that whoever comes is told why he is refused
+                self._spare = -1
+                continue
             pid, uid, _ = fdpass.credentials(channel)
             if uid != os.geteuid():
                 channel.close()
@@ -261,13 +281,16 @@ class Arbiter:
         self._accept_at = now + _ACCEPT_AGAIN
         if now >= self._accept_said + _SAY_EVERY:
             self._accept_said = now
-            log.error("no connection can be accepted: %s", error)
+            log.error("%s", file_limit(error, "accept a connection", "the arbiter"))
 
     def _accept_again(self, now: int) -> int:
         """Try again when it is time; gives when that is."""
         if now < self._accept_at:
             return self._accept_at
         self._accept_at = 0
+        if self._spare < 0:
+            with contextlib.suppress(OSError):
+                self._spare = os.dup(self._bell)
         if self.listener is not None and self.listener.fileno() >= 0:
             self._watch(self.listener.fileno(), select.EPOLLIN, self._accept)
         return now
@@ -284,24 +307,62 @@ class Arbiter:
                 data, descriptor = fdpass.receive(client.channel, wire.LONGEST, wait=False)
             except BlockingIOError:
                 return
+            except fdpass.NoRoom as error:
+                if not self._within(client, functools.partial(self._unreceived, client, error)):
+                    return
+                continue
             except OSError as error:
                 log.warning("process %d: %s", client.pid, error)
                 self._lost(client)
                 return
             if not data:
+                if descriptor is not None:
+                    os.close(descriptor)
                 self._lost(client)
                 return
-            try:
-                self._carry_out(client, wire.unpack(data), descriptor)
-            except WireError as error:
-                log.warning("process %d sent %s", client.pid, error)
-                self._lost(client)
+            if not self._within(client, functools.partial(self._carry_out, client, data, descriptor)):
                 return
 
-    def _carry_out(self, client: Client, message: Message, descriptor: int | None) -> None:
+    def _within(self, client: Client, act: Callable[[], None]) -> bool:
+        """Do what a client asks for; whatever is wrong with it costs this client its channel, and nobody else."""
+        try:
+            act()
+        except Later:
+            pass  # found again by the pool's next turn
+        except WireError as error:
+            log.warning("process %d sent %s", client.pid, error)
+            self._lost(client)
+            return False
+        except Exception:
+            log.exception("process %d: the arbiter goes on after an error, without it", client.pid)
+            self._lost(client)
+            return False
+        return True
+
+    def _unreceived(self, client: Client, error: fdpass.NoRoom) -> None:
+        """A message whose descriptor did not come: no room is left for it here."""
+        message = wire.unpack(error.data)
+        now = self._clock()
+        if now >= self._accept_said + _SAY_EVERY:
+            self._accept_said = now
+            log.error("process %d sent a %s: %s", client.pid, message.kind.name, error)
+        if client.pool is None:
+            refusal = file_limit(OSError(errno.EMFILE, str(error)), "attach another process", "the arbiter")
+            self._reply(client, _refusal(message, refusal))
+            self._lost(client)
+        elif message.kind in (Kind.REGISTER, Kind.HOLDS):
+            client.pool.unheld(message.slot, message.generation)
+
+    def _carry_out(self, client: Client, data: bytes, descriptor: int | None) -> None:
         """One message; its descriptor, if any, is wrapped and closed again unless somebody keeps it."""
-        kind = message.kind
         sock = None if descriptor is None else _socket_of(descriptor)
+        try:
+            message = wire.unpack(data)
+        except WireError:
+            if sock is not None:
+                sock.close()
+            raise
+        kind = message.kind
         if sock is not None and kind is Kind.HELLO and client.pool is None:
             self._hello(client, message, sock)
         elif sock is not None and kind is Kind.REGISTER and client.pool is not None:
@@ -354,7 +415,7 @@ class Arbiter:
     def _fetch(self, client: Client, pool: PoolServer, message: Message) -> None:
         found = pool.fetch(client.row, message.slot, message.generation)
         if found is None and pool.expected:  # whoever holds it has not said so yet
-            self._unanswered.append((client, message))
+            self._unanswered[client] = message  # a worker asks one thing at a time
             return
         kind = Kind.GONE if found is None else Kind.CONNECTION
         answer = Message(kind, message.request, message.slot, message.generation)
@@ -365,7 +426,9 @@ class Arbiter:
     def _hello(self, client: Client, message: Message, events: socket.socket) -> None:
         """A worker attaches to a pool, or comes back for its row after its channel broke."""
         try:
-            segment.check_identity(message.body.get("identity") or {}, f"process {client.pid}")
+            if events.family != socket.AF_UNIX or events.type != socket.SOCK_SEQPACKET:
+                raise WireError("a HELLO with a socket that is no event channel")
+            segment.check_identity(_part(message, "identity"), f"process {client.pid}")
             if client.pid != message.body.get("pid"):
                 raise AttachRefused(
                     f"process {message.body.get('pid')} is seen here as {client.pid}: another PID namespace;"
@@ -374,22 +437,27 @@ class Arbiter:
             if message.body.get("row"):
                 body = self._return_to_row(client, message.body)
             else:
-                body = self._attach(client, message.body)
-        except SharedPoolError as error:
+                body = self._attach(client, message)
+        except Later:
+            self._hellos.append((client, message, events))
+            return
+        except BaseException as error:
             events.close()
-            body = {"error": type(error).__name__, "text": str(error)}
-            self._reply(client, Message(Kind.REFUSED, message.request, body=body))
+            if isinstance(error, WireError) or not isinstance(error, SharedPoolError):
+                raise
+            self._reply(client, _refusal(message, error))
             return
         client.events = events
         events.setblocking(False)
         assert client.pool is not None
         self._reply(client, Message(Kind.WELCOME, message.request, body=body), client.pool.segment.fd)
 
-    def _attach(self, client: Client, body: Any) -> dict[str, Any]:
+    def _attach(self, client: Client, message: Message) -> dict[str, Any]:
+        body = message.body
         name, version = options.check_pool_name(body.get("pool")), layout_of(body)
         self._check_layout(name, version, client.pid)
         pool, warnings = self.declare(
-            name, dict(body.get("options") or {}), client.pid,
+            name, _part(message, "options"), client.pid,
             update=bool(body.get("update", True)), implicit=not body.get("declares"), attaching=True,
         )  # fmt: skip
         nonce = secrets.randbits(63) | 1
@@ -398,6 +466,9 @@ class Arbiter:
             raise AttachRefused(f"pool {pool.name!r} has no row left: too many processes are attached")
         pool.layouts[row] = version
         self._attached += 1
+        for other in self._rows(pool):
+            if other.expected and other.pid == client.pid:  # it left while nobody was there to be told, or was exec'd
+                other.orphaned = other.orphaned or self._clock()
         client.pool, client.row, client.nonce, client.attached = pool, row, nonce, self._attached
         self._watch_process(client)
         return {
@@ -423,12 +494,17 @@ class Arbiter:
         """Another handle of an attached process has options of its own."""
         try:
             _, warnings = self.declare(
-                pool.name, dict(message.body.get("options") or {}), client.pid,
+                pool.name, _part(message, "options"), client.pid,
                 update=bool(message.body.get("update")), attaching=True,
             )  # fmt: skip
             answer = Message(Kind.OK, message.request, body={"warnings": warnings})
+        except Later:
+            busy = SharedPoolError(f"pool {pool.name!r}: its mutex stays busy: is its holder stopped?")
+            answer = _refusal(message, busy)
+        except WireError:
+            raise
         except SharedPoolError as error:
-            answer = Message(Kind.REFUSED, message.request, body={"error": type(error).__name__, "text": str(error)})
+            answer = _refusal(message, error)
         self._reply(client, answer)
 
     def _return_to_row(self, client: Client, body: Any) -> dict[str, Any]:
@@ -535,8 +611,7 @@ class Arbiter:
         for row in view.live_rows(w, geometry):
             nonce = w[HEADER + ROW * row + ROW_NONCE]
             client = Client(None, view.row_pid(w, row), pool=pool, row=row, nonce=nonce, expected=True)
-            if not pool.stopped:  # else its processes know, and do not come back
-                pool.expected.add(row)
+            pool.expected.add(row)
             self._clients.add(client)
             self._watch_process(client)
         pool.registered(0, self._clock())
@@ -556,7 +631,7 @@ class Arbiter:
             why = "cannot change while it runs" if update else "differ, and update=False"
             raise PoolOptionsDiffer(f"pool {pool.name!r}: {', '.join(refused)} {why}: {'; '.join(texts)}")
         pool.apply(dataclasses.replace(pool.options, **differing))
-        pool.declared.update(differing)
+        pool.note_declared(differing)
         pool.declared_by = pid
         return [f"pool {pool.name!r}: option {text} (by process {pid})" for text in texts]
 
@@ -597,9 +672,12 @@ class Arbiter:
         except ProcessLookupError:
             self._died(client)
             return
+        except OverflowError:  # a damaged row of an arbiter that was killed: no such process
+            self._died(client)
+            return
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOSYS):
-                raise StartFailed(f"process {client.pid} cannot be watched: {error}") from error
+                raise file_limit(error, f"watch process {client.pid}", "the arbiter") from error
             with contextlib.suppress(psutil.Error):  # an old sandbox without pidfds: watch its start time
                 client.born = psutil.Process(client.pid).create_time()
             return
@@ -646,13 +724,13 @@ class Arbiter:
     def _look_after_processes(self, now: int) -> int:
         due = now + _BEAT_EVERY
         for client in list(self._clients):
-            if client.expected:
-                if client.pool is not None and not succession.has(client.pid, self._scope, client.pool.name):
-                    self._guarded(functools.partial(self._ended, client), 0)  # exec'd, or a stranger with its pid
-            elif client.orphaned:
+            if client.orphaned:
                 if now - client.orphaned >= _RETURN_TIME:
                     self._guarded(functools.partial(self._ended, client), 0)
                 due = min(due, client.orphaned + _RETURN_TIME)
+            elif client.expected:
+                if client.pool is not None and not succession.has(client.pid, self._scope, client.pool.name):
+                    self._guarded(functools.partial(self._ended, client), 0)  # exec'd, or a stranger with its pid
             elif client.born:
                 due = min(due, now + _POLL_PROCESSES)
                 if not _same_process(client):
@@ -739,6 +817,22 @@ def _readable(channel: socket.socket) -> bool:
     poller = select.poll()
     poller.register(channel, select.POLLIN)
     return bool(poller.poll(0))
+
+
+def _part(message: Message, name: str) -> dict[str, Any]:
+    """An object in a message's body.
+
+    Raises:
+        WireError: It is something else.
+    """
+    value = message.body.get(name)
+    if not isinstance(value, dict | None):
+        raise WireError(f"a {message.kind.name} whose {name} is a {type(value).__name__}, not an object")
+    return value or {}
+
+
+def _refusal(message: Message, error: SharedPoolError) -> Message:
+    return Message(Kind.REFUSED, message.request, body={"error": type(error).__name__, "text": str(error)})
 
 
 def _socket_of(descriptor: int) -> socket.socket:

@@ -23,13 +23,15 @@ from typing import Any, Final
 from . import drivers, events, fdpass, launch, segment, view, wire
 from .channel import Channel
 from .counting import SUM, Durations, bucket_of
-from .drivers.sockets import end
+from .drivers.sockets import end, shut
 from .errors import (
+    NO_DESCRIPTOR,
     ArbiterLost,
     AttachRefused,
     ConnectFailed,
     FileLimit,
     LeaseError,
+    PoolBroken,
     PoolStopped,
     PoolTimeout,
     SharedPoolError,
@@ -45,11 +47,14 @@ from .layout import (
     CELL_SINCE,
     CHECK_AFTER,
     CLOSE_TIMEOUT,
+    CLOSING,
     CONNECT_TIME,
     DOOMED,
+    FREE,
     FREE_SLOT,
     GATE,
     GATE_FLAGS,
+    GRANTED,
     HEAD,
     HIGH,
     IDLE,
@@ -58,6 +63,7 @@ from .layout import (
     LEASED,
     MASK64,
     MAX,
+    MAX_FOREIGN,
     MAX_PER_KEY,
     MIN_IDLE,
     OPENING,
@@ -66,7 +72,6 @@ from .layout import (
     QUEUED,
     RESERVE,
     RESERVING,
-    ROW_CLOSES,
     ROW_CONNECT_SECONDS,
     ROW_LEASE_SECONDS,
     ROW_SCRAP,
@@ -93,10 +98,11 @@ from .layout import (
     opening_word,
 )
 from .lease import Lease
+from .lines import CLOSES, COUNTS, Lines
 from .native import FILENO, Call
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
-from .stats import COUNTERS, REASONS, KeyStats, PoolStats, from_closes
+from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats, from_closes
 from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, WaitingRoom
 from .warming import Opening, Warmer
@@ -113,6 +119,8 @@ _FETCH: Final = 100_000_000
 _REGISTER: Final = 100_000_000
 #: An arbiter beats once a second; this is long, ns.
 _HUNG: Final = 2_000_000_000
+#: What this process was not told of (its queue of events was full) it finds out by itself after so long, ns.
+_SWEEP: Final = 500_000_000
 #: Seconds between two attempts to find or start an arbiter.
 _AGAIN: Final = 0.2
 #: In GATE: somebody waits, or nothing new may begin.
@@ -147,8 +155,22 @@ class Attachment:
         )
         self.opening: dict[int, tuple[int, socket.socket]] = {}
         self._beat = 0
-        self.welcome, descriptor = self.channel.attach(seconds)
-        self.segment = segment.attach(descriptor)
+        self._sweep_at = self._sweeps = 0
+        try:
+            self._dead, other = socket.socketpair()
+            other.close()
+        except OSError as error:
+            raise file_limit(error, f"attach to pool {name!r}") from error
+        try:
+            self.welcome, descriptor = self.channel.attach(seconds)
+            self.segment = segment.attach(descriptor)
+        except BaseException as error:
+            self._tell(Kind.DETACH)
+            self.channel.close()
+            self._dead.close()
+            if isinstance(error, OSError) and not isinstance(error, SharedPoolError):
+                raise file_limit(error, f"attach to pool {name!r}") from error
+            raise
         self.row: int = self.welcome["row"]
         self.table = self.segment.table(self.row)
         self.words = self._words = self.table.words
@@ -159,12 +181,7 @@ class Attachment:
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
         self.places: dict[int, events.Place | None] = {}
         self._tidying = threading.Lock()
-        self._dead, other = socket.socketpair()
-        other.close()
-        self._counters = {counter: self.table.counter(index) for index, counter in enumerate(COUNTERS)}
-        self._reuses = self._counters["reuses"]
-        self._takeovers = self._counters["takeovers"]
-        self._handoffs = self._counters["handoffs"]
+        self.lines = Lines(self.table)
         self._scrap = self.table.row_at + ROW_SCRAP
         self._lease_bucket = self.table.row_at + ROW_LEASE_SECONDS
         self._lease_sum = self._lease_bucket + SUM
@@ -177,10 +194,9 @@ class Attachment:
         self._on_checkin = self.hooks.of("checkin")
         self._warmer: Warmer | None = None
         self.room = WaitingRoom(
-            self.table, self.segment, name, self._counters, self._tell_close, self._tell_watch, self.hooks
+            self.table, self.segment, name, self.lines, self._tell_close, self._tell_watch, self.hooks
         )
-        discarded = self.table.row_at + ROW_CLOSES + REASONS.index("discarded")
-        self.returns = Returns(self.table, self.segment, self._tell_close, discarded, self.room.longest_for)
+        self.returns = Returns(self.table, self.segment, self._tell_close, self.lines, self.room.longest_for)
         self.room.returns = self.returns
         _attachments.add(self)
         self._note_places()
@@ -194,9 +210,9 @@ class Attachment:
         """Whether this is a forked child's copy."""
         return self.inert
 
-    def count(self, name: str) -> None:
-        """One more of a counter of this process; its row has no other writer, until it has left the pool."""
-        w, at = self.words, self._counters[name]
+    def count(self, name: str, counts: int) -> None:
+        """One more of a counter behind a place of `lines`; nobody else writes there, until this process has left."""
+        w, at = self.words, counts + COUNTS[name]
         if not self.inert:
             w[at] = w[at] + 1
 
@@ -206,13 +222,14 @@ class Attachment:
 
     def own_counters(self) -> dict[str, int]:
         """What this process has counted."""
-        closes = view.row_closes(self.words, self.row)
-        return {**view.row_counters(self.words, self.row), **from_closes(closes)}
+        counters, closes = view.row_counts(self.words, self.segment.geometry, self.row)
+        return {**counters, **from_closes(closes)}
 
     def key_stats(self) -> dict[str, KeyStats]:
-        """Connections by state, and waiters, of every address that this process has used, over all processes."""
+        """The numbers of every address that this process has used, over all processes; "other": what has none."""
         known = view.keys(self.words, self.segment.geometry)
-        return {route.where: known.get(route.key, KeyStats()) for route in list(self.routes.values())}
+        found = {route.where: known.get(route.key, KeyStats()) for route in list(self.routes.values())}
+        return {**found, OTHER_KEYS: known[0]} if 0 in known else found
 
     def _tell(self, kind: Kind, slot: int = 0, generation: int = 0) -> None:
         """A hint to the arbiter; it finds out by itself within a second if this does not arrive."""
@@ -246,7 +263,8 @@ class Attachment:
             sticky = bool(rules & STICKY) or not (moves or rules & STRICT)
             key = segment.key_of(self.segment.secret, address)
             checks = getattr(driver, "check", None) if rules & ACTIVE else None
-            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky, checks=checks)
+            counts = self.lines.place(key)
+            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky, counts=counts, checks=checks)
             known = self.routes.setdefault(address, known)
             self._tell_name(known)
         return known
@@ -290,7 +308,7 @@ class Attachment:
                 if not (self._polls and gate.quiet(0)) and FILENO[conn] == entry.number and +gate >= 0:
                     entry.thread = get_ident()
                     lease.conn = conn
-                    counter = self._reuses
+                    counter = route.reuses
                     w[counter] = w[counter] + 1
                     return lease
                 return self._renew(route, lease, entry, _limit(patience), connect_timeout, "ended")
@@ -308,21 +326,25 @@ class Attachment:
             try:
                 counter, idle = self._acquire(route, lease, limit, refused)
             except OutOfTime:
-                self.count("timeouts")
+                self.count("timeouts", route.counts)
                 raise self._timeout(route) from None
+            except (IndexError, ValueError, OverflowError) as error:
+                raise self._damaged(error) from error
             word, at = lease.word, lease.place
             if word & STATE == OPENING:
                 return self._open(route, lease, limit, connect_timeout)
             if not route.driver.connects:
                 self.permits[at] = get_ident()
                 lease.conn = None
-                self.count("opens")
+                self.count("opens", route.counts)
                 return lease
             entry = self.entries.get(at)
             if entry is None or entry.generation != generation_of(word) or entry.version != self._words[at + VERSION]:
                 entry = self._fetch(route, lease, limit, refused)
                 if entry is None:
                     continue
+            elif len(self.entries) >= self._words[MAX_FOREIGN] and self.entries.pop(at, None) is entry:
+                self.entries[at] = entry  # the most recently used is the last
             lease._entry = entry
             gate = entry.gate
             reason = "ended"
@@ -359,7 +381,7 @@ class Attachment:
         patience: Patience | None = None
         while True:
             gate, ver, now = w[GATE], w[VER], monotonic_ns()
-            counter, idle = self._handoffs, 0
+            counter, idle = route.handoffs, 0
             if gate & STOPPED:
                 raise PoolStopped(f"pool {self.name!r} was stopped")
             straight = not gate & GATE_FLAGS
@@ -369,7 +391,7 @@ class Attachment:
             if straight or (route.sticky and not gate & RESERVING and self._may_stick(gate, now)):
                 at, seen = self._find_idle(route, refused, own_only=not straight)
             if at:
-                counter = self._reuses if holder_of(seen) == self.row else self._takeovers
+                counter = route.reuses if holder_of(seen) == self.row else route.takeovers
                 idle = now - self.words[at + SINCE]
                 lease.place = at
                 result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, self._scrap, now)
@@ -410,7 +432,7 @@ class Attachment:
         if not behind and not gate & (OVER | PAUSED) and view.in_use(w) < most:
             at, seen = self._find_idle(route, refused, own_only=False)
             if at:
-                counter = self._reuses if holder_of(seen) == self.row else self._takeovers
+                counter = route.reuses if holder_of(seen) == self.row else route.takeovers
                 idle = now - w[at + SINCE]
                 lease.place = at
                 new = leased_word(seen, self.row)
@@ -420,9 +442,9 @@ class Attachment:
                 )
                 return result, counter, idle
             if w[USED] < w[MAX] and not (keyed and self._is_full(route)):
-                return self._take_free(route, lease, gate, now, first, waits, most, keyed), self._handoffs, 0
+                return self._take_free(route, lease, gate, now, first, waits, most, keyed), route.handoffs, 0
         behind = behind and not keyed  # KEYED says whether they have gone
-        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed), self._handoffs, 0
+        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed), route.handoffs, 0
 
     def _is_full(self, route: Route) -> bool:
         """Whether the key has as many slots as it may."""
@@ -447,7 +469,7 @@ class Attachment:
             return self.table.missed(0)
         connects = route.driver.connects
         new = opening_word(seen, self.row, OPENING if connects else LEASED)
-        counter = self._counters["attempts"] if connects else self._scrap
+        counter = route.counts + COUNTS["attempts"] if connects else self._scrap
         lease.place = at
         if most:
             return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most, keyed)
@@ -487,28 +509,24 @@ class Attachment:
         try:
             descriptor = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
         except FileLimit:
-            lease.word = 0
-            self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            self._give_on(lease, route)
             raise
         except ArbiterLost:
-            lease.word = 0
-            self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            self._give_on(lease, route)
             if index in refused:
                 raise
             refused.add(index)
             return None
         if descriptor is None:
-            lease.word = 0
-            self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, "gone")
+            self._give_up(lease, refused=False, registered=False, reason="gone")
             return None
-        self.count("fetches")
+        self.count("fetches", route.counts)
         conn = route.driver.adopt(descriptor, b"")
         try:
             return self._keep(route, at, word, conn)
         except FileLimit:
             os.close(conn.detach())  # the connection itself is alive, and may be somebody else's next
-            lease.word = 0
-            self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            self._give_on(lease, route)
             raise
 
     def _keep(self, route: Route, at: int, word: int, conn: Any) -> Entry:
@@ -522,7 +540,46 @@ class Attachment:
         self.entries[at] = entry
         if old is not None:
             old.let_go()
+        if len(self.entries) >= self.words[MAX_FOREIGN]:
+            self.look_after_entries()
         return entry
+
+    def look_after_entries(self) -> None:
+        """Let go of connections that have ended, of which this process was not told, and of too many foreign ones."""
+        w = self.words
+        foreign = []
+        for at, entry in list(self.entries.items()):
+            word = w[at]
+            if generation_of(word) != entry.generation or word & STATE == FREE:
+                self._let_go_of(entry)
+                self._was_closed(entry.route, view.reason(w, self.segment.geometry, at))
+            elif not self._is_ours(word):
+                foreign.append(entry)
+        for entry in foreign[: max(0, len(foreign) + 1 - (w[MAX_FOREIGN] or 1))]:
+            self._let_go_of(entry)
+
+    def _is_ours(self, word: int) -> bool:
+        """Whether a slot is this process's by its word; one that is being closed counts as its last holder's."""
+        return word & STATE == CLOSING or (word & STATE != GRANTED and holder_of(word) == self.row)
+
+    def _let_go_of(self, entry: Entry) -> None:
+        """Close this process's duplicate, unless a thread of it takes the connection just now.
+
+        First it is out of reach, then its slot is looked at: who takes the slot from then on finds no entry and asks
+        the arbiter; who had taken it before shows in the slot's word, and gets the entry back.
+        """
+        at = entry.at
+        found = self.entries.pop(at, None)
+        if found is not entry:
+            if found is not None:
+                self.entries.setdefault(at, found)
+            return
+        word = self.words[at]
+        if generation_of(word) == entry.generation and self._is_ours(word):
+            if self.entries.setdefault(at, entry) is entry:
+                return
+        entry.word = 0  # no word of a slot that was ever used: what is on a stack is not taken either
+        entry.let_go()
 
     def _open(
         self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float,
@@ -559,7 +616,7 @@ class Attachment:
                 raise
             self._opened(route, lease)
         except BaseException as error:
-            self.count("open_failures")
+            self.count("open_failures", route.counts)
             self._give_up(lease, refused=isinstance(error, ConnectFailed), registered=registered)
             raise
         finally:
@@ -567,7 +624,7 @@ class Attachment:
         took = monotonic_ns() - began
         self._smooth(took)
         self._connect_seconds.add(took)
-        self.count(way)
+        self.count(way, route.counts)
         self.hooks.tell("open", route.where)
         lease._entry = entry
         lease.conn = entry.conn
@@ -577,30 +634,46 @@ class Attachment:
     def _opened(self, route: Route, lease: Lease[Any]) -> None:
         """OPENING -> LEASED."""
         w, at = self.words, lease.place
+        opened = route.counts + COUNTS["opened"]
         patience = Patience(_NEVER)
         while True:
             seen, word = w[at], lease.word
             if (seen ^ word) & ~DOOMED:
                 raise LeaseError("the slot was taken away while its connection was being opened")
             new = seen & ~STATE | LEASED | route.stays
-            result = self.table.connected(at, seen, new, lease, word, self._counters["opened"], monotonic_ns())
+            result = self.table.connected(at, seen, new, lease, word, opened, monotonic_ns())
             if result == DONE:
                 lease.word = new & ~DOOMED
                 return
             if result == BUSY:
                 patience.wait()
 
-    def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool, reason: str = "") -> None:
+    def _give_up(self, lease: Lease[Any], *, refused: bool, registered: bool, reason: str = "discarded") -> None:
         """An opening failed. Refused: there is no connection, the permit goes on at once; else it is closed first."""
-        word, lease.word = lease.word, 0
-        at = lease.place
-        with contextlib.suppress(LeaseError):
+        at, word = lease.place, lease.word
+        result = LATER
+        lease.word = 0
+        try:
             if refused:
                 if registered:
                     self._tell(Kind.FORGET, self.table.slot_index(at), generation_of(word))
                 result = self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK)
             else:
                 result = self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason)
+        except LeaseError:  # it was taken away
+            result = CLOSED
+        finally:
+            if result == LATER:  # or it was broken off, by a signal's handler
+                self.chores.append((at, word, None, False))
+
+    def _give_on(self, lease: Lease[Any], route: Route) -> None:
+        """A connection that this process leased and could not get hold of stays for others."""
+        at, word = lease.place, lease.word
+        result = LATER
+        lease.word = 0
+        try:
+            result = self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+        finally:
             if result == LATER:
                 self.chores.append((at, word, None, False))
 
@@ -626,18 +699,16 @@ class Attachment:
             entry.let_go()
             sock.close()
             self._was_closed(route, reason)
-        counter = self._counters["replaced"]
+        closes, replaced = route.counts + CLOSES[reason], route.counts + COUNTS["replaced"]
         patience = Patience(limit or monotonic_ns() + _GIVE_BACK)
         while confirmed:
             seen, word = w[at], lease.word
             if (seen ^ word) & ~DOOMED:
                 break
             new = opening_word(seen, self.row)
-            result = self.table.reopen(
-                at, seen, new, lease, word, self.returns.reasons[reason], counter, monotonic_ns()
-            )
+            result = self.table.reopen(at, seen, new, lease, word, closes, replaced, monotonic_ns())
             if result == DONE:
-                self.count("attempts")
+                self.count("attempts", route.counts)
                 return self._open(route, lease, limit, connect_timeout)
             if result == BUSY and not patience.wait():
                 break
@@ -657,18 +728,18 @@ class Attachment:
             raise self._not_in_force(lease)
         if self._on_checkin:
             self.hooks.tell("checkin", lease)
-        lease.word = 0
         entry = lease._entry
         w = self._words
-        now = monotonic_ns()
-        took = now - w[lease.place + SINCE]
-        bucket = self._lease_bucket
-        if not 0 <= took <= SHORT:
-            bucket, took = self._long_lease(took)
-        w[bucket] = w[bucket] + 1
-        bucket = self._lease_sum
-        w[bucket] = w[bucket] + took
-        try:
+        lease.word = 0
+        try:  # from here on nobody else gives it back
+            now = monotonic_ns()
+            took = now - w[lease.place + SINCE]
+            bucket = self._lease_bucket
+            if not 0 <= took <= SHORT:
+                bucket, took = self._long_lease(took)
+            w[bucket] = w[bucket] + 1
+            bucket = self._lease_sum
+            w[bucket] = w[bucket] + took
             if entry is None:
                 self._return_permit(lease.place, word)
                 return
@@ -690,9 +761,20 @@ class Attachment:
                 return
             self._return(entry, word)
         except BaseException as error:
-            if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry, False))
+            self._not_ended(error, lease, word, entry)
             raise
+
+    def _not_ended(self, error: BaseException, lease: Lease[Any], word: int, entry: Entry | None) -> None:
+        """Something was raised while a lease was being ended: the event thread, or the next call, ends it."""
+        if not isinstance(error, LeaseError):
+            self.chores.append((lease.place, word, entry, False))
+        if isinstance(error, IndexError | ValueError | OverflowError):
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> PoolBroken:
+        """A word led out of the memory, or does not fit into one: whatever did that, everything is rebuilt."""
+        self.table.suspect()
+        return PoolBroken(f"pool {self.name!r}: its shared memory was damaged, and is being mended: {error}")
 
     def _long_lease(self, took: int) -> tuple[int, int]:
         """The place of a duration's bucket, and the duration; of another's lease it may be below 0."""
@@ -705,7 +787,7 @@ class Attachment:
             self.chores.append((entry.at, word, entry, False))
         elif result == CLOSED:
             self._drop_entry(entry)
-            self._was_closed(entry.route, view.reason(self.words, entry.at))
+            self._was_closed(entry.route, view.reason(self.words, self.segment.geometry, entry.at))
         elif result != GIVEN:
             entry.word = result
             entry.route.push(entry)
@@ -726,17 +808,16 @@ class Attachment:
             raise self._not_in_force(lease)
         if self._on_checkin:
             self.hooks.tell("checkin", lease)
-        lease.word = 0
         entry = lease._entry
-        self._lease_seconds.add(monotonic_ns() - self.words[lease.place + SINCE])
-        try:
+        lease.word = 0
+        try:  # from here on nobody else gives it back
+            self._lease_seconds.add(monotonic_ns() - self.words[lease.place + SINCE])
             if entry is None:
                 self._return_permit(lease.place, word)
             else:
                 self._close(entry, word, "discarded")
         except BaseException as error:
-            if not isinstance(error, LeaseError):
-                self.chores.append((lease.place, word, entry, False))
+            self._not_ended(error, lease, word, entry)
             raise
 
     def _close(self, entry: Entry, word: int, reason: str) -> None:
@@ -772,7 +853,7 @@ class Attachment:
                 if (self.words[at] ^ word) & ~DOOMED:
                     continue  # ended otherwise
                 if forgotten:
-                    self.count("dropped")
+                    self.count("dropped", self.lines.place(self.words[at + KEY]))
                     self._lease_seconds.add(monotonic_ns() - self.words[at + SINCE])
                 reason = "dropped" if forgotten else "late"
                 if word & STATE == LEASED and at in self.permits:
@@ -821,6 +902,27 @@ class Attachment:
         return held
 
     # --- events -------------------------------------------------------------------------------------------------------
+
+    def attend(self, data: bytes | None) -> None:
+        """The event thread's work: what the arbiter sent (None: nothing for a while), and what was left over."""
+        try:
+            if data:
+                self.on_event(wire.unpack(data))
+            if self.chores:
+                self.tidy()
+            now = monotonic_ns()
+            if now >= self._sweep_at:
+                self._sweep_at = now + _SWEEP
+                self.look_after_entries()
+                self._sweeps += 1
+                if data is None and self._sweeps % 2 == 0:
+                    self.look_after_arbiter()
+        except SharedPoolError:
+            pass
+        except (IndexError, ValueError, OverflowError, TypeError) as error:  # nothing of the memory's ends this thread
+            self.hooks.log.error(
+                "pool %r: its shared memory, or what the arbiter says, is damaged: %r", self.name, error
+            )
 
     def on_event(self, message: Message) -> None:
         """What the arbiter sent unasked."""
@@ -920,11 +1022,17 @@ class Attachment:
 
     def come_back(self, events: socket.socket) -> socket.socket | None:
         """The channels broke: open new ones for the same row. None: no arbiter is there, or it has given the row up."""
-        if self.words[GATE] & STOPPED or launch.exiting():  # no successor is needed
+        if launch.exiting():
             self.lost = True
             return None
+        if self.words[GATE] & STOPPED:  # no successor is needed; one that is there has to know what is held here
+            self.lost = True
+            if not self.channel.somebody_answers():
+                return events
         try:
-            return self.channel.come_back(events)
+            found = self.channel.come_back(events)
+            self.lost = False
+            return found
         except AttachRefused:
             self.cut_off()
             return None
@@ -951,6 +1059,10 @@ class Attachment:
         if self._warmer is not None:
             self._warmer.stop()
         self._leave_table()
+        for entry in self.entries.values():
+            if self._leases(entry):  # there may be no arbiter that could end it
+                with contextlib.suppress(OSError):
+                    shut(entry.real)
         self._let_go()
         self._tell(Kind.DETACH)
         self.channel.close()
@@ -981,11 +1093,18 @@ class Attachment:
         self.entries.clear()
         self._dead.close()
 
+    def _leases(self, entry: Entry) -> bool:
+        """Whether a connection is leased by this process; others may have been given what it only has a copy of."""
+        word = self.words[entry.at]
+        return (word & STATE, holder_of(word), generation_of(word)) == (LEASED, self.row, entry.generation)
+
     def forked(self) -> None:
         """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""
         self.inert = True
         self.channel.close()
         self.segment.let_go()
+        for _, sock in self.opening.values():
+            sock.close()  # which ends a connection for the process only that opened it
         for entry in self.entries.values():
             if entry.real >= 0:
                 with contextlib.suppress(OSError):
@@ -1015,7 +1134,9 @@ def _copy(number: Callable[[], int]) -> int:
         return -1
     try:
         copy = os.dup(real)
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:  # told as nothing, it would be taken for closed: again when there is room
+            raise file_limit(error, "tell a new arbiter what is held") from error
         return -1
     if number() != real:  # it is forgotten before it is closed
         os.close(copy)
@@ -1035,7 +1156,7 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
     while True:
         data: bytes | None = None
         try:
-            events.settimeout(1.0)
+            events.settimeout(_SWEEP / 1e9)
             data, descriptor = fdpass.receive(events, wire.LONGEST)
             if descriptor is not None:
                 os.close(descriptor)
@@ -1057,13 +1178,7 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
                 events.close()
                 events = found
             continue
-        with contextlib.suppress(SharedPoolError):
-            if data:
-                attachment.on_event(wire.unpack(data))
-            if attachment.chores:
-                attachment.tidy()
-            if data is None:
-                attachment.look_after_arbiter()
+        attachment.attend(data)
         del attachment
 
 

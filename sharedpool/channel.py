@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from . import errors, fdpass, launch, layout, segment, wire
-from .errors import ArbiterLost, AttachRefused, FileLimit, SharedPoolError
+from .errors import NO_DESCRIPTOR, ArbiterLost, AttachRefused, FileLimit, SharedPoolError, file_limit
 from .wire import Kind, Message
 
 #: Between two attempts to reach an arbiter, ns.
@@ -72,6 +72,14 @@ class Channel:
         return body, descriptor
 
     def _greet(self, seconds: float) -> tuple[dict[str, Any], int]:
+        try:
+            return self._say_hello(seconds)
+        except SharedPoolError:
+            raise
+        except OSError as error:
+            raise file_limit(error, f"attach to pool {self._hello['pool']!r}") from error
+
+    def _say_hello(self, seconds: float) -> tuple[dict[str, Any], int]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             message = Message(Kind.HELLO, body=self._hello)
@@ -153,6 +161,8 @@ class Channel:
                 assert channel is not None
                 _await(channel, min(limit, time.monotonic_ns() + _PAUSE), select.POLLOUT)
             except (OSError, ArbiterLost) as error:
+                if channel is not None and error.errno in NO_DESCRIPTOR:  # too many on the way; the channel is whole
+                    raise file_limit(error, f"tell the arbiter {message.kind.name}") from error
                 self._forget(channel)
                 if time.monotonic_ns() >= limit:
                     raise ArbiterLost(f"the arbiter cannot be told {message.kind.name}: {error}") from error
@@ -213,9 +223,8 @@ class Channel:
             while True:
                 try:
                     return self._fetch(slot, generation, limit)
-                except fdpass.PassError as error:
-                    self._broken()
-                    raise FileLimit(f"a connection could not be taken over: {error}") from error
+                except FileLimit:
+                    raise
                 except (OSError, ArbiterLost) as error:
                     self._broken()
                     if time.monotonic_ns() >= limit:
@@ -232,10 +241,16 @@ class Channel:
         fdpass.send(channel, wire.pack(message))
         while True:
             _await(channel, limit)
-            data, descriptor = fdpass.receive(channel, wire.LONGEST, wait=False)
+            lost: fdpass.NoRoom | None = None
+            try:
+                data, descriptor = fdpass.receive(channel, wire.LONGEST, wait=False)
+            except fdpass.NoRoom as error:
+                data, descriptor, lost = error.data, None, error
             if not data:
                 raise ConnectionResetError("the arbiter closed the channel")
             answer = wire.unpack(data)
+            if lost is not None and answer.request == message.request:
+                raise FileLimit(f"a connection could not be taken over: {lost}") from lost
             if (answer.request, answer.slot, answer.generation) == (message.request, slot, generation):
                 return descriptor
             if descriptor is not None:  # of a request that was given up
@@ -250,6 +265,15 @@ class Channel:
         os.close(descriptor)  # mapped already
         assert self._socket is not None
         return self._socket
+
+    def somebody_answers(self) -> bool:
+        """Whether an arbiter is there, without starting one."""
+        with contextlib.suppress(OSError, SharedPoolError):
+            channel = launch.connect(self._directory)
+            if channel is not None:
+                channel.close()
+                return True
+        return False
 
     def come_back(self, events: socket.socket, seconds: float = _COME_BACK) -> socket.socket:
         """The event channel `events` ended: gives the one that took its place.

@@ -73,6 +73,15 @@ def permit(
     return Permit(pool, name, NOT_GIVEN, options.check_priority(priority))
 
 
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have had it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def start(dir: str | None = None, app: str | None = None) -> None:  # noqa: A002 - the issue's and the user's word
     """Start the scope's arbiter if none runs; it answers when this returns, and stays while this process lives.
 

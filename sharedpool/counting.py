@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Final
 
-from .layout import FOLD, FOLD_TOTAL, HEADER, MASK64, ROW, ROW_COUNTERS, TOTALS_ROW
+from .layout import FOLD, FOLD_TO, FOLD_TOTAL, HEADER, LINE, MASK64, ROW, ROW_COUNTERS, TOTALS_ROW
 from .stats import BOUNDS
 
 BOUNDS_NS: Final = tuple(round(bound * 1e9) for bound in BOUNDS)
@@ -56,22 +56,33 @@ def fold(w: memoryview[int], row: int) -> None:
     What each total becomes is written down first, with the place that it comes from. Only the arbiter folds.
     """
     finish(w)
-    start, totals = HEADER + ROW * row, HEADER + ROW * TOTALS_ROW
+    start = HEADER + ROW * row
     for offset in range(ROW_COUNTERS, ROW):
-        if w[start + offset]:
-            w[FOLD_TOTAL] = w[totals + offset] + w[start + offset] & MASK64  # may be below zero, after a reset
-            w[FOLD] = (w[FOLD] & ~_PLACE) + _ONE_FOLD | start + offset
-            finish(w)
+        _move(w, start + offset, HEADER + ROW * TOTALS_ROW + offset, 0)
+
+
+def fold_line(w: memoryview[int], line: int, to: int) -> None:
+    """Move all counts of a line to another line, or to a row, and free it; as `fold`. Nobody writes to it any more."""
+    finish(w)
+    for offset in range(ROW_COUNTERS, LINE):
+        _move(w, line + offset, to + offset, to + offset)
+    w[line] = 0
+
+
+def _move(w: memoryview[int], place: int, to: int, noted: int) -> None:
+    """Add one count to its total; `noted` is where that lies, or 0 for the same place of the totals' row."""
+    if w[place]:
+        w[FOLD_TO] = noted
+        w[FOLD_TOTAL] = w[to] + w[place] & MASK64  # may be below zero, after a reset
+        w[FOLD] = (w[FOLD] & ~_PLACE) + _ONE_FOLD | place
+        finish(w)
 
 
 def finish(w: memoryview[int]) -> None:
     """Do what a fold that was broken off had written down."""
-    place = w[FOLD] & _PLACE
-    if place:
-        offset = (place - HEADER) % ROW
-        w[HEADER + ROW * TOTALS_ROW + offset] = w[FOLD_TOTAL]
-        w[place] = 0
-        w[FOLD] = w[FOLD] & ~_PLACE
+    for place, value in on_its_way(w):
+        w[place] = value
+    w[FOLD] = w[FOLD] & ~_PLACE
 
 
 def folding(w: memoryview[int]) -> int:
@@ -79,6 +90,8 @@ def folding(w: memoryview[int]) -> int:
     return w[FOLD]
 
 
-def is_folding(number: int) -> bool:
-    """Whether a count was on its way."""
-    return number & _PLACE != 0
+def on_its_way(w: memoryview[int]) -> tuple[tuple[int, int], ...]:
+    """The count that is being moved: its total's place and what that becomes, its own place and 0. Else nothing."""
+    place = w[FOLD] & _PLACE
+    to = w[FOLD_TO] or HEADER + ROW * TOTALS_ROW + (place - HEADER) % ROW
+    return ((to, w[FOLD_TOTAL]), (place, 0)) if place else ()

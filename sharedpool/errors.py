@@ -97,8 +97,14 @@ class NotSupported(SharedPoolError):
     """This platform or interpreter lacks what the call needs; the message names it."""
 
 
-def file_limit(error: OSError, act: str) -> SharedPoolError:
+#: What the system answers where no descriptor is left, in the process, in the system, or on the way between two.
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
+
+
+def file_limit(error: OSError, act: str, who: str = "this process") -> SharedPoolError:
     """An operating system error while descriptors were made, in our words."""
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS):
-        return FileLimit(f"no descriptor is left to {act}: raise the limit of open files (RLIMIT_NOFILE): {error}")
+    if error.errno in NO_DESCRIPTOR:
+        return FileLimit(
+            f"{who} has no descriptor left to {act}: raise its limit of open files (RLIMIT_NOFILE): {error}"
+        )
     return SharedPoolError(f"the system refused to {act}: {error}")

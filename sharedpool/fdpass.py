@@ -20,6 +20,18 @@ class PassError(OSError):
     """What came was cut off, or had more descriptors than one."""
 
 
+class NoRoom(PassError):
+    """The message came whole, and its descriptor could not be received: the limit of open files.
+
+    Attributes:
+        data: The message. The channel is as good as before.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__("a descriptor could not be received: is the limit of open files (RLIMIT_NOFILE) reached?")
+        self.data = data
+
+
 def send(channel: socket.socket, data: bytes, descriptor: int | None = None, *, wait: bool = False) -> None:
     """Send one message, whole or not at all.
 
@@ -44,7 +56,8 @@ def receive(channel: socket.socket, longest: int, *, wait: bool = True) -> tuple
 
     Raises:
         BlockingIOError: Nothing is there, and `wait` is false, or the socket's timeout is 0.
-        PassError: The message or its descriptors were cut off (the limit of open files), or came in number.
+        NoRoom: No descriptor is left for the one that came (the limit of open files).
+        PassError: The message was cut off, or more descriptors than one came.
     """
     flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
     try:
@@ -58,8 +71,8 @@ def receive(channel: socket.socket, longest: int, *, wait: bool = True) -> tuple
     if len(descriptors) > 1 or answer & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         for descriptor in descriptors:
             os.close(descriptor)
-        if answer & socket.MSG_CTRUNC:
-            raise PassError("a descriptor could not be received: is the limit of open files (RLIMIT_NOFILE) reached?")
+        if not descriptors and not answer & socket.MSG_TRUNC:
+            raise NoRoom(data)
         raise PassError(f"a message came cut off, or with {len(descriptors)} descriptors instead of one at most")
     return data, descriptors[0] if descriptors else None
 

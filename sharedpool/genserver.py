@@ -14,8 +14,9 @@ from typing import Any
 
 from . import layout, options, segment, view
 from .errors import AttachRefused, OptionError
+from .layout import DECLARED_IDLE, DECLARED_MAX
 from .options import NOT_GIVEN, PoolOptions
-from .served import ServedPool
+from .served import ServedPool, declared_in, nanoseconds
 from .stats import PoolStats
 from .wire import Kind, Message
 
@@ -45,7 +46,7 @@ class PoolServer(ServedPool):
         if hooks.get("inherited") is None:
             self.init(wanted, declared_by)
         else:
-            self.declared = wanted.as_dict()
+            self.note_declared({**wanted.as_dict(), **declared_in(self.words)})
             self._alive = not self.stopped
             self._log.warning("pool %r: the arbiter was killed; this one goes on with it", name)
 
@@ -54,10 +55,17 @@ class PoolServer(ServedPool):
     def init(self, wanted: PoolOptions, declared_by: int) -> None:
         """A life of the pool begins: it was made, or is declared again after it was stopped."""
         self.apply(wanted)
-        self.declared = wanted.as_dict()
+        self.declared = {}
+        self.note_declared(wanted.as_dict())
         self.declared_by = declared_by
         self._alive = True
         self._log.debug("pool %r started by process %d (max %d)", self.name, declared_by, wanted.max_connections)
+
+    def note_declared(self, values: Mapping[str, Any]) -> None:
+        """Options were declared; a successor has to know those that an operator may change."""
+        self.declared.update(values)
+        self.words[DECLARED_MAX] = self.declared["max_connections"]
+        self.words[DECLARED_IDLE] = nanoseconds(self.declared["idle_timeout"])
 
     def handle_call(self, request: str, *arguments: Any) -> Any:
         """Answer a question: count, info, max_connections, stats, timeout.

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from .drivers import Driver, named
 from .layout import STAYS, tag_of
+from .lines import COUNTS
 from .native import FILENO, Gate, heed
 
 
@@ -59,18 +60,23 @@ class Route:
     """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO).
 
     `checks` is the driver's active check, where the pool wants it asked; `high` says that its checkouts have high
-    priority.
+    priority. What this process does with the key is counted behind the place `counts`: `reuses`, `takeovers` and
+    `handoffs` are places there.
     """
 
     __slots__ = (
-        "checks", "clean", "driver", "high", "host", "key", "port", "stack", "stays", "sticky", "tag", "urgent",
-        "where",
+        "checks", "clean", "counts", "driver", "handoffs", "high", "host", "key", "port", "reuses", "stack", "stays",
+        "sticky", "tag", "takeovers", "urgent", "where",
     )  # fmt: skip
 
     def __init__(
-        self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool,
+        self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool, counts: int,
         checks: Callable[[Any], bool] | None = None,
     ) -> None:  # fmt: skip
+        self.counts = counts
+        self.reuses = counts + COUNTS["reuses"]
+        self.takeovers = counts + COUNTS["takeovers"]
+        self.handoffs = counts + COUNTS["handoffs"]
         self.driver = driver
         self.host = host
         self.port = port
@@ -90,7 +96,7 @@ class Route:
         if self.urgent is None:
             urgent = Route(
                 self.driver, self.host, self.port, self.key,
-                moves=not self.stays, sticky=self.sticky, checks=self.checks,
+                moves=not self.stays, sticky=self.sticky, counts=self.counts, checks=self.checks,
             )  # fmt: skip
             urgent.stack, urgent.high = self.stack, True
             self.urgent = urgent

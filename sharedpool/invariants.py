@@ -32,6 +32,8 @@ from .layout import (
     IDLE_COUNT,
     KEY,
     LEASED,
+    LINE,
+    LINE_HIGH,
     MAX,
     MAX_PER_KEY,
     NEXT,
@@ -288,10 +290,11 @@ def connections_add_up(table: Table) -> Violations:
     """
     w = table.words
     offsets = range(ROW_CLOSES, ROW_CLOSES + len(REASONS))
-    rows = [HEADER + ROW * row for row in range(table.geometry.rows)]
+    places = [HEADER + ROW * row for row in range(table.geometry.rows)]
+    places += [table.geometry.line_base + LINE * line for line in range(w[LINE_HIGH])]
     opened = ROW_COUNTERS + COUNTERS.index("opened")
-    began = sum(w[at + opened] for at in rows if at != HEADER + ROW * ARBITER_ROW)
-    closed = sum(w[at + offset] for at in rows for offset in offsets)
+    began = sum(w[at + opened] for at in places)
+    closed = sum(w[at + offset] for at in places for offset in offsets)
     alive = [at for _, at, word in slots(table) if word & STATE in (LEASED, IDLE, GRANTED) and not word & BARE]
     there = sum(w[at + OPENED] != 0 for at in alive)
     if began - closed != there:

@@ -7,6 +7,7 @@ wait for. Launchers take turns by a lock; who has to wait finds the arbiter that
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import os
@@ -14,12 +15,13 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import fdpass, scope, wire
-from .errors import ArbiterLost, AttachRefused, RegistryTimeout, StartFailed
+from .errors import NO_DESCRIPTOR, ArbiterLost, AttachRefused, RegistryTimeout, StartFailed, file_limit
 from .wire import Kind, Message
 
 #: A new interpreter needs 0.1 s, beside many busy processes 0.5 s; a machine that needs longer than this is stuck.
@@ -62,7 +64,8 @@ def reach(directory: str, seconds: float) -> socket.socket:
         with _start_lock(directory, limit):
             channel = connect(directory)
             if channel is None:
-                _start(directory, limit)
+                with _starting:
+                    _start(directory, limit)
                 channel = connect(directory)
         if channel is None and time.monotonic() > limit:
             raise StartFailed(f"an arbiter was started in {directory}, but none answers there")
@@ -105,6 +108,8 @@ def ask(
     try:
         fdpass.send(channel, wire.pack(message), descriptor, wait=True)
         data, received = fdpass.receive(channel, wire.LONGEST)
+    except fdpass.NoRoom as error:
+        raise file_limit(OSError(errno.EMFILE, str(error)), "take what the arbiter answers") from error
     except OSError as error:
         raise ArbiterLost(f"the arbiter did not answer a {message.kind.name}: {error}") from error
     if not data:
@@ -179,6 +184,7 @@ def _start_lock(directory: str, limit: float) -> Iterator[None]:
     """Hold the launchers' lock, on the file that is there now: an arbiter that ends takes its files along."""
     while True:
         fd = _lock_file(directory)
+        _lock_fds.add(fd)
         try:
             if _flock(fd, limit) and _is_there(directory, fd):
                 yield
@@ -186,7 +192,37 @@ def _start_lock(directory: str, limit: float) -> Iterator[None]:
             if time.monotonic() > limit:
                 raise StartFailed(f"another process holds {directory}/{scope.START_LOCK} and starts no arbiter")
         finally:
+            _lock_fds.discard(fd)
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open, too
             os.close(fd)
+
+
+#: The launchers' locks that threads of this process have open.
+_lock_fds: set[int] = set()
+#: Held while an arbiter is being started, and while this process forks: a child would have the pipes by which `Popen`
+#: sees that the program runs, which would then wait for the child's end, and the child for the arbiter.
+_starting = threading.RLock()
+
+
+def _before_fork() -> None:
+    _starting.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    with contextlib.suppress(RuntimeError):  # this module was loaded by another thread while the fork was on its way
+        _starting.release()
+
+
+def _after_fork_in_child() -> None:
+    """The lock belongs to the open file, which a child has as well: it would wait for itself, or outlive the parent."""
+    global _starting
+    _starting = threading.RLock()
+    for fd in _lock_fds:
+        os.close(fd)
+    _lock_fds.clear()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def _lock_file(directory: str) -> int:
@@ -269,6 +305,8 @@ def _start(directory: str, limit: float) -> None:
             process.wait()
         said = _read_until_end(reading, limit)
     except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise file_limit(error, "start an arbiter") from error
         raise StartFailed(f"{interpreter()} cannot be run as the arbiter: {error}") from error
     finally:
         os.close(reading)

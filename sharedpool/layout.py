@@ -2,11 +2,12 @@
 
 The memory is one array of 64-bit words, followed by two arrays of 32-bit marks:
 
-    header | rows | slots | cells        (64-bit words)
+    header | rows | slots | cells | lines (64-bit words)
     marks of the slots | kicks of the cells (32-bit)
 
-*Committed* words are the slot words, the cell words, the row words, MAX, RESERVE, MAX_PER_KEY, and in GATE the epoch,
-PAUSED and STOPPED. Everything else is *derived*: it can be rebuilt from them, and `table.repair` does that.
+*Committed* words are the slot words, the cell words, the row words, the line words, MAX, RESERVE, MAX_PER_KEY, and in
+GATE the epoch, PAUSED and STOPPED. Everything else is *derived*: it can be rebuilt from them, and `table.repair` does
+that.
 
 A slot word, from the top: lease serial 12 | generation 28 | holder 16 | flags 4 | state 4. The holder of a GRANTED slot
 is a cell, else a row. (slot, generation) names a connection for ever; (slot, generation, serial) names a lease.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-#: 3 is 2 and MAX_PER_KEY, KEYED, KEYS_OVER; what was there before lies where it lay.
+#: 3 is 2 and MAX_PER_KEY, KEYED, KEYS_OVER, and lines; what was there before lies where it lay.
 LAYOUT: Final = 3
 #: The layouts that this version serves, the oldest first. In an older one what came later is off.
 SERVED: Final = (2, 3)
@@ -63,8 +64,13 @@ MIN_IDLE: Final = 32  # connections of a named key that are to exist
 CHECK_AFTER: Final = 33  # ns; idle longer than this, a driver's active check is asked
 MAX_PER_KEY: Final = 34  # slots that one key may have; 0: no limit
 KEYED: Final = 35  # bumped under such a limit when a slot gets a key, and when somebody joins the queue or is served
+FOLD_TO: Final = 36  # where that total lies, if it is a line's or a line is folded; else 0
+LINE_HIGH: Final = 37  # lines ever used: searches end there
 KEYS_OVER: Final = 40  # 1: keys may have more slots than MAX_PER_KEY since it was lowered; the arbiter's
 NOTED_PER_KEY: Final = 41  # a limit per key that comes into force once the table has the layout for it; 0: none
+MAX_FOREIGN: Final = 42  # 1 + connections of others that a process keeps at hand; ANY_NUMBER: no limit; 0: not said
+DECLARED_MAX: Final = 43  # the cap as it was declared last; an operator may have set another since
+DECLARED_IDLE: Final = 44  # the same of idle_timeout, ns; 0: none
 HEADER: Final = 64
 
 # --- GATE: epoch << 5 | flags. Zero flags: a checkout may take what it finds ------------------------------------------
@@ -90,6 +96,7 @@ ROW_NONCE: Final = 1
 ROW_SINCE: Final = 2
 ROW_SCRAP: Final = 3  # for sections that count where nothing is to be counted
 ROW_COUNTERS: Final = 4
+ROW_ARBITERS: Final = 20  # what only the arbiter counts
 ROW_CLOSES: Final = 36  # by reason, in the order of stats.REASONS
 ROW_EVICTED: Final = 36  # the first of them, counted by `enqueue` itself
 ROW_WAIT_SECONDS: Final = 64  # histograms: 15 buckets, and the sum in ns
@@ -103,6 +110,14 @@ FIRST_ROW: Final = 2
 ROW_FREE: Final = 0
 ROW_LIVE: Final = 1
 ROW_DEAD: Final = 2
+
+# --- lines: word | key | counters | closes by reason, at the offsets that they have in a row --------------------------
+# What one row has counted of one key, and so not in itself: a row has what there was no line for. Lines of TOTALS_ROW
+# are the arbiter's: what the dead had counted, and what it counts itself.
+LINE: Final = 64
+LINE_KEY: Final = 1
+LINE_ROW_SHIFT: Final = 4
+LINE_USED: Final = 1
 
 # --- slots: word | key | since | opened | state version | next free | cause -------------------------------------------
 SLOT: Final = 8
@@ -171,11 +186,12 @@ MANY_TICKETS: Final = 1 << 39
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Geometry:
-    """How many rows, slots and cells a segment has; fixed for its life."""
+    """How many rows, slots, cells and lines a segment has; fixed for its life."""
 
     rows: int
     slots: int
     cells: int
+    lines: int = 0
 
     @property
     def slot_base(self) -> int:
@@ -186,8 +202,12 @@ class Geometry:
         return self.slot_base + SLOT * self.slots
 
     @property
-    def words(self) -> int:
+    def line_base(self) -> int:
         return self.cell_base + CELL * self.cells
+
+    @property
+    def words(self) -> int:
+        return self.line_base + LINE * self.lines
 
     @property
     def marks(self) -> int:

@@ -25,7 +25,7 @@ from time import monotonic, sleep
 from typing import Any, Final
 
 from . import drivers, options
-from .drivers.sockets import Ending, goodbye
+from .drivers.sockets import Ending, break_off
 from .errors import (
     DrainTimeout,
     LeaseError,
@@ -46,12 +46,14 @@ from .stats import (
     ARBITER_COUNTERS,
     BOUNDS,
     COUNTERS,
+    OTHER_KEYS,
     REASONS,
     Histogram,
     KeyStats,
     PoolStats,
     from_closes,
     from_counts,
+    key_counters,
 )
 
 log = logging.getLogger("sharedpool")
@@ -62,6 +64,8 @@ OPENING, LEASED, GRANTED, IDLE, CLOSING, FREE = "opening", "in_use", "granted", 
 _WATCHES_ENDS: Final = sys.platform == "linux"
 #: Who waits looks up so often, s: a forgotten lease is only noted by its finalizer, which can wake nobody.
 _LOOK_UP: Final = 0.2
+#: So many addresses are counted one by one.
+_MOST_KEYS: Final = 2048
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,6 +139,11 @@ class _Slot:
         route = self.route
         return route.driver.connects and address in (None, (route.driver.name, route.host, route.port))
 
+    @property
+    def counts(self) -> bool:
+        """Whether this is an open connection, not yet closed to the end."""
+        return self.watch is not None and self.state != OPENING
+
     def let_go(self) -> None:
         """Close the pool's own descriptor, and only that."""
         if self.watch is not None:
@@ -206,29 +215,49 @@ class LocalPool:
         self._queue: collections.deque[_Waiter] = collections.deque()
         self._dropped: collections.deque[tuple[_Slot, int]] = collections.deque()
         self._serial = 0
-        self.counters = collections.Counter(dict.fromkeys((*COUNTERS, *ARBITER_COUNTERS), 0))
-        self.closes = collections.Counter(dict.fromkeys(REASONS, 0))
-        self._seconds = {name: Durations() for name in ("wait_seconds", "connect_seconds", "lease_seconds")}
+        self._count_anew()
         self.hooks = Hooks(name)
         self.on_checkout = self.hooks.of("checkout")
         self.noting = False
         self.places: dict[int, Any] = {}
         self.welcome: Mapping[str, Any] = {}
 
+    def _count_anew(self) -> None:
+        self.counters = collections.Counter(dict.fromkeys((*COUNTERS, *ARBITER_COUNTERS), 0))
+        self.closes = collections.Counter(dict.fromkeys(REASONS, 0))
+        self._by_key: dict[str, tuple[collections.Counter[str], collections.Counter[str]]] = {}
+        self._seconds = {name: Durations() for name in ("wait_seconds", "connect_seconds", "lease_seconds")}
+
+    def _count(self, name: str, route: LocalRoute, by: int = 1) -> None:
+        self.counters[name] += by
+        self._of_key(route)[0][name] += by
+
+    def _of_key(self, route: LocalRoute) -> tuple[collections.Counter[str], collections.Counter[str]]:
+        """The counters of a key, and its closes."""
+        where = route.where
+        if where not in self._by_key and len(self._by_key) >= _MOST_KEYS:
+            where = OTHER_KEYS
+        return self._by_key.setdefault(where, (collections.Counter(), collections.Counter(dict.fromkeys(REASONS, 0))))
+
     def own_counters(self) -> dict[str, int]:
         """What a worker counts."""
         return {**{name: self.counters[name] for name in COUNTERS}, **from_closes(self.closes)}
 
     def key_stats(self) -> dict[str, KeyStats]:
-        """Connections by state, and waiters, of every address in use."""
+        """The numbers of every address that was used."""
         with self._lock:
             self._tidy()
             counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
             for slot in self.slots:
                 counts[slot.route.where][slot.state] += 1
+                counts[slot.route.where]["connections"] += slot.counts
             for waiter in self._queue:
                 counts[waiter.route.where]["waiting"] += 1
-            return {where: KeyStats(**count) for where, count in counts.items()}
+            closes: dict[str, dict[str, int]] = {}
+            for where, (counters, closed) in self._by_key.items():
+                counts[where].update(key_counters(counters))
+                closes[where] = dict(closed)
+            return {where: KeyStats(**count, closes=closes.get(where, {})) for where, count in counts.items()}
 
     def route(self, transport: str, host: str, port: int) -> LocalRoute:
         """The route for an address; equal addresses give equal ones."""
@@ -251,7 +280,7 @@ class LocalPool:
             if self._queue:
                 longest = monotonic() - min(waiter.since for waiter in self._queue)
                 more.update(longest_wait=longest, longest_wait_pid=os.getpid())
-            more["connections"] = sum(slot.watch is not None and slot.state != OPENING for slot in self.slots)
+            more["connections"] = sum(slot.counts for slot in self.slots)
             return from_counts(
                 self.name, self.options.max_connections, states, self.counters, len(self._queue), 1, self.closes, **more
             )
@@ -278,7 +307,7 @@ class LocalPool:
                     slot.word = 0
                     self._close(slot, "check_failed")
                 lease.word = 0
-                self.counters[slot.way] -= 1
+                self._count(slot.way, route, -1)
                 self._serve()
             return self.checkout(route, None if limit is None else max(0.0, limit - monotonic()), connect_timeout)
         lease.conn = slot.conn
@@ -368,9 +397,9 @@ class LocalPool:
         opens = slot.conn is None and slot.route.driver.connects
         if slot.conn is not None:
             slot.way = "handoffs" if slot.state == GRANTED else "reuses"
-            self.counters[slot.way] += 1
+            self._count(slot.way, slot.route)
         else:
-            self.counters["attempts" if opens else "opens"] += 1
+            self._count("attempts" if opens else "opens", slot.route)
         slot.move(OPENING if opens else LEASED)
         slot.thread = get_ident()
         slot.reported = False
@@ -386,20 +415,20 @@ class LocalPool:
         except BaseException:
             with self._lock:
                 lease.word = 0
-                self.counters["open_failures"] += 1
+                self._count("open_failures", slot.route)
                 self._free(slot)
                 self._serve()
             raise
         with self._lock:
             slot.move(LEASED)
             slot.idle = 0.0
-            self.counters["opened"] += 1
+            self._count("opened", slot.route)
             self._seconds["connect_seconds"].add(monotonic() - began)
             if slot.word != lease.word:
                 lease.word = 0
                 self._give_back(slot, keep=False)
                 raise LeaseError("the pool was closed while this connection was being opened")
-            self.counters[way] += 1
+            self._count(way, slot.route)
         self.hooks.tell("open", slot.route.where)
 
     def _wait(self, route: LocalRoute, limit: float | None) -> _Slot:
@@ -410,7 +439,7 @@ class LocalPool:
             raise self._full()
         waiter = _Waiter(route, threading.Condition(self._lock))
         self._join(waiter)
-        self.counters["waits"] += 1
+        self._count("waits", route)
         try:
             self._serve()
             while waiter.slot is None and not waiter.stopped and (limit is None or monotonic() < limit):
@@ -451,7 +480,7 @@ class LocalPool:
     def _leave(self, waiter: _Waiter) -> None:
         """Leave the queue, passing on what was granted meanwhile."""
         if waiter.slot is not None:
-            self.counters["unwanted"] += 1
+            self._count("unwanted", waiter.route)
             self._give_back(waiter.slot, keep=True)
         elif waiter in self._queue:
             self._queue.remove(waiter)
@@ -493,7 +522,7 @@ class LocalPool:
         return TooManyWaiting(text, stats=stats, pool=self.name)
 
     def _timeout(self, route: LocalRoute) -> PoolTimeout:
-        self.counters["timeouts"] += 1
+        self._count("timeouts", route)
         stats = self.stats()
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
         if self.paused:
@@ -562,6 +591,7 @@ class LocalPool:
         """Begin to close a connection; its permit is free once the remote has closed, too."""
         assert slot.watch is not None
         self.closes[reason] += 1
+        self._of_key(slot.route)[1][reason] += 1
         self.hooks.log.debug("closed a connection to %s: %s", slot.route.where, reason)
         self.hooks.tell("close", reason)
         slot.ending = Ending(slot.watch)
@@ -580,8 +610,8 @@ class LocalPool:
                 slot.look = min(slot.give_up, now + slot.ending.pause())
                 return
             slot.ending.force()
-            self.counters["closed_unconfirmed"] += 1
-        self.counters["closed"] += 1
+            self._count("closed_unconfirmed", slot.route)
+        self._count("closed", slot.route)
         self._closing.remove(slot)
         self._free(slot)
 
@@ -595,7 +625,7 @@ class LocalPool:
         while self._dropped:
             slot, word = self._dropped.popleft()
             if slot.word == word:
-                self.counters["dropped"] += 1
+                self._count("dropped", slot.route)
                 self._give_back(slot, keep=False)
         now = monotonic()
         if self.options.idle_timeout is not None:
@@ -636,7 +666,7 @@ class LocalPool:
         for slot in [slot for slot in self.slots if slot.state == LEASED and now - slot.since > limit]:
             if not slot.reported:
                 slot.reported = True
-                self.counters["abandoned"] += 1
+                self._count("abandoned", slot.route)
                 log_of_pool = logging.getLogger(f"sharedpool.pool.{self.name}")
                 log_of_pool.warning(
                     "pool %r: abandoned: thread %d has held a lease to %s for %.1f s (lease_timeout %g)", self.name,
@@ -665,7 +695,9 @@ class LocalPool:
     def reset_stats(self) -> None:
         """Every counter starts from zero."""
         with self._lock:
-            self.counters.update({name: -value for name, value in self.counters.items()})
+            self._count_anew()
+            for slot in self.slots:  # what is open now was opened
+                self._count("opened", slot.route, slot.counts)
 
     def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> int:
         """Close idle connections now and leased ones at their checkin; with `seconds`, wait until they have ended."""
@@ -692,7 +724,7 @@ class LocalPool:
             slot.doomed = True
             if kill and slot.watch is not None:
                 with contextlib.suppress(OSError):
-                    slot.watch.shutdown(goodbye(slot.watch))
+                    break_off(slot.watch)
 
     def _await_end(self, chosen: list[_Slot], number: int, seconds: float) -> None:
         limit = monotonic() + seconds

@@ -33,7 +33,7 @@ from .genserver import PoolServer
 from .options import check_pool_name
 from .policies import Drain
 from .served import Later
-from .stats import PoolStats
+from .stats import OTHER_KEYS, PoolStats
 
 T = TypeVar("T")
 
@@ -187,7 +187,7 @@ class Registry:
         return self._with(name, _leases)
 
     def keys(self, name: str) -> list[dict[str, Any]]:
-        """The keys in use: where they lead, slots by state, and how many wait."""
+        """The keys: where they lead, slots by state, how many wait, and counters, as in KeyStats."""
         return self._with(name, _keys)
 
     def _with(self, name: str, use: Callable[[PoolServer], T]) -> T:
@@ -265,7 +265,7 @@ def _workers(pool: PoolServer) -> list[dict[str, Any]]:
             "row": row,
             "age": (now - w[layout.HEADER + layout.ROW * row + layout.ROW_SINCE]) / 1e9,
             "leases": leases[row],
-            "counters": view.row_counters(w, row),
+            "counters": view.row_counts(w, geometry, row)[0],
         }
         for row in view.live_rows(w, geometry)
     ]
@@ -287,12 +287,17 @@ def _leases(pool: PoolServer) -> list[dict[str, Any]]:
 
 def _keys(pool: PoolServer) -> list[dict[str, Any]]:
     found = view.keys(pool.words, pool.segment.geometry)
-    rows = [{"key": _key_name(pool, key), **dataclasses.asdict(numbers)} for key, numbers in found.items()]
+    rows = [
+        {"key": _key_name(pool, key), "checkouts": numbers.checkouts, **dataclasses.asdict(numbers)}
+        for key, numbers in found.items()
+    ]
     return sorted(rows, key=lambda row: str(row["key"]))
 
 
 def _key_name(pool: PoolServer, key: int) -> str:
     """Where a key leads, or its number, if nobody who knows has said so."""
+    if not key:
+        return OTHER_KEYS
     return pool.key_names.get(key, f"#{key:016x}")
 
 
@@ -464,6 +469,7 @@ def _reset_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # memory that is not to be had is an error
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 

@@ -127,8 +127,8 @@ def any_set(address: int, words: int) -> Call:
     return Call(bound("memcmp", at(address), zeros, 4 * words))
 
 
-def finder(address: int) -> Callable[[int, int, int], int]:
-    """find(tag, start, stop) over the 32-bit marks at `address`: the first equal one's index, or -1.
+def finder(address: int, marks: int) -> Callable[[int, int, int], int]:
+    """find(tag, start, stop) over so many 32-bit marks at `address`: the first equal one's index, or -1.
 
     wmemchr looks at 8 marks per instruction: 1,000 cost 0.2 us more than one. A wchar_t of 32 bits is checked once.
     """
@@ -139,6 +139,8 @@ def finder(address: int) -> Callable[[int, int, int], int]:
     function.restype = ctypes.c_void_p
 
     def find(tag: int, start: int, stop: int) -> int:
+        if stop > marks:  # damaged, and to be mended by whoever finds it
+            stop = marks
         if stop <= start:
             return -1
         found = function(address + 4 * start, tag, stop - start)

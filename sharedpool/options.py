@@ -150,6 +150,7 @@ RULES: Final[Mapping[str, _Rule]] = {
     "min_idle": _Count(0, MOST_CONNECTIONS),
     "check": _Choice(("poll", "none", "active")),
     "check_after": _Seconds(zero=True),
+    "max_foreign": _Count(0, MOST_CONNECTIONS, none=True),
 }
 
 #: hackney's names.
@@ -200,6 +201,8 @@ class PoolOptions:
             asked; "none": nothing; "active": as "poll" and, where the transport's driver has a check of its own (tcp
             and unix have none), that one too, for connections that were idle for longer than check_after.
         check_after: Seconds.
+        max_foreign: A process keeps at hand so many connections that others use or have left idle, the most recently
+            used, and takes them over without asking the arbiter; each costs it two descriptors. None: no limit.
     """
 
     max_connections: int = 50
@@ -220,6 +223,7 @@ class PoolOptions:
     min_idle: int = 0
     check: str = "poll"
     check_after: float = 30.0
+    max_foreign: int | None = 64
 
     @property
     def patience(self) -> float | None:
@@ -261,6 +265,14 @@ def check(option: str, value: Any, source: str = "the call") -> Any:
         return rule.check(value)
     except (ValueError, TypeError, OverflowError):
         raise _refusal(option, value, source, rule.allowed) from None
+
+
+def allows(option: str, value: Any) -> bool:
+    """Whether an option may have this value; NOT_GIVEN always."""
+    try:
+        return value is NOT_GIVEN or RULES[option].check(value) == value
+    except (ValueError, TypeError, OverflowError):
+        return False
 
 
 def _refusal(option: str, value: Any, source: str, allowed: str) -> OptionError:

@@ -105,6 +105,9 @@ class _Shared:
 
 
 _sharing = threading.Lock()
+#: Held while modules are loaded at the first use, and while this process forks: a child would wait for ever for a
+#: module that a thread of its parent was loading.
+_loading = threading.RLock()
 _shared: dict[tuple[str, str], _Shared] = {}
 
 
@@ -186,8 +189,9 @@ class _Handle(Generic[T]):
             from . import local
 
             return local.attach(self.name, self._given, app=self._app, update=self._update)
-        from . import scope
-        from .attachment import Attachment
+        with _loading:
+            from . import scope
+            from .attachment import Attachment
 
         directory = scope.directory_for(os.environ, app=self._app)
         ours = {name: value for name, value in self._given.items() if name not in options.OF_THE_HANDLE}
@@ -287,10 +291,8 @@ class _Handle(Generic[T]):
         self, host: str, port: int, transport: str | None,
         checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> Lease[T]:  # fmt: skip
-        attached = self._attached
-        if attached is None:
-            attached = self.open()._attached
-            assert attached is not None
+        attached = self._attached or self.open()._attached
+        assert attached is not None
         try:
             route = self._routes[transport or self.transport, host, port]
         except (KeyError, TypeError):
@@ -499,9 +501,10 @@ class _Handle(Generic[T]):
         return {} if attached is None else attached.own_counters()
 
     def key_stats(self) -> dict[str, KeyStats]:
-        """Connections by state, and waiters, over all processes, of every address that this process has used.
+        """The numbers of every address that this process has used, over all processes, by `tcp://host:port`.
 
-        By `tcp://host:port`. Counters are kept per pool and per worker, not per key.
+        "other" has what belongs to no address, or to one beyond the 2,048 lines that a pool has for pairs of a process
+        and an address; it is missing while that is nothing.
         """
         attached = self._attached or self.open()._attached
         assert attached is not None
@@ -654,19 +657,26 @@ def close_all() -> None:
         pool.close()
 
 
+def _before_fork() -> None:
+    _loading.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    _loading.release()
+
+
 def _after_fork_in_child() -> None:
-    global _sharing
+    global _sharing, _loading
     _sharing = threading.Lock()
+    _loading = threading.RLock()
     _shared.clear()
-    attachment = sys.modules.get(__package__ + ".attachment")
-    if attachment is not None:
-        attachment.forked()
-    local = sys.modules.get(__package__ + ".local")
-    if local is not None:
-        local.forked()
+    for name in ("attachment", "local"):
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None:
+            module.forked()
     for pool in list(_pools):
         pool.forget()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -29,6 +29,7 @@ from .layout import (
     IDLE_COUNT,
     KEY,
     MANY_TICKETS,
+    MASK64,
     MAX,
     MAX_PER_KEY,
     NEXT,
@@ -56,6 +57,7 @@ from .layout import (
     tag_of,
     ticket_of,
 )
+from .sanity import mend
 
 
 def rebuild(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> None:
@@ -63,13 +65,14 @@ def rebuild(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> N
 
     Every plan made before is made void: VER and the epoch move on.
     """
+    mend(w, geometry)
     granted = _slots(w, marks, geometry)
     _cells(w, geometry, granted)
     over = OVER if w[USED] > w[MAX] else 0
     queued = QUEUED if w[HEAD] else 0
     reserving = RESERVING if w[RESERVE] or w[MAX_PER_KEY] else 0
-    w[GATE] = ((w[GATE] & -EPOCH) + EPOCH) | (w[GATE] & (PAUSED | STOPPED)) | queued | over | reserving
-    w[VER] = w[VER] + 1
+    w[GATE] = ((w[GATE] & -EPOCH) + EPOCH) & MASK64 | (w[GATE] & (PAUSED | STOPPED)) | queued | over | reserving
+    w[VER] = w[VER] + 1 & MASK64
 
 
 def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> dict[int, int]:
@@ -100,7 +103,7 @@ def _slots(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> di
         if word & STATE == FREE:
             w[at + NEXT_FREE] = free
             free = at
-    for index in range(high, max(high, w[HIGH])):
+    for index in range(high, min(geometry.slots, max(high, w[HIGH]))):
         marks[index] = 0
     w[USED] = used
     w[IDLE_COUNT] = idle if w[RESERVE] or w[MAX_PER_KEY] else 0

@@ -36,7 +36,6 @@ from .layout import (
     PAUSED,
     QUEUED,
     RESERVING,
-    ROW_CLOSES,
     SINCE,
     STATE,
     STAYS,
@@ -44,8 +43,8 @@ from .layout import (
     generation_of,
     with_state,
 )
+from .lines import CLOSES, Lines
 from .segment import Segment
-from .stats import REASONS
 from .table import BUSY, DONE, Table
 
 #: What a connection keeps of its slot's word when it is granted: serial, generation, and whether it stays.
@@ -63,7 +62,7 @@ class Returns:
         table: The table, as this process's row.
         segment: For the places where waiters sleep.
         tell_close: Called with a slot's number and generation after it went CLOSING.
-        discarded: The place where a close is counted for which no other reason is given.
+        lines: Where closes are counted.
         own_waiter: Gives the cell of this process that has waited longest for a key, and its word; or (0, 0).
     """
 
@@ -72,15 +71,14 @@ class Returns:
         table: Table,
         segment: Segment,
         tell_close: Callable[[int, int], None],
-        discarded: int,
+        lines: Lines,
         own_waiter: Callable[[int], tuple[int, int]],
     ) -> None:
         self._table = table
         self.words = self._words = table.words
         self._segment = segment
         self._tell_close = tell_close
-        self._discarded = discarded
-        self.reasons = {name: table.row_at + ROW_CLOSES + index for index, name in enumerate(REASONS)}
+        self._lines = lines
         self._own_waiter = own_waiter
         self._cells = table.cell_base
         self._wakers: dict[int, Any] = {}
@@ -135,7 +133,7 @@ class Returns:
             over = gate & OVER or (gate & RESERVING and self._is_over(route))
             if seen & DOOMED or over or gate & STOPPED:
                 reason = "stopped" if gate & STOPPED else "over_limit" if over else "doomed"
-                result = self._close(at, seen, now, self.reasons[reason])
+                result = self._close(at, seen, now, reason)
                 outcome = CLOSED
             elif not gate & QUEUED or gate & PAUSED:
                 outcome = with_state(seen, IDLE) | route.stays
@@ -174,7 +172,7 @@ class Returns:
                     outcome = with_state(seen, IDLE) | route.stays
                     return self._table.put_idle(at, seen, outcome, gate, route.tag, now), outcome
         if not fits:
-            return self._close(at, seen, now, self.reasons["evicted"]), CLOSED
+            return self._close(at, seen, now, "evicted"), CLOSED
         return self._hand(at, seen, seen, head, waits, gate, now, 0, most and most + 1), GIVEN
 
     def _is_over(self, route: Route) -> bool:
@@ -194,7 +192,7 @@ class Returns:
             outcome = with_state(seen, IDLE) | route.stays
             return self._put_idle(at, seen, outcome, gate, route.tag, now, keyed=keyed), outcome
         if key != route.key or (route.stays and (waits & CELL_ROW) >> CELL_ROW_SHIFT != self._table.row):
-            return self._close(at, seen, now, self.reasons["evicted"]), CLOSED
+            return self._close(at, seen, now, "evicted"), CLOSED
         most = view.share_for(w, gate, waits)
         return self._hand(at, seen, seen, cell, waits, gate, now, 0, most and most + 1, keyed), GIVEN
 
@@ -276,7 +274,7 @@ class Returns:
             return self._table.free(at, seen, gate, 0, head, waits, most)
         return self._hand(at, seen, seen, head, waits, gate, monotonic_ns(), BARE, most and most + 1, keyed)
 
-    def closed(self, at: int, word: int, limit: int, reason: str = "") -> int:
+    def closed(self, at: int, word: int, limit: int, reason: str = "discarded") -> int:
         """End a lease by closing its connection; the permit goes on once the remote has closed, too.
 
         Args:
@@ -292,30 +290,25 @@ class Returns:
             LeaseError: The slot is no longer this lease's.
         """
         patience = Patience(limit)
-        counter = self.reasons.get(reason, self._discarded)
         while True:
-            result = self._close(at, self._check(at, word), monotonic_ns(), counter)
+            result = self._close(at, self._check(at, word), monotonic_ns(), reason)
             if result == DONE:
                 return CLOSED
             if result == BUSY and not patience.wait():
                 return LATER
 
-    def _close(self, at: int, seen: int, now: int, counter: int) -> int:
-        result = self._table.close(at, seen, self.words[at + SINCE], 0, counter, now)
+    def _close(self, at: int, seen: int, now: int, reason: str) -> int:
+        w = self.words
+        counter = self._lines.place(w[at + KEY]) + CLOSES[reason]
+        result = self._table.close(at, seen, w[at + SINCE], 0, counter, now)
         if result == DONE:
             self._tell_close(self._table.slot_index(at), generation_of(seen))
         return result
 
-    def evict(self, at: int, counter: int) -> int:
+    def evict(self, at: int) -> int:
         """Close an idle connection for its permit, while this process waits at the head of the queue."""
-        w = self.words
-        seen = w[at]
-        if seen & STATE != IDLE:
-            return 0
-        result = self._table.close(at, seen, w[at + SINCE], 0, counter, monotonic_ns())
-        if result == DONE:
-            self._tell_close(self._table.slot_index(at), generation_of(seen))
-        return result
+        seen = self.words[at]
+        return self._close(at, seen, monotonic_ns(), "evicted") if seen & STATE == IDLE else 0
 
     def _check(self, at: int, word: int) -> int:
         """The slot's word now, which may have got DOOMED since the lease began."""

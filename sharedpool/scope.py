@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from .errors import StartFailed
+from .errors import NO_DESCRIPTOR, StartFailed, file_limit
 from .options import check_app_name
 
 ARBITER_SOCKET = "arbiter.sock"
@@ -144,6 +144,8 @@ def open_directory(path: str) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise file_limit(error, f"open the runtime directory {path}") from error
         raise StartFailed(
             f"the runtime directory {path} cannot be used (a symbolic link is refused): {error}"
         ) from error

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import layout, mutex
-from .errors import AttachRefused, StartFailed
+from .errors import NO_DESCRIPTOR, AttachRefused, SharedPoolError, StartFailed, file_limit
 from .layout import Geometry
 from .native import Call, finder, waker
 from .table import Table
@@ -132,7 +132,9 @@ class Segment:
 
     def table(self, row: int) -> Table:
         """The table, storing as `row`."""
-        return Table(self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address))
+        return Table(
+            self.words, self.marks, self.mutex, self.geometry, row, finder(self.marks_address, self.geometry.slots)
+        )
 
     def kick_address(self, cell_at: int) -> int:
         """Where the sleeper of a cell sleeps."""
@@ -162,19 +164,33 @@ def create(pool: str, geometry: Geometry, scope: str = "") -> Segment:
     """Make a segment, all of its memory allocated: a hole on a full tmpfs would be SIGBUS in somebody's worker.
 
     Raises:
-        StartFailed: The memory is not to be had.
+        StartFailed: The memory is not to be had; FileLimit: nor a descriptor for it.
     """
     size = _HEADER_BYTES + geometry.size
     try:
         fd = os.memfd_create(name(scope, pool), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
-        raise StartFailed(f"no shared memory for pool {pool!r}: memfd_create: {error}") from error
+        raise _no_memory(error, pool, size) from error
     try:
-        os.posix_fallocate(fd, 0, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        return _fill(fd, size, pool, geometry)
     except OSError as error:
         os.close(fd)
-        raise StartFailed(f"no shared memory for pool {pool!r} ({size} bytes): {error}") from error
+        raise _no_memory(error, pool, size) from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _no_memory(error: OSError, pool: str, size: int) -> SharedPoolError:
+    if error.errno in NO_DESCRIPTOR:
+        return file_limit(error, f"make pool {pool!r}", "the arbiter")
+    return StartFailed(f"no shared memory for pool {pool!r} ({size} bytes): {error}")
+
+
+def _fill(fd: int, size: int, pool: str, geometry: Geometry) -> Segment:
+    """Allocate, seal and lay out a new segment."""
+    os.posix_fallocate(fd, 0, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     facts = {
         **identity(),
         "layout": layout.LAYOUT,
@@ -183,6 +199,7 @@ def create(pool: str, geometry: Geometry, scope: str = "") -> Segment:
         "rows": geometry.rows,
         "slots": geometry.slots,
         "cells": geometry.cells,
+        "lines": geometry.lines,
     }
     text = json.dumps(facts).encode()
     if len(text) > _HEADER_BYTES - _FACTS_AT:
@@ -233,8 +250,9 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any], int]:
         raise AttachRefused(f"the segment's header is damaged: {length} bytes of facts, {size} of {status.st_size}")
     try:
         facts = json.loads(os.pread(fd, length, _FACTS_AT))
-        numbers = (facts["rows"], facts["slots"], facts["cells"])
-        whole = all(type(number) is int and number > 0 for number in numbers) and isinstance(facts["pool"], str)
+        numbers = (facts["rows"], facts["slots"], facts["cells"], facts.get("lines", 0))
+        whole = all(type(number) is int and number >= 0 for number in numbers) and all(numbers[:3])
+        whole = whole and isinstance(facts["pool"], str)
         sound = whole and _HEADER_BYTES + Geometry(*numbers).size == size and len(bytes.fromhex(facts["secret"])) == 16
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AttachRefused(f"the segment's header is damaged: {error!r}") from error
@@ -244,7 +262,7 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any], int]:
 
 
 def _map(fd: int, size: int, facts: Mapping[str, Any], version: int) -> Segment:
-    geometry = Geometry(facts["rows"], facts["slots"], facts["cells"])
+    geometry = Geometry(facts["rows"], facts["slots"], facts["cells"], facts.get("lines", 0))
     memory = mmap.mmap(fd, size)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     view = memoryview(memory)

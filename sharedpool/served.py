@@ -17,7 +17,7 @@ from typing import Any, Final
 from . import counting, view
 from . import options as rules
 from . import segment as segments
-from .drivers.sockets import Ending, goodbye
+from .drivers.sockets import Ending, break_off
 from .errors import OptionError
 from .layout import (
     ACTIVE,
@@ -36,6 +36,9 @@ from .layout import (
     CHECK_AFTER,
     CLOSE_TIMEOUT,
     CLOSING,
+    DECLARED_IDLE,
+    DECLARED_MAX,
+    DIRTY,
     DOOMED,
     FIRST_ROW,
     FREE,
@@ -60,6 +63,7 @@ from .layout import (
     MANY_TICKETS,
     MASK64,
     MAX,
+    MAX_FOREIGN,
     MAX_IDLE,
     MAX_LIFETIME,
     MAX_PER_KEY,
@@ -72,8 +76,9 @@ from .layout import (
     PAUSED,
     RECLAIM,
     RESERVE,
+    RESERVING,
     ROW,
-    ROW_CLOSES,
+    ROW_ARBITERS,
     ROW_COUNTERS,
     ROW_DEAD,
     ROW_FREE,
@@ -90,7 +95,6 @@ from .layout import (
     STOPPED,
     STRICT,
     TICKET,
-    TOTALS_ROW,
     UNPOLLED,
     USED,
     VER,
@@ -104,9 +108,11 @@ from .layout import (
     tag_of,
     with_state,
 )
+from .lines import CLOSES, COUNTS, Lines
 from .options import NOT_GIVEN, PoolOptions
 from .policies import COUNT_EVERY, Drain, Policies
-from .stats import ARBITER_COUNTERS, COUNTERS, REASONS
+from .sanity import damage
+from .stats import ARBITER_COUNTERS
 from .table import DONE, STALE, NoLease
 from .view import row_pid, stats, steal_after
 from .wire import LONGEST_NAME, Kind, Message, WireError
@@ -115,6 +121,7 @@ log = logging.getLogger("sharedpool.arbiter")
 
 ROWS: Final = 1024
 CELLS: Final = 16_384
+LINES: Final = 2048
 LEAST_SLOTS: Final = 1024
 
 #: A grant not taken for so long goes to the next waiter, ns.
@@ -133,7 +140,7 @@ MOST_KEY_NAMES: Final = 40_000
 
 _TRIES: Final = 40
 _CLOSE_WAIT: Final = 8
-_COUNTER: Final = {name: index for index, name in enumerate(ARBITER_COUNTERS)}
+_COUNTER: Final = {name: ROW_ARBITERS + index for index, name in enumerate(ARBITER_COUNTERS)}
 _NOBODY: Final = NoLease()
 
 
@@ -163,30 +170,60 @@ class Closing:
 
 
 def options_in(w: memoryview[int]) -> PoolOptions:
-    """The options that are in force in a table: what `apply` wrote down."""
+    """The options that are in force in a table: what `apply` wrote down; the default for what cannot be one."""
+    found = _options_in(w)
+    wrong = {name for name, value in found.items() if not rules.allows(name, value)}
+    sound = {name: value for name, value in found.items() if name not in wrong}
+    if sound.get("max_foreign") is NOT_GIVEN:  # of a version that had no such option
+        del sound["max_foreign"]
+    if "reserve" in sound:  # its arbiter may have been killed between the two
+        sound["reserve"] = min(sound["reserve"], int(sound.get("max_connections", PoolOptions().max_connections)) - 1)
+    return rules.make(sound)
+
+
+def _options_in(w: memoryview[int]) -> dict[str, Any]:
     flags = w[RULES]
 
     def seconds(at: int) -> float | None:
         return w[at] / 1e9 if w[at] else None
 
-    return PoolOptions(
-        max_connections=w[MAX],
-        max_waiting=None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
-        max_per_key=w[MAX_PER_KEY] or w[NOTED_PER_KEY] or None,
-        reserve=min(w[RESERVE], w[MAX] - 1),  # its arbiter may have been killed between the two
-        idle_timeout=seconds(IDLE_TIMEOUT),
-        close_timeout=seconds(CLOSE_TIMEOUT) or 1.0,
-        steal_after=NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
-        move=bool(flags & CAN_MOVE),
-        order="sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
-        max_idle=None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
-        max_lifetime=seconds(MAX_LIFETIME),
-        lease_timeout=seconds(LEASE_TIMEOUT),
-        reclaim=bool(flags & RECLAIM),
-        min_idle=w[MIN_IDLE],
-        check="none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
-        check_after=seconds(CHECK_AFTER) or 0.0,
-    )
+    return {
+        "max_connections": w[MAX],
+        "max_waiting": None if w[MAX_WAITING] == ANY_NUMBER else w[MAX_WAITING],
+        "max_per_key": w[MAX_PER_KEY] or w[NOTED_PER_KEY] or None,
+        "reserve": w[RESERVE],
+        "idle_timeout": seconds(IDLE_TIMEOUT),
+        "close_timeout": seconds(CLOSE_TIMEOUT) or 1.0,
+        "steal_after": NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
+        "move": bool(flags & CAN_MOVE),
+        "order": "sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
+        "max_foreign": None if w[MAX_FOREIGN] == ANY_NUMBER else w[MAX_FOREIGN] - 1 if w[MAX_FOREIGN] else NOT_GIVEN,
+        "max_idle": None if w[MAX_IDLE] == MASK64 else w[MAX_IDLE],
+        "max_lifetime": seconds(MAX_LIFETIME),
+        "lease_timeout": seconds(LEASE_TIMEOUT),
+        "reclaim": bool(flags & RECLAIM),
+        "min_idle": w[MIN_IDLE],
+        "check": "none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
+        "check_after": seconds(CHECK_AFTER) or 0.0,
+    }
+
+
+def _foreign_word(number: int | None) -> int:
+    return ANY_NUMBER if number is None else number + 1
+
+
+#: The words of the options.
+_RULE_WORDS: Final = (
+    MAX, RESERVE, MAX_WAITING, IDLE_TIMEOUT, CLOSE_TIMEOUT, STEAL_AFTER, RULES, MAX_IDLE, MAX_LIFETIME, LEASE_TIMEOUT,
+    MIN_IDLE, CHECK_AFTER, MAX_FOREIGN,
+)  # fmt: skip
+
+
+def declared_in(w: memoryview[int]) -> dict[str, Any]:
+    """Those options of a table that an operator may have changed, as they were declared."""
+    if not w[DECLARED_MAX]:  # its arbiter was killed before it came so far
+        return {}
+    return {"max_connections": w[DECLARED_MAX], "idle_timeout": w[DECLARED_IDLE] / 1e9 if w[DECLARED_IDLE] else None}
 
 
 def nanoseconds(seconds: float | None) -> int:
@@ -199,7 +236,7 @@ def geometry_for(maximum: int) -> Geometry:
     slots = LEAST_SLOTS
     while slots < 2 * maximum:
         slots *= 2
-    return Geometry(ROWS, min(slots, 32_768), CELLS)
+    return Geometry(ROWS, min(slots, 32_768), CELLS, LINES)
 
 
 class ServedPool:
@@ -246,9 +283,11 @@ class ServedPool:
         self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
         self.expected: set[int] = set()
         self._unbacked = False
-        self._inherited_at = 0 if inherited is None else clock()
+        self._inherited: dict[int, int] | None = None  # generations: connections of which there may be no descriptor
         self.table = self.segment.table(ARBITER_ROW)
         self.words = self.table.words
+        counting.finish(self.words)
+        self.lines = Lines(self.table)
         self.held: dict[int, Held] = {}
         self.closings: dict[int, Closing] = {}
         self.key_names: dict[int, str] = {}
@@ -267,6 +306,8 @@ class ServedPool:
         self._watch_at = 0
         self._served = (0, 0, 0)
         self._cap_said = -_SAY_EVERY
+        self._damage = ""
+        self._rules = self._rule_words()
         self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
         self._log = logging.getLogger(f"sharedpool.pool.{name}")
@@ -303,9 +344,12 @@ class ServedPool:
                 return
         raise Later
 
-    def _count(self, name: str, by: int = 1) -> None:
-        at = self.table.counter(_COUNTER[name])
-        self.words[at] = self.words[at] + by
+    def _count(self, name: str, key: int) -> None:
+        at = self.lines.place(key) + _COUNTER[name]
+        self.words[at] = self.words[at] + 1
+
+    def _key(self, at: int) -> int:
+        return self.words[at + KEY]
 
     def _wake(self, cell: int) -> None:
         waker = self._wakers.get(cell)
@@ -351,6 +395,7 @@ class ServedPool:
         )
         w[MIN_IDLE] = options.min_idle
         w[CHECK_AFTER] = nanoseconds(options.check_after)
+        w[MAX_FOREIGN] = _foreign_word(options.max_foreign)
         w[MAX_IDLE] = MASK64 if options.max_idle is None else options.max_idle
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
@@ -360,6 +405,7 @@ class ServedPool:
         w[KEYS_OVER] = 1 if per_key else 0  # before it holds: from then on checkins look
         self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve, per_key))
         self.options = options
+        self._rules = self._rule_words()
         self._expire_at = 0
         self.policies.changed()
         self._tell(self, None, Message(Kind.OPTIONS, body={"lease_timeout": options.lease_timeout}))
@@ -431,27 +477,37 @@ class ServedPool:
     def reset_stats(self) -> None:
         """Every counter starts from zero again for those who read it; the workers' own rows are theirs to write."""
         w, geometry = self.words, self.segment.geometry
-        counted, _, _ = view.sums(w, geometry)
-        counted[COUNTERS.index("opened")] -= stats(w, geometry, self.name).connections  # what is open now was opened
-        start = HEADER + ROW * TOTALS_ROW + ROW_COUNTERS
-        for index, value in enumerate(counted):
-            w[start + index] = (w[start + index] - value) & MASK64
-        for index in range(len(ARBITER_COUNTERS)):
-            w[self.table.counter(index)] = 0
+        totals = view.counts_by_key(w, geometry)
+        for key, numbers in view.keys(w, geometry).items():  # what is open now was opened
+            totals.get(key, totals[0])[COUNTS["opened"] - ROW_COUNTERS] -= numbers.connections
+        for _, at, word in self.slots():  # and what is being closed has a reason
+            if word & STATE == CLOSING and w[at + OPENED]:
+                reason = view.reason(w, self.segment.geometry, at)
+                totals.get(w[at + KEY], totals[0])[CLOSES[reason] - ROW_COUNTERS] -= 1
+        for key, counted in totals.items():
+            start = (self.lines.place(key) if key else self.lines.rest) + ROW_COUNTERS
+            for index, value in enumerate(counted):
+                w[start + index] = (w[start + index] - value) & MASK64
 
     @property
     def empty(self) -> bool:
         return self.words[USED] == 0
 
     def _trim(self) -> None:
-        """Close the idle connections longest unused while there are more than the limit allows."""
+        """Close the idle connections longest unused while there are more than the limit allows; all of a stopped pool.
+
+        In every turn, because the arbiter that lowered the limit or stopped the pool may have been killed over it.
+        """
         w = self.words
-        surplus = w[USED] - w[MAX] - sum(word & STATE == CLOSING for _, _, word in self.slots())
-        if surplus <= 0:
+        if not w[GATE] & (OVER | STOPPED):
             return
+        surplus, reason = w[USED] - w[MAX], "over_limit"
+        surplus -= sum(word & STATE == CLOSING for _, _, word in self.slots())
         idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
-        for _, at, word in idle[:surplus]:
-            self._close(at, word, "over_limit", self._clock())
+        if self.stopped:
+            surplus, reason = len(idle), "stopped"
+        for _, at, word in idle[: max(0, surplus)]:
+            self._close(at, word, reason, self._clock())
 
     def _look_after_keys(self, now: int) -> None:
         if self.words[NOTED_PER_KEY] and self.segment.layout >= WITH_KEYS:
@@ -491,6 +547,11 @@ class ServedPool:
         self.held[index] = Held(generation, sock, {row})
         self._watch(self, index, sock)
 
+    def unheld(self, index: int, generation: int) -> None:
+        """A connection whose descriptor could not be received here: it is lent once, as nobody could end it."""
+        if index < self.segment.geometry.slots:
+            self._doom(self.table.slot_at(index), generation)
+
     def holds(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
         """A worker holds this connection, as it tells an heir. Whose slot was given to another connection is ended."""
         held = self.held.get(index)
@@ -502,7 +563,7 @@ class ServedPool:
 
     def registered(self, row: int, now: int) -> None:
         """A row (0: none) has told all that it holds, or has gone. After the last one, what nobody holds goes."""
-        if not self._inherited_at or (row and row not in self.expected):
+        if self._inherited is None or (row and row not in self.expected):
             return
         self.expected.discard(row)
         if self.expected:
@@ -521,10 +582,18 @@ class ServedPool:
 
     def _take_over(self) -> None:
         """Begin where a killed arbiter was: rows that it was reaping, and a section that it may have left half done."""
-        self.table.repair()
+        self._mend()
+        self.words[MAX_FOREIGN] = _foreign_word(self.options.max_foreign)
+        self._inherited = {index: generation_of(word) for index, _, word in self.slots()}
         for row in range(FIRST_ROW, self.segment.geometry.rows):
             if self.words[HEADER + ROW * row] & STATE == ROW_DEAD:
                 self.reaping.add(row)
+
+    def _mend(self) -> None:
+        """A section was left half done, and perhaps nobody else enters one: who was granted something does not know."""
+        self._watching = True
+        with contextlib.suppress(Later):  # the next turn, then
+            self._settle(self.table.repair)
 
     def forget(self, index: int, generation: int | None = None) -> None:
         """Let go of a descriptor."""
@@ -576,15 +645,15 @@ class ServedPool:
         return held is not None and held.generation == generation
 
     def _shut(self, index: int) -> None:
-        """End a leased connection under its user's hands, in the way in which the remote's end can still be seen."""
+        """End a leased connection under its user's hands."""
         held = self.held.get(index)
         if held is not None:
             with contextlib.suppress(OSError):
-                held.sock.shutdown(goodbye(held.sock))
+                break_off(held.sock)
 
     def _abandoned(self, index: int, word: int, age: int) -> None:
         """A lease has lasted longer than lease_timeout: its process is told, and everybody by the log."""
-        self._count("abandoned")
+        self._count("abandoned", self._key(self.table.slot_at(index)))
         row = holder_of(word)
         body = {"seconds": round(age / 1e9, 3), "serial": word >> SERIAL_SHIFT, "reclaimed": self.options.reclaim}
         self._tell(self, {row}, Message(Kind.ABANDONED, 0, index, generation_of(word), body))
@@ -624,7 +693,7 @@ class ServedPool:
     def _close(self, at: int, word: int, reason: str, now: int, old_cell: int = 0) -> bool:
         """A slot -> CLOSING, and begin."""
         since = self.words[at + SINCE]
-        counter = self.table.row_at + ROW_CLOSES + REASONS.index(reason)
+        counter = self.lines.place(self._key(at)) + CLOSES[reason]
         done = self._settle(lambda: self.table.close(at, word, since, old_cell, counter, now))
         if done:
             self.begin_closing(self.table.slot_index(at), now)
@@ -652,10 +721,11 @@ class ServedPool:
         elif self.expected:  # somebody may hold it; found again by the sweep
             return
         at = self.table.slot_at(index)
-        opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, at)
+        opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, self.segment.geometry, at)
         began = self.words[at + SINCE]
         give_up = began + self.words[CLOSE_TIMEOUT]
-        if ending is None and began <= self._inherited_at and now < give_up:  # its end cannot be seen any more
+        unseen = ending is None and self._inherited is not None and self._inherited.get(index) == generation
+        if unseen and now < give_up:
             self.closings[index] = Closing(None, generation, give_up, give_up, opened, reason)
             return
         self.closings[index] = Closing(ending, generation, now + self.words[CLOSE_TIMEOUT], now, opened, reason)
@@ -664,6 +734,7 @@ class ServedPool:
     def _look(self, index: int, now: int) -> None:
         """See whether a connection has ended; if so, or if its time is over, its permit goes on."""
         closing = self.closings[index]
+        key = self._key(self.table.slot_at(index))
         ending = closing.ending
         if ending is not None and not ending.ended():
             if now < closing.give_up:
@@ -671,7 +742,7 @@ class ServedPool:
                 return
             ending.force()
             if closing.opened:
-                self._count("closed_unconfirmed")
+                self._count("closed_unconfirmed", key)
         held = self.held.get(index)
         if held is not None and held.generation == closing.generation:
             rows = held.rows
@@ -679,13 +750,14 @@ class ServedPool:
             self._tell_closed(self, rows, index, closing.generation, closing.reason)
         closing.ending = None
         closing.look = now
+        if closing.opened:  # counted before anybody can see that it is no longer closing
+            closing.opened = False
+            self._count("closed", key)
+            log.debug("pool %r: slot %d: closed a connection: %s", self.name, index, closing.reason)
         at = self.table.slot_at(index)
         word = self.words[at]
         if word & STATE == CLOSING and generation_of(word) == closing.generation:
             self._pass_on(at, word, 0, now)
-        if closing.opened:
-            self._count("closed")
-            log.debug("pool %r: slot %d: closed a connection: %s", self.name, index, closing.reason)
         del self.closings[index]
 
     def _pass_on(self, at: int, word: int, old_cell: int, now: int) -> None:
@@ -744,7 +816,7 @@ class ServedPool:
                 word = w[at]
                 new = _granted(word + GEN_ONE & GEN | word & SERIAL, self.table.cell_index(cell)) | BARE
                 if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now, most)):  # noqa: B023
-                    self._count("rescued")
+                    self._count("rescued", w[cell + CELL_KEY])
                     self._wake(cell)
             elif not self._make_room(cell, now):
                 return
@@ -796,7 +868,7 @@ class ServedPool:
     def _rescue(self, cell: int, attempt: Callable[[], int]) -> bool:
         """Give a waiter something; True, as it was given or the table has changed: look again."""
         if self._settle(attempt):
-            self._count("rescued")
+            self._count("rescued", self.words[cell + CELL_KEY])
             self._wake(cell)
         return True
 
@@ -809,10 +881,12 @@ class ServedPool:
             start = index + 1
             at = self.table.slot_at(index)
             word = w[at]
-            if word & STATE == IDLE and w[at + KEY] == key and not word & STAYS:
+            own = holder_of(word) == (cell_word & CELL_ROW) >> CELL_ROW_SHIFT
+            free = not word & STAYS and (own or not self._sticks(word, cell, now))
+            if word & STATE == IDLE and w[at + KEY] == key and free:
                 new = _granted(word, self.table.cell_index(cell))
                 if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now, most)):  # noqa: B023
-                    self._count("rescued")
+                    self._count("rescued", key)
                     self._wake(cell)
                 return True
         return False
@@ -820,18 +894,26 @@ class ServedPool:
     def _make_room(self, cell: int, now: int) -> bool:
         """Close the idle connection longest unused for the head of the queue; False if there is nothing to do."""
         w = self.words
-        patient = not w[RULES] & STRICT and now - w[cell + CELL_SINCE] < steal_after(w)
         closing = 0
         idle: list[tuple[int, int, int]] = []
         for _, at, word in self.slots():
             closing += word & STATE == CLOSING
-            if word & STATE == IDLE and not (word & STAYS and patient):
+            if word & STATE == IDLE and not self._sticks(word, cell, now):
                 idle.append((w[at + SINCE], at, word))
         if not idle or closing >= w[WAITING_COUNT]:
             return False
         _, at, word = min(idle)
         self._close(at, word, "reclaimed", now)
         return True
+
+    def _sticks(self, word: int, cell: int, now: int) -> bool:
+        """Sticky order: an idle connection is its process's own until the head of the queue has waited long."""
+        w = self.words
+        rules = w[RULES]
+        if w[GATE] & RESERVING or holder_of(word) == ARBITER_ROW:
+            return False
+        sticky = rules & STICKY or (word & STAYS and not rules & STRICT)
+        return bool(sticky) and now - w[cell + CELL_SINCE] < steal_after(w)
 
     def look_for_grants(self) -> None:
         """Somebody queues, and may be given something before the next turn sees the queue."""
@@ -867,19 +949,20 @@ class ServedPool:
             self._revoke_for_a_key(at, word, cell, gate, keyed, now)
             return
         waits = w[head]  # before its key: with another ticket it may wait for something else
+        key = w[cell + CELL_KEY]  # of who did not take it
         bare = word & BARE
         most = view.share_for(w, gate, waits) if is_high(w[cell]) else 0
         if most and view.in_use(w) > most:
             return  # it is not for one of normal priority
         if not bare and (w[head + CELL_KEY] != w[at + KEY] or gate & (OVER | PAUSED | STOPPED)):
             if self._close(at, word, "revoked", now, cell):
-                self._count("revoked")
+                self._count("revoked", key)
             return
         if gate & (OVER | PAUSED | STOPPED):
             return
         new = _granted(word, self.table.cell_index(head)) | bare
         if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1)):
-            self._count("revoked")
+            self._count("revoked", key)
             self._wake(head)
 
     def _revoke_for_a_key(self, at: int, word: int, cell: int, gate: int, keyed: int, now: int) -> None:
@@ -895,13 +978,13 @@ class ServedPool:
             return
         if not bare and (wants != key or closed):
             if self._close(at, word, "revoked", now, cell):
-                self._count("revoked")
+                self._count("revoked", w[cell + CELL_KEY])
             return
         most = view.share_for(w, gate, waits)
         new = _granted(word, self.table.cell_index(head)) | bare
         attempt = lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1, keyed)  # noqa: E731
         if self._settle(attempt):
-            self._count("revoked")
+            self._count("revoked", w[cell + CELL_KEY])
             self._wake(head)
 
     # --- processes ----------------------------------------------------------------------------------------------------
@@ -919,6 +1002,7 @@ class ServedPool:
     def reap(self, row: int, now: int) -> None:
         """A process has gone: its cells, then its slots, then its row. Idle connections that can move are kept."""
         self.reaping.add(row)
+        self._sweep_at = 0  # it may have begun to close something, and died before it said so
         with contextlib.suppress(Later):
             self._reap(row, now)
             self.reaping.discard(row)
@@ -935,6 +1019,7 @@ class ServedPool:
         for _, at, slot_word in self.slots():
             if slot_word & STATE != GRANTED and holder_of(slot_word) == row:
                 self._reap_slot(at, slot_word, now)
+        self.lines.fold(row)
         counting.fold(w, row)
         self._insist(lambda: self.table.set_row(row, w[row_at], ROW_FREE, 0, now))
         self.layouts.pop(row, None)
@@ -955,7 +1040,7 @@ class ServedPool:
             return self.table.leave(cell, w[cell], 0)
 
         if w[cell] & 15 == CELL_WAITING:
-            self._count("reaped")
+            self._count("reaped", w[cell + CELL_KEY])
         self._insist(attempt)
 
     def _reap_slot(self, at: int, word: int, now: int) -> None:
@@ -964,12 +1049,12 @@ class ServedPool:
             new = word & ~HOLDER | ARBITER_ROW << HOLDER_SHIFT
             since = self.words[at + SINCE]
             if self._settle(lambda: self.table.swap(at, word, new, _NOBODY, 0, 1, since)):
-                self._count("adopted")
+                self._count("adopted", self._key(at))
         elif state in (IDLE, LEASED, OPENING):
             for _ in range(_TRIES):  # its word may get DOOMED meanwhile
                 done = self._close(at, self.words[at], "reaped", now)
                 if done:
-                    self._count("reaped")
+                    self._count("reaped", self._key(at))
                 if done or self.words[at] & STATE == CLOSING:
                     return
 
@@ -983,10 +1068,16 @@ class ServedPool:
             return self._turn(now)
         except Later:
             return now + 1_000_000
+        except (IndexError, ValueError, OverflowError):
+            self._log.exception("pool %r: its shared memory was damaged, and is mended", self.name)
+            self.table.suspect()
+            return now + SWEEP_EVERY
 
     def _turn(self, now: int) -> int:
         w = self.words
         due = now + SWEEP_EVERY
+        if w[DIRTY]:
+            self._mend()
         for row in list(self.reaping):
             self.reap(row, now)
             due = min(due, now + 1_000_000 if row in self.reaping else due)
@@ -998,6 +1089,7 @@ class ServedPool:
             due = min(due, now + 1_000_000)
         if self._unbacked:
             self._give_up_unbacked(now)
+        self._trim()
         self._look_after_keys(now)
         if now >= self._expire_at:
             self._expire_at = self._expire(now)
@@ -1035,10 +1127,26 @@ class ServedPool:
         for index, _, word in self.slots():
             if word & STATE == CLOSING:
                 self.begin_closing(index, now)
+        self._look_for_damage()
+        self.lines.make_room()
         w = self.words
         if w[TICKET] >= MANY_TICKETS:
             flags = w[GATE] & (PAUSED | STOPPED)
             self._insist(lambda: self.table.set_limit(w[MAX], flags, w[RESERVE], w[MAX_PER_KEY]))
+
+    def _look_for_damage(self) -> None:
+        """What cannot be, and still cannot at the next look a second later, is mended; so are the options."""
+        found = damage(self.words, self.table.marks, self.segment.geometry)
+        before, self._damage = self._damage, found
+        if found and found == before:
+            self._log.error("pool %r: its shared memory was damaged (%s), and is mended", self.name, found)
+            self.table.suspect()
+        if not self.stopped and self._rule_words() != self._rules:
+            self._log.error("pool %r: the options in its shared memory were damaged, and are set anew", self.name)
+            self.apply(self.options)
+
+    def _rule_words(self) -> list[int]:
+        return [self.words[at] for at in _RULE_WORDS]
 
     def _expire(self, now: int) -> int:
         """Close what has been idle too long; gives when the next one will be."""

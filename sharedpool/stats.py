@@ -274,7 +274,10 @@ def from_counts(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KeyStats:
-    """The connections of one address at one moment, over all processes; fields as in PoolStats."""
+    """The connections of one address at one moment, over all processes; fields as in PoolStats, and adding up as there.
+
+    The counters of all addresses, and those of what has none, are the pool's.
+    """
 
     in_use: int = 0
     idle: int = 0
@@ -282,3 +285,39 @@ class KeyStats:
     granted: int = 0
     closing: int = 0
     waiting: int = 0
+    connections: int = 0
+    reuses: int = 0
+    takeovers: int = 0
+    handoffs: int = 0
+    opens: int = 0
+    open_failures: int = 0
+    waits: int = 0
+    timeouts: int = 0
+    opened: int = 0
+    closed: int = 0
+    closed_unconfirmed: int = 0
+    revoked: int = 0
+    abandoned: int = 0
+    closes: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def checkouts(self) -> int:
+        """Leases ever given: reuses + takeovers + handoffs + opens."""
+        return self.reuses + self.takeovers + self.handoffs + self.opens
+
+
+#: What stands for the keys that have no line of their own.
+OTHER_KEYS = "other"
+
+#: The counters that there are by key.
+KEY_COUNTERS: tuple[str, ...] = (
+    "reuses", "takeovers", "handoffs", "opens", "open_failures", "waits", "timeouts", "opened", "closed",
+    "closed_unconfirmed", "revoked", "abandoned",
+)  # fmt: skip
+
+
+def key_counters(counters: Mapping[str, int]) -> dict[str, int]:
+    """Those of KeyStats; `closed` gets what holders closed themselves."""
+    numbers = {name: counters.get(name, 0) for name in KEY_COUNTERS}
+    numbers["closed"] += counters.get("replaced", 0)
+    return numbers

@@ -50,6 +50,9 @@ from .layout import (
     IDLE_COUNT,
     KEY,
     KEYED,
+    LINE,
+    LINE_HIGH,
+    LINE_KEY,
     MANY_TICKETS,
     MASK32,
     MAX,
@@ -88,12 +91,16 @@ from .layout import (
     with_state,
 )
 from .repair import rebuild
+from .sanity import damage
 
 DONE: Final = 1
 STALE: Final = 0
 BUSY: Final = -1
 #: `enqueue` only: as many wait as may.
 FULL: Final = 2
+
+#: After so many sections that committed nothing the table itself is looked at: some 10 ms of trying.
+MANY_MISSES: Final = 2000
 
 #: What the mutex of a process that has left the pool answers: nothing of it can commit any more.
 LEFT: Final = errno.ECANCELED
@@ -138,8 +145,8 @@ class Table:
     """
 
     __slots__ = (
-        "_marks", "_words", "cell_base", "find", "geometry", "kick_base", "marks", "mutex", "row", "row_at",
-        "slot_base", "words",
+        "_marks", "_misses", "_progress", "_words", "cell_base", "find", "geometry", "kick_base", "marks", "mutex",
+        "row", "row_at", "slot_base", "words",
     )  # fmt: skip
 
     def __init__(
@@ -153,6 +160,8 @@ class Table:
     ) -> None:
         self.words = self._words = words
         self.marks = self._marks = marks
+        self._misses = 0
+        self._progress: tuple[int, ...] = ()
         self.mutex = mutex
         self.find = find
         self.geometry = geometry
@@ -190,6 +199,10 @@ class Table:
         if rc == 0:
             if self.words[DIRTY]:
                 self.repair()
+            else:
+                self._misses = self._misses + 1
+                if self._misses % MANY_MISSES == 0:
+                    self._look()
             return STALE
         if rc in _HELD:
             return BUSY
@@ -201,6 +214,28 @@ class Table:
         raise PoolBroken(
             f"the pool's mutex cannot be recovered ({errno.errorcode.get(rc, rc)}); every process must attach anew"
         )
+
+    def _look(self) -> None:
+        """So many sections did not come off. Others were faster, or what was searched cannot be: then it is mended.
+
+        Raises:
+            PoolBroken: Nothing can be found, and yet nothing moves.
+        """
+        w = self.words
+        found = damage(w, self.marks, self.geometry)
+        if found and found == damage(w, self.marks, self.geometry):
+            self.suspect()
+            return
+        progress = (w[VER], w[GATE], w[TICKET], w[HEAD], w[USED])
+        stands, self._progress = progress == self._progress, progress
+        if stands:
+            raise PoolBroken(f"the pool's shared memory is damaged: nothing can be done any more (at {progress})")
+
+    def suspect(self) -> None:
+        """Something in the table cannot be: have everything rebuilt, by this process or by whoever comes next."""
+        for _ in range(3):  # a section that is being carried out takes the mark away as it ends
+            self.words[DIRTY] = self.row
+            self.repair()
 
     def repair(self) -> int:
         """Rebuild everything derived if a section was left half done; DONE when nothing is left to repair."""
@@ -973,6 +1008,7 @@ class Table:
         counter: int,
         now: int,
         keyed: int = 0,
+        evicted: int = 0,
     ) -> int:
         """An owned cell joins the end of the queue with normal priority.
 
@@ -992,6 +1028,7 @@ class Table:
             counter: What is counted.
             now: Monotonic ns.
             keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
+            evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
         marks = self._marks
@@ -1003,7 +1040,7 @@ class Table:
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
         queued = gate | QUEUED
-        evicted = self.row_at + ROW_EVICTED
+        evicted = evicted or self.row_at + ROW_EVICTED
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1073,6 +1110,7 @@ class Table:
         counter: int,
         now: int,
         keyed: int = 0,
+        evicted: int = 0,
     ) -> int:
         """An owned cell joins the queue with high priority, between two cells; else as `enqueue`.
 
@@ -1094,6 +1132,7 @@ class Table:
             counter: What is counted.
             now: Monotonic ns.
             keyed: In a pool with a limit per key: KEYED as it was searched; else 0.
+            evicted: Where the eviction is counted; 0: in this row.
         """
         w = self._words
         marks = self._marks
@@ -1104,7 +1143,7 @@ class Table:
         mark = (place - self.slot_base) // SLOT
         closing = with_state(evict_seen, 5)
         queued = gate | QUEUED
-        evicted = self.row_at + ROW_EVICTED
+        evicted = evicted or self.row_at + ROW_EVICTED
         done = 0
         rc = -mutex
         if rc == 0:
@@ -1250,6 +1289,36 @@ class Table:
                     if new == 0:
                         w[cell + NEXT] = w[FREE_CELL]
                         w[FREE_CELL] = cell
+                    w[DIRTY] = 0
+                    done = 1
+            finally:
+                +mutex
+        elif rc == _EOWNERDEAD:
+            try:
+                w[DIRTY] = w[DIRTY] or me
+                ~mutex
+            finally:
+                +mutex
+        return done or self.missed(rc)
+
+    # --- counting by key ----------------------------------------------------------------------------------------------
+
+    def claim_line(self, line: int, key: int, word: int) -> int:
+        """A free line -> `word`, for what its row counts of a key."""
+        w = self._words
+        mutex = self.mutex
+        me = self.row
+        top = (line - self.geometry.line_base) // LINE + 1
+        done = 0
+        rc = -mutex
+        if rc == 0:
+            try:
+                if w[line] == 0 and not w[DIRTY]:
+                    w[DIRTY] = me
+                    w[line + LINE_KEY] = key
+                    if w[LINE_HIGH] < top:
+                        w[LINE_HIGH] = top
+                    w[line] = word
                     w[DIRTY] = 0
                     done = 1
             finally:

@@ -24,10 +24,10 @@ from .errors import PoolNotFound, PoolTimeout
 from .invariants import check, violations
 from .layout import FREE_SLOT, GATE, HIGH, IDLE, KEY, LEASED, MAX_PER_KEY, RESERVING, opening_word, tag_of, with_state
 from .lease import Lease
+from .lines import COUNTS, Lines
 from .local import LocalPool
 from .pool import Permit, Pool, close_all, mode
 from .served import ServedPool
-from .stats import COUNTERS
 from .table import DONE, NoLease, Table
 
 __all__ = [
@@ -225,6 +225,7 @@ class SteppedWorker:
         row = pool.claim_row(pid, 1, arbiter.clock())
         assert row is not None
         self.table: Table = pool.segment.table(row)
+        self.lines = Lines(self.table)
         self._ends: dict[int, socket.socket] = {}
 
     def open(self, key: int = 1) -> int:
@@ -236,7 +237,7 @@ class SteppedWorker:
         w, lease = self.table.words, NoLease()
         at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
         new = opening_word(w[at], self.table.row)
-        attempts = self.table.counter(COUNTERS.index("attempts"))
+        attempts = self.lines.place(key) + COUNTS["attempts"]
         gate, now = w[GATE], self._arbiter.clock()
         keyed = view.keyed(w, gate)
         full = keyed and view.count_keys(w, self._pool.segment.geometry).get(key, 0) >= w[MAX_PER_KEY]
@@ -249,7 +250,7 @@ class SteppedWorker:
         self._ends[at] = theirs
         self._pool.register(self.table.row, self.table.slot_index(at), new >> 24 & 0xFFF_FFFF, ours)
         w, seen = self.table.words, new
-        opened = self.table.counter(COUNTERS.index("opened"))
+        opened = self.lines.place(key) + COUNTS["opened"]
         done = self.table.connected(at, seen, with_state(seen, LEASED), NoLease(), 0, opened, self._arbiter.clock())
         assert done == DONE
         return at

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from .counting import folding, is_folding
+from .counting import folding, on_its_way
 from .layout import (
     ARBITER_ROW,
     BARE,
@@ -33,6 +33,10 @@ from .layout import (
     KEY,
     KEYED,
     LEASED,
+    LINE,
+    LINE_HIGH,
+    LINE_KEY,
+    LINE_ROW_SHIFT,
     MASK64,
     MAX,
     MAX_PER_KEY,
@@ -48,6 +52,7 @@ from .layout import (
     RESERVE,
     RESERVING,
     ROW,
+    ROW_ARBITERS,
     ROW_CLOSES,
     ROW_CONNECT_SECONDS,
     ROW_COUNTERS,
@@ -70,6 +75,7 @@ from .layout import (
     holder_of,
     is_high,
 )
+from .options import MOST_WAITING
 from .stats import (
     ARBITER_COUNTERS,
     COUNTERS,
@@ -79,6 +85,7 @@ from .stats import (
     PoolStats,
     from_counts,
     histogram_of,
+    key_counters,
 )
 
 #: The states as the stats name them.
@@ -190,22 +197,45 @@ def row_pid(w: memoryview[int], row: int) -> int:
     return word >> 4 if word & 15 == ROW_LIVE else 0
 
 
-def row_counters(w: memoryview[int], row: int, names: tuple[str, ...] = COUNTERS) -> dict[str, int]:
-    """What one row has counted."""
-    start = HEADER + ROW * row + ROW_COUNTERS
-    return dict(zip(names, w[start : start + len(names)].tolist(), strict=True))
+@dataclasses.dataclass(frozen=True, slots=True)
+class LineView:
+    """What a row has counted of a key: the line's place, its row and key, and its counts from ROW_COUNTERS on."""
+
+    at: int
+    row: int
+    key: int
+    counts: list[int]
 
 
-def row_closes(w: memoryview[int], row: int) -> dict[str, int]:
-    """How many connections one row has closed, by reason."""
-    start = HEADER + ROW * row + ROW_CLOSES
-    return dict(zip(REASONS, w[start : start + len(REASONS)].tolist(), strict=True))
+def lines(w: memoryview[int], geometry: Geometry) -> list[LineView]:
+    """All lines in use, from a copy."""
+    base = geometry.line_base
+    words = w[base : base + LINE * w[LINE_HIGH]].tolist()
+    return [
+        LineView(base + at, words[at] >> LINE_ROW_SHIFT, words[at + LINE_KEY], words[at + ROW_COUNTERS : at + LINE])
+        for at in range(0, len(words), LINE)
+        if words[at]
+    ]
 
 
-def reason(w: memoryview[int], at: int) -> str:
+def row_counts(w: memoryview[int], geometry: Geometry, row: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What one row has counted, of whatever key, and how many connections it has closed, by reason."""
+    counts = _added(
+        [_row_counts(w, row)[: LINE - ROW_COUNTERS], *(line.counts for line in lines(w, geometry) if line.row == row)]
+    )
+    return _named(counts, COUNTERS), _named(counts, REASONS, ROW_CLOSES)
+
+
+def _named(counts: list[int], names: tuple[str, ...], offset: int = ROW_COUNTERS) -> dict[str, int]:
+    """The counts that begin at an offset, by name."""
+    return dict(zip(names, counts[offset - ROW_COUNTERS :], strict=False))
+
+
+def reason(w: memoryview[int], geometry: Geometry, at: int) -> str:
     """Why a slot's connection is being closed, or was; "" if it has never been told."""
-    offset = (w[at + CAUSE] - HEADER) % ROW - ROW_CLOSES
-    return REASONS[offset] if w[at + CAUSE] and 0 <= offset < len(REASONS) else ""
+    cause, base = w[at + CAUSE], geometry.line_base
+    offset = ((cause - base) % LINE if cause >= base else (cause - HEADER) % ROW) - ROW_CLOSES
+    return REASONS[offset] if cause and 0 <= offset < len(REASONS) else ""
 
 
 def stats(w: memoryview[int], geometry: Geometry, name: str, now: int = 0) -> PoolStats:
@@ -219,37 +249,81 @@ def stats(w: memoryview[int], geometry: Geometry, name: str, now: int = 0) -> Po
             states[_NAMES[word & STATE]] += 1
         connections += word & STATE != FREE and not word & BARE and since != 0
     del states[_NAMES[FREE]]
-    counts, arbiters, processes = sums(w, geometry)
-    counters = dict(zip(COUNTERS, counts, strict=False))
-    counters.update(zip(ARBITER_COUNTERS, arbiters, strict=False))
-    closes = dict(zip(REASONS, counts[ROW_CLOSES - ROW_COUNTERS :], strict=False))
+    counts, processes = sums(w, geometry)
     return from_counts(
-        name, w[MAX], states, counters, w[WAITING_COUNT], processes, closes,
+        name, w[MAX], states, _counters(counts), w[WAITING_COUNT], processes, _named(counts, REASONS, ROW_CLOSES),
         connections=connections, **_histograms(counts), **(_longest(w, geometry, now) if now else {}),
     )  # fmt: skip
 
 
-def sums(w: memoryview[int], geometry: Geometry) -> tuple[list[int], list[int], int]:
-    """The sums of all rows' counts, the arbiter's own counters, and how many rows are live.
+def _counters(counts: list[int]) -> dict[str, int]:
+    return _named(counts, COUNTERS) | _named(counts, ARBITER_COUNTERS, ROW_ARBITERS)
 
-    Rows that are being folded are read until nothing moved meanwhile; a fold takes microseconds.
+
+def sums(w: memoryview[int], geometry: Geometry) -> tuple[list[int], int]:
+    """The sums of all counts of rows and lines, and how many rows are live."""
+    rows, found, processes = _all_counts(w, geometry)
+    counts = [*map(sum, zip(*rows, strict=True))]
+    for index, column in enumerate(zip(*(line.counts for line in found), strict=True)):
+        counts[index] += sum(column)
+    return [*map(_sum, counts)], processes
+
+
+def counts_by_key(w: memoryview[int], geometry: Geometry) -> dict[int, list[int]]:
+    """The sums of all lines' counts by key; at 0 those of the rows: what belongs to no key, or is beyond the room."""
+    rows, found, _ = _all_counts(w, geometry)
+    by_key = {0: rows}
+    for line in found:
+        by_key.setdefault(line.key, []).append(line.counts)
+    return {key: _added(counts) for key, counts in by_key.items()}
+
+
+def _all_counts(w: memoryview[int], geometry: Geometry) -> tuple[list[list[int]], list[LineView], int]:
+    """The counts of every row in use and every line, and how many rows are live.
+
+    Rows and lines that are being folded are read until nothing moved meanwhile; what an arbiter that does not go on was
+    just moving is counted as moved.
     """
     for _ in range(_READS):
         before = folding(w)
         words = w[HEADER : HEADER + ROW * geometry.rows : ROW].tolist()
         rows = [row for row in range(FIRST_ROW, geometry.rows) if words[row] & 15 in (ROW_LIVE, ROW_DEAD)]
-        counts = [_row_counts(w, row) for row in (TOTALS_ROW, ARBITER_ROW, *rows)]
-        if folding(w) == before and not is_folding(before):
+        counts = {row: _row_counts(w, row) for row in (TOTALS_ROW, ARBITER_ROW, *rows)}
+        counts[ARBITER_ROW] = _as_in_layout_2(counts[ARBITER_ROW])
+        found = lines(w, geometry)
+        for place, value in on_its_way(w):
+            _correct(geometry, counts, found, place, value)
+        if folding(w) == before:
             break
-    arbiters = counts[1][: ROW_CLOSES - ROW_COUNTERS]
-    counts[1] = [0] * len(arbiters) + counts[1][len(arbiters) :]  # other counters at the same places
-    processes = sum(words[row] & 15 == ROW_LIVE for row in rows)
-    return [_sum(column) for column in zip(*counts, strict=True)], arbiters, processes
+    return [*counts.values()], found, sum(words[row] & 15 == ROW_LIVE for row in rows)
 
 
-def _sum(column: tuple[int, ...]) -> int:
-    """Modulo 2**64: a reset takes what was counted until then from the row of the dead, which may so be below zero."""
-    value = sum(column) & MASK64
+def _as_in_layout_2(counts: list[int]) -> list[int]:
+    """There the arbiter counted in its own row, and where others count something else."""
+    own = ROW_ARBITERS - ROW_COUNTERS
+    return [0] * own + counts[: len(ARBITER_COUNTERS)] + counts[own + len(ARBITER_COUNTERS) :]
+
+
+def _correct(geometry: Geometry, rows: dict[int, list[int]], found: list[LineView], place: int, value: int) -> None:
+    """A count as it is to be, in what was read."""
+    if place >= geometry.line_base:
+        offset = (place - geometry.line_base) % LINE
+        for line in found:
+            if line.at == place - offset:
+                line.counts[offset - ROW_COUNTERS] = value
+    else:
+        row, offset = divmod(place - HEADER, ROW)
+        if row in rows:
+            rows[row][offset - ROW_COUNTERS] = value
+
+
+def _added(counts: list[list[int]]) -> list[int]:
+    return [_sum(sum(column)) for column in zip(*counts, strict=True)]
+
+
+def _sum(value: int) -> int:
+    """Modulo 2**64: a reset takes what was counted until then from the arbiter's, which may so be below zero."""
+    value &= MASK64
     return 0 if value >> 63 else value  # below zero only when read in the midst of a reset
 
 
@@ -283,15 +357,15 @@ def workers(w: memoryview[int], geometry: Geometry) -> dict[int, dict[str, Any]]
     """What each attached process has counted, by pid; its closes by reason under "closes"."""
     found: dict[int, dict[str, Any]] = {}
     for row in live_rows(w, geometry):
-        counters = row_counters(w, row)
+        counters, closes = row_counts(w, geometry, row)
         ways = sum(counters[name] for name in ("reuses", "takeovers", "handoffs", "opens"))
-        found[row_pid(w, row)] = {"checkouts": ways, **counters, "closes": row_closes(w, row)}
+        found[row_pid(w, row)] = {"checkouts": ways, **counters, "closes": closes}
     return found
 
 
 def keys(w: memoryview[int], geometry: Geometry) -> dict[int, KeyStats]:
-    """Connections by state, and waiters, for every key in use."""
-    found: dict[int, dict[str, int]] = {}
+    """Connections by state, waiters and counters, for every key that is in use or has a line; at 0 what has none."""
+    found: dict[int, dict[str, Any]] = {}
     base = geometry.slot_base
     for index, word in enumerate(slot_words(w, geometry)):
         if word & STATE != FREE and word & STATE < len(_NAMES):
@@ -300,10 +374,25 @@ def keys(w: memoryview[int], geometry: Geometry) -> dict[int, KeyStats]:
             counts = found.setdefault(key, {})
             name = _NAMES[word & STATE]
             counts[name] = counts.get(name, 0) + 1
+            if not word & BARE and w[base + SLOT * index + OPENED]:
+                counts["connections"] = counts.get("connections", 0) + 1
     for waiter in waiters(w, geometry):
         counts = found.setdefault(waiter.key, {})
         counts["waiting"] = counts.get("waiting", 0) + 1
+    for key, numbers in counts_by_key(w, geometry).items():
+        closes = _named(numbers, REASONS, ROW_CLOSES)
+        counters = key_counters(_counters(numbers))
+        if key or any(counters.values()):
+            found.setdefault(key, {}).update(counters, closes=closes)
     return {key: KeyStats(**counts) for key, counts in found.items()}
+
+
+def keys_in_use(w: memoryview[int], geometry: Geometry) -> set[int]:
+    """The keys of all slots that are not free, and of whoever waits."""
+    base = geometry.slot_base
+    words = enumerate(slot_words(w, geometry))
+    slots = {w[base + SLOT * index + KEY] for index, word in words if word & STATE != FREE}
+    return slots | {waiter.key for waiter in waiters(w, geometry)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -362,7 +451,7 @@ def longest_wait(w: memoryview[int], now: int) -> int:
     With priorities that is not always its head. The queue may change meanwhile: no more steps than wait.
     """
     cell, longest = w[HEAD], 0
-    for _ in range(w[WAITING_COUNT]):
+    for _ in range(min(w[WAITING_COUNT], MOST_WAITING)):
         if not cell:
             break
         longest = max(longest, now - w[cell + CELL_SINCE])
@@ -426,7 +515,9 @@ def _join_before(w: memoryview[int], passes: Callable[[memoryview[int], int], bo
     first, last = w[HEAD], w[TAIL]
     if not last or not passes(w, last):
         return last, 0
-    while first and last:
+    for _ in range(MOST_WAITING):
+        if not (first and last):
+            break
         if passes(w, first):
             return w[first + PREV], first
         earlier = w[last + PREV]

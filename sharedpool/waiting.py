@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from . import view
 from .counting import SUM, bucket_of
-from .errors import PoolStopped, TooManyWaiting
+from .errors import PoolBroken, PoolStopped, TooManyWaiting
 from .held import Patience, Route
 from .hooks import Hooks
 from .layout import (
@@ -59,6 +59,7 @@ from .layout import (
     opening_word,
 )
 from .lease import Lease
+from .lines import CLOSES, COUNTS, Lines
 from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
@@ -93,7 +94,7 @@ class WaitingRoom:
         table: The table, as this process's row.
         segment: For the places to sleep at.
         name: The pool's name, for errors.
-        counters: Places of the counters "waits", "attempts", "unwanted", by name.
+        lines: Where evictions, and grants that came too late, are counted.
         tell_close: Called with a slot's number and generation after it went CLOSING.
         tell_watch: Called when the arbiter wants to know that somebody waits.
         hooks: Those of on_wait are told how long a checkout was in the queue, whether it was served or not.
@@ -104,7 +105,7 @@ class WaitingRoom:
         table: Table,
         segment: Segment,
         name: str,
-        counters: dict[str, int],
+        lines: Lines,
         tell_close: Callable[[int, int], None],
         tell_watch: Callable[[], None],
         hooks: Hooks,
@@ -114,7 +115,7 @@ class WaitingRoom:
         self.marks = self._marks = table.marks
         self._segment = segment
         self._name = name
-        self._counters = counters
+        self._lines = lines
         self._tell_close = tell_close
         self._tell_watch = tell_watch
         self._hooks = hooks
@@ -124,7 +125,8 @@ class WaitingRoom:
         self._free: list[Waiter] = []
         self._waiting: set[Waiter] = set()
         self._owned = CELL_OWNED | table.row << CELL_ROW_SHIFT
-        self._waits = counters["waits"]
+        self._waits = COUNTS["waits"]
+        self._attempts = COUNTS["attempts"]
         self._scrap = table.row_at + ROW_SCRAP
         self._looked_at = 0
         self._any_idle = any_set(segment.marks_address, 0)
@@ -255,15 +257,19 @@ class WaitingRoom:
     ) -> int:
         """Join the queue with the route's priority; TooManyWaiting where it is as long as it may be."""
         deadline = 0 if limit == _NEVER else limit
+        counter = route.counts + self._waits
+        evicted = self._lines.place(self.words[evict + KEY]) + CLOSES["evicted"] if evict else 0
         if not route.high:
-            result = self._table.enqueue(cell, route.key, gate, ver, evict, seen, deadline, self._waits, now, keyed)
+            result = self._table.enqueue(
+                cell, route.key, gate, ver, evict, seen, deadline, counter, now, keyed, evicted
+            )
         else:
             turn = view.high_turn(self.words, CELL_WAITING | self._table.row << CELL_ROW_SHIFT, gate)
             if turn is None or (behind and not turn.after):  # those before it have gone: look again
                 return self._table.missed(0)
             result = self._table.enqueue_high(
                 cell, route.key, gate, ver, turn.word, turn.after, turn.after_word, turn.before, turn.before_word,
-                turn.passed, turn.ticket, evict, seen, deadline, self._waits, now, keyed,
+                turn.passed, turn.ticket, evict, seen, deadline, counter, now, keyed, evicted,
             )  # fmt: skip
         if result == FULL:
             raise self._full()
@@ -277,7 +283,7 @@ class WaitingRoom:
 
     def _look_at(self, slots: int) -> None:
         """`_any_idle` covers the slots ever used, not all of them: 4 kB of cold memory cost a wait 1 us."""
-        self._any_idle = any_set(self._segment.marks_address, slots)
+        self._any_idle = any_set(self._segment.marks_address, min(slots, self._segment.geometry.slots))
         self._looked_at = slots
 
     def _claim(self, limit: int) -> Waiter:
@@ -329,7 +335,7 @@ class WaitingRoom:
                 if result == DONE or (result == BUSY and not patience.wait()):
                     raise OutOfTime
                 continue
-            if word & 15 == CELL_STALLED:
+            if word & 15 != CELL_WAITING:
                 self._rejoin(cell, word)
                 now = monotonic_ns()
                 continue
@@ -353,7 +359,7 @@ class WaitingRoom:
         if seen & BARE:
             connects = route.driver.connects
             new = opening_word(seen, table.row, OPENING if connects else LEASED)
-            counter = self._counters["attempts"] if connects else self._scrap
+            counter = route.counts + self._attempts if connects else self._scrap
         else:
             new = (seen & _KEPT) + SERIAL_ONE & MASK64 | self._leased
             counter = self._scrap  # counted when it is delivered
@@ -363,10 +369,14 @@ class WaitingRoom:
     def _rejoin(self, cell: int, word: int) -> None:
         """It slept through a grant, which went on to the next: back to its place by its ticket."""
         w = self.words
+        if word & 15 != CELL_STALLED:
+            raise PoolBroken(f"pool {self._name!r}: its shared memory was damaged: this checkout lost its place")
         gate, ver = w[GATE], w[VER]
         turn = word >> TURN_SHIFT
         after, before = 0, w[HEAD]
-        while before and w[before] >> TURN_SHIFT < turn:
+        for _ in range(self._table.geometry.cells):
+            if not before or w[before] >> TURN_SHIFT >= turn:
+                break
             after, before = before, w[before + NEXT]
         if self._table.rejoin(cell, word, after, before, ver, gate) == DONE:
             self._tell_watch()
@@ -382,7 +392,7 @@ class WaitingRoom:
         if w[HEAD] == cell and self.returns is not None and not w[GATE] & PAUSED:
             victim = view.victim(w, self.marks, self._segment.geometry, 0)
             if victim:
-                self.returns.evict(victim, self.returns.reasons["evicted"])
+                self.returns.evict(victim)
         return 5_000_000
 
     def _abandon(self, waiter: Waiter, lease: Lease[Any]) -> bool:
@@ -410,9 +420,9 @@ class WaitingRoom:
         unwanted = NoLease()
         bare = seen & BARE
         new = (seen & ~(STATE | HOLDER | BARE)) + SERIAL_ONE & MASK64 | table.row << HOLDER_SHIFT | LEASED
-        result = table.take_grant(
-            at, seen, new, cell, unwanted, w[at + KEY], self._counters["unwanted"], monotonic_ns()
-        )
+        key = w[at + KEY]
+        counter = self._lines.place(w[cell + CELL_KEY]) + COUNTS["unwanted"]
+        result = table.take_grant(at, seen, new, cell, unwanted, key, counter, monotonic_ns())
         if result == DONE:
             with contextlib.suppress(Exception):
                 if bare:

@@ -124,11 +124,15 @@ cdef class Finder:
     """find(tag, start, stop) over the 32-bit marks."""
 
     cdef wchar_t *marks
+    cdef uint64_t number
 
-    def __init__(self, size_t address):
+    def __init__(self, size_t address, uint64_t marks):
         self.marks = <wchar_t *> address
+        self.number = marks
 
-    def __call__(self, uint64_t tag, long start, long stop):
+    def __call__(self, uint64_t tag, uint64_t start, uint64_t stop):
+        if stop > self.number:
+            stop = self.number
         if stop <= start:
             return -1
         cdef wchar_t *found = wmemchr(self.marks + start, <wchar_t> <uint32_t> tag, stop - start)

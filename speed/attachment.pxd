@@ -13,13 +13,13 @@ from sharedpool.waiting cimport WaitingRoom
 
 cdef class Attachment:
     cdef public object channel, chores, name, segment, welcome, words
-    cdef public object _counters, _dead, _tidying, _connect_seconds, _lease_seconds, _warmer
+    cdef public object lines, _dead, _tidying, _connect_seconds, _lease_seconds, _warmer
     cdef public object hooks, notices
-    cdef public uint64_t _beat
+    cdef public uint64_t _beat, _sweep_at, _sweeps
     cdef public list on_abandoned, on_checkout, _on_checkin
     cdef public dict entries, opening, permits, places, routes
     cdef public bint inert, lost, noting, _polls
-    cdef public uint64_t gate, row, _reuses, _takeovers, _handoffs, _scrap, _lease_bucket, _lease_sum
+    cdef public uint64_t gate, row, _scrap, _lease_bucket, _lease_sum
     cdef public Returns returns
     cdef public WaitingRoom room
     cdef public Table table

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "sharedpool"
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": False,
+    "boundscheck": True,
     "wraparound": False,
     "initializedcheck": False,
     "annotation_typing": False,
@@ -145,7 +145,7 @@ def build(target: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        options = ["-O2", "-g0", "-Wno-sign-compare"]
+        options = ["-O2", "-g0", "-Wno-sign-compare", "-Wno-discarded-qualifiers"]  # Cython: a volatile local variable
         extensions = [
             Extension(f"sharedpool.{name}", [str(source)], extra_compile_args=options)
             for name, source in _lay_out(scratch).items()

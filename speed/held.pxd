@@ -17,7 +17,7 @@ cdef class Entry:
 cdef class Route:
     cdef public object checks, clean, driver, host, urgent, where
     cdef public list stack
-    cdef public uint64_t key, stays, tag
+    cdef public uint64_t counts, handoffs, key, reuses, stays, tag, takeovers
     cdef public int port
     cdef public bint high, sticky
     cpdef void push(self, Entry entry)

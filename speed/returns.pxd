@@ -9,9 +9,9 @@ from sharedpool.table cimport Table
 
 
 cdef class Returns:
-    cdef public object words, _own_waiter, _segment, _tell_close
-    cdef public dict _wakers, reasons
-    cdef public uint64_t _cells, _discarded
+    cdef public object words, _lines, _own_waiter, _segment, _tell_close
+    cdef public dict _wakers
+    cdef public uint64_t _cells
     cdef public Table _table
     cdef Word[::1] _words
 

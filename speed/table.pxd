@@ -17,7 +17,8 @@ cdef class Table:
     cdef public object words, marks, mutex, find, geometry
     cdef Word[::1] _words
     cdef Mark[::1] _marks
-    cdef public uint64_t slot_base, cell_base, kick_base, row, row_at
+    cdef public uint64_t slot_base, cell_base, kick_base, row, row_at, _misses
+    cdef public object _progress
 
     cpdef uint64_t slot_at(self, uint64_t index)
     cpdef uint64_t slot_index(self, uint64_t at)
@@ -56,14 +57,16 @@ cdef class Table:
     cpdef int close(self, uint64_t at, uint64_t seen, uint64_t since, uint64_t old_cell, uint64_t counter, uint64_t now) except -2
     @cython.locals(done=cython.int, index=cython.ulonglong, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, top=cython.ulonglong, w=Word[::1])
     cpdef int claim_cell(self, uint64_t cell) except -2
-    @cython.locals(closing=cython.ulonglong, evicted=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, tail=cython.ulonglong, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
-    cpdef int enqueue(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t keyed=*) except -2
-    @cython.locals(closing=cython.ulonglong, evicted=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, w=Word[::1])
-    cpdef int enqueue_high(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t word, uint64_t after, uint64_t after_word, uint64_t before, uint64_t before_word, uint64_t passed, uint64_t ticket, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t keyed=*) except -2
+    @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, tail=cython.ulonglong, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
+    cpdef int enqueue(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t keyed=*, uint64_t evicted=*) except -2
+    @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, w=Word[::1])
+    cpdef int enqueue_high(self, uint64_t cell, uint64_t key, uint64_t gate, uint64_t ver, uint64_t word, uint64_t after, uint64_t after_word, uint64_t before, uint64_t before_word, uint64_t passed, uint64_t ticket, uint64_t evict, uint64_t evict_seen, uint64_t deadline, uint64_t counter, uint64_t now, uint64_t keyed=*, uint64_t evicted=*) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, turn=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)
     cpdef int rejoin(self, uint64_t cell, uint64_t seen, uint64_t after, uint64_t before, uint64_t ver, uint64_t gate) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, n=cython.ulonglong, p=cython.ulonglong, rc=cython.int, w=Word[::1])
     cpdef int leave(self, uint64_t cell, uint64_t seen, uint64_t new) except -2
+    @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, top=cython.ulonglong, w=Word[::1])
+    cpdef int claim_line(self, uint64_t line, uint64_t key, uint64_t word) except -2
     @cython.locals(at=cython.ulonglong, done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, w=Word[::1])
     cpdef int set_row(self, uint64_t row, uint64_t seen, uint64_t new, uint64_t nonce, uint64_t now) except -2
     @cython.locals(done=cython.int, me=cython.ulonglong, mutex=object, rc=cython.int, unmade=cython.ulonglong, w=Word[::1])

@@ -16,10 +16,10 @@ cdef class Waiter:
 
 
 cdef class WaitingRoom:
-    cdef public object words, marks, _segment, _name, _counters, _tell_close, _tell_watch, _hooks, _any_idle
+    cdef public object words, marks, _segment, _name, _lines, _tell_close, _tell_watch, _hooks, _any_idle
     cdef public list _free, _on_wait
     cdef public set _waiting
-    cdef public uint64_t _looked_at, _owned, _waits, _scrap, _leased, _wait_bucket, _wait_sum
+    cdef public uint64_t _looked_at, _owned, _waits, _attempts, _scrap, _leased, _wait_bucket, _wait_sum
     cdef public object returns
     cdef public Table _table
     cdef Word[::1] _words
@@ -29,7 +29,7 @@ cdef class WaitingRoom:
                    queued=bint, joined=bint, result=int)
     cpdef int wait(self, Route route, Lease lease, uint64_t gate, uint64_t ver, long long limit, long long now, bint behind=*, uint64_t keyed=*) except -2
 
-    @cython.locals(deadline=uint64_t, result=int)
+    @cython.locals(deadline=uint64_t, counter=uint64_t, evicted=uint64_t, result=int)
     cdef int _join(self, uint64_t cell, Route route, uint64_t gate, uint64_t ver, uint64_t evict, uint64_t seen, long long limit, uint64_t now, bint behind, uint64_t keyed) except -2
 
     @cython.locals(w=Word[::1], marks=Mark[::1], cell=uint64_t, grant=uint64_t, patience=Patience, sleeper=Sleeper,

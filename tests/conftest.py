@@ -23,3 +23,4 @@ def seeded(request: pytest.FixtureRequest) -> random.Random:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="the seed of every test that uses chance")
+    parser.addoption("--all-points", action="store_true", help="tests/crash: every boundary call, not a sample")

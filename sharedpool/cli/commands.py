@@ -143,8 +143,9 @@ def _of_pools(name: str | None, method: str) -> list[dict[str, Any]]:
 
 @app.command()
 def keys(pool_name: AnyPool = None, as_json: Json = False) -> None:
-    """Where connections lead: for each address, how many are in which state, and how many wait for one."""
-    columns = [show.of(each) for each in ("POOL", "KEY", "IN USE", "IDLE", "OPENING", "GRANTED", "CLOSING", "WAITING")]
+    """Where connections lead: for each address, how many are in which state, how many wait, and what was counted."""
+    states = ("POOL", "KEY", "IN USE", "IDLE", "OPENING", "GRANTED", "CLOSING", "WAITING")
+    columns = [show.of(each) for each in (*states, "CHECKOUTS", "OPENED", "CLOSED", "TIMEOUTS")]
     show.rows(columns, _of_pools(pool_name, "keys"), as_json=as_json)
 
 

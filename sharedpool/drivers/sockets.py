@@ -21,6 +21,8 @@ _TCP_CLOSE: Final = 7
 #: What a peer still sends after our end is read away, in so many reads of so many bytes per look.
 _READS: Final = 16
 _DRAIN: Final = 1 << 16
+#: The answer of a peer that has been said goodbye to is awaited up to so many bytes.
+_LONG_ANSWER: Final = 1 << 20
 #: What a user did to a socket: set a timeout, made a file of it, closed or detached it.
 _TIMED: Final = 1
 _FILED: Final = 2
@@ -68,7 +70,7 @@ class PooledSocket(socket.socket):
         self._touched |= _GONE
         if not self._closed and self._owner == os.getpid():  # type: ignore[attr-defined]
             try:
-                self.shutdown(goodbye(self))
+                self.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
         super().close()
@@ -149,30 +151,47 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
     conn.rest()
 
 
-def goodbye(sock: socket.socket) -> int:
-    """How a connection's end is said so that the peer's can still be seen."""
-    return socket.SHUT_WR if sock.family == getattr(socket, "AF_UNIX", None) else socket.SHUT_RDWR
+def is_unix(sock: socket.socket) -> bool:
+    """Whether it is a Unix socket; not every platform has them."""
+    return sock.family == getattr(socket, "AF_UNIX", None)
+
+
+def break_off(sock: socket.socket) -> None:
+    """End a connection under its user's hands; a peer in the midst of an answer is reset."""
+    sock.shutdown(socket.SHUT_WR if is_unix(sock) else socket.SHUT_RDWR)
+
+
+def shut(descriptor: int) -> None:
+    """Say goodbye on a connection, whoever else has a descriptor of it."""
+    sock = socket.socket(fileno=os.dup(descriptor))
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    finally:
+        sock.close()
 
 
 class Ending:
     """Closes one connection to the end: until the other side has closed, too.
 
-    TCP: shut down both ways, so that a peer in the middle of a response is reset at once instead of blocking, then
-    watch TCP_INFO. Unix sockets have no such state: shut down our sending side and read until the peer's end.
+    Our sending side is shut down, and what still comes is read away: a peer that sends to a socket that nobody reads
+    is reset, and then we could no longer see when it closes. Only one that goes on and on is reset all the same.
+    With TCP the kernel says when the peer has our end and we have its; a Unix socket has no such state, and the end of
+    what comes is the peer's.
     """
 
-    __slots__ = ("_sock", "_tcp", "asked")
+    __slots__ = ("_left", "_sock", "_tcp", "asked")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._tcp = goodbye(sock) == socket.SHUT_RDWR
+        self._tcp = not is_unix(sock)
+        self._left = _LONG_ANSWER
         self.asked = 0
 
     def begin(self) -> None:
         """Say goodbye; never blocks."""
         try:
             self._sock.setblocking(False)
-            self._sock.shutdown(goodbye(self._sock))
+            self._sock.shutdown(socket.SHUT_WR)
         except OSError:
             pass
 
@@ -180,13 +199,26 @@ class Ending:
         """Whether the peer has closed as well; never blocks."""
         self.asked += 1
         try:
+            end = self._read_away()
             if self._tcp:
                 return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
-            return any(not self._sock.recv(_DRAIN) for _ in range(_READS))
-        except (BlockingIOError, InterruptedError):
-            return False
+            return end
         except OSError:
             return True
+
+    def _read_away(self) -> bool:
+        """Whether nothing more can come."""
+        for _ in range(_READS):
+            try:
+                read = len(self._sock.recv(_DRAIN))
+            except (BlockingIOError, InterruptedError):
+                break
+            if not read:
+                return True
+            self._left -= read
+        if self._left <= 0:
+            self.force()
+        return False
 
     def force(self) -> None:
         """The peer did not close in time: cut it off."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 
-from ..errors import ConnectFailed, ConnectTimeout, file_limit
+from ..errors import NO_DESCRIPTOR, ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, named, register
 from .sockets import PooledSocket, StreamDriver, connect
 
@@ -25,7 +26,12 @@ class TcpDriver(StreamDriver):
         where = named("tcp", host, port)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # the latter: a label of more than 63 characters
+        except UnicodeError as error:  # a label of more than 63 characters
+            raise ConnectFailed(f"{where}: the name cannot be resolved: {error}") from error
+        except OSError as error:
+            limit_hit = _no_descriptor(error)
+            if limit_hit is not None:
+                raise file_limit(limit_hit, f"resolve {where}") from error
             raise ConnectFailed(f"{where}: the name cannot be resolved: {error}") from error
         last: ConnectFailed | ConnectTimeout = ConnectFailed(f"{where} has no address")
         for family, kind, protocol, _, address in found:
@@ -44,6 +50,17 @@ class TcpDriver(StreamDriver):
                 conn.close()
                 raise
         raise last
+
+
+def _no_descriptor(error: OSError) -> OSError | None:
+    """The error that no descriptor is left, if that is why a name could not be resolved: the resolver does not say."""
+    if error.errno in NO_DESCRIPTOR:
+        return error
+    try:
+        os.close(os.open("/", os.O_PATH | os.O_CLOEXEC))
+    except OSError as other:
+        return other if other.errno in NO_DESCRIPTOR else None
+    return None
 
 
 register(TcpDriver())

@@ -1,14 +1,17 @@
 """All orders in which workers and the arbiter can take their steps: every state of a small pool is visited once.
 
-A step is one reading of shared words or one section. After each the memory and the actors' places are a state; states
-seen before are not gone through again. What is looked for: an invariant that does not hold, a checkout that overtakes a
-waiter, a grant to other than the longest waiter, more slots than the cap, and an end at which somebody waits in vain.
+A step is one reading of shared words or one section; who is killed may be killed between two of them and, where that is
+asked for, at every store of a section. An arbiter that was killed has an heir, who knows nothing but the table. After
+each step the memory and the actors' places are a state; states seen before are not gone through again. What is looked
+for: an invariant that does not hold, a checkout that overtakes a waiter, a grant to other than the longest waiter, more
+slots than the cap, a lease taken away from the living, and an end at which somebody waits in vain.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +22,7 @@ from sharedpool.layout import (
     BARE,
     CELL_STALLED,
     CLOSING,
+    DIRTY,
     DOOMED,
     FIRST_ROW,
     GATE,
@@ -51,7 +55,7 @@ from sharedpool.table import DONE, FULL, Table
 
 from . import moves
 from .moves import AGAIN, STOP, Plan
-from .tables import A, World
+from .tables import A, Breaker, BreakingLease, Broken, World, breaking
 
 NOW = 7  # time stands still: what is verified by it is verified by the slot's word, too
 
@@ -61,6 +65,7 @@ START: Place = ("start",)
 OVER: Place = ("over",)
 DEAD: Place = ("dead",)
 REST: Place = ("rest",)
+HEIR: Place = ("heir",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +96,7 @@ class State:
     memory: bytes
     places: tuple[Place, ...]  # the workers', then the arbiter's
     script: int
+    deaths: int  # so often the arbiter may still be killed
 
 
 class Violation(AssertionError):
@@ -111,7 +117,10 @@ class Explorer:
         per_key: The limit per key; 0: none.
         stays: What is idle at the start cannot move.
         max_waiting: Who would have to queue while so many wait is refused.
+        deaths: So often the arbiter is killed, at any time.
+        breaks: Whoever is killed may be killed at every store of a section, too.
         unsaid: Transitions that do not bump VER: what the version rule is for.
+        forgets: What the arbiter should do and does not.
         unkeyed: Transitions that do not bump KEYED.
     """
 
@@ -128,16 +137,22 @@ class Explorer:
         per_key: int = 0,
         stays: bool = False,
         max_waiting: int = 0,
+        deaths: int = 0,
+        breaks: bool = False,
         unsaid: frozenset[str] = frozenset(),
+        forgets: frozenset[str] = frozenset(),
         unkeyed: frozenset[str] = frozenset(),
     ) -> None:
         self.workers = workers
         self.script = script
         self.watch = watch
+        self.deaths = deaths
+        self.breaks = breaks
         self.unsaid = unsaid
         self.unkeyed = unkeyed
+        self.forgets = forgets
         slots = maximum + script.count("raise")
-        self.world = World(maximum=maximum, slots=slots, cells=len(workers), workers=len(workers) + 1)
+        self.world = World(maximum=maximum, slots=slots, cells=len(workers), workers=len(workers) + 1, lines=0)
         for at in [self.world.leased(FIRST_ROW + len(workers), key, STAYS if stays else 0) for key in idle]:
             self.world.give_back(at)
         self.cells = [self.world.cell(FIRST_ROW + index) for index in range(len(workers))]
@@ -157,7 +172,7 @@ class Explorer:
         Raises:
             Violation: With the shortest sequence of steps that leads there.
         """
-        first = State(self.world.save(), (START,) * len(self.workers) + (REST,), 0)
+        first = State(self.world.save(), (START,) * len(self.workers) + (REST,), 0, self.deaths)
         came: dict[State, tuple[State, str] | None] = {first: None}
         todo = deque([first])
         while todo:
@@ -191,7 +206,7 @@ class Explorer:
                 self.world.restore(state.memory)
                 label, after = self._step(index, place, number)
                 places = (*state.places[:index], after, *state.places[index + 1 :])
-                yield f"worker {index} {label}", State(self._save(state.memory), places, state.script)
+                yield f"worker {index} {label}", self._after(state, places, state.script)
         yield from self._arbiter(state)
 
     def _save(self, before: bytes) -> bytes:
@@ -200,13 +215,17 @@ class Explorer:
             return before
         if memory not in self._sound:
             self._sound.add(memory)
-            invariants.check(self.world.table(ARBITER_ROW))
+            if not self.world.words[DIRTY]:  # else a section was left half done, and is repaired by who comes next
+                invariants.check(self.world.table(ARBITER_ROW))
         return memory
+
+    def _after(self, state: State, places: tuple[Place, ...], script: int, died: bool = False) -> State:
+        return State(self._save(state.memory), places, script, state.deaths - died)
 
     def _at_the_end(self, state: State) -> None:
         self.world.restore(state.memory)
         table = self.world.table(ARBITER_ROW)
-        wrong = list(invariants.nobody_waits_in_vain(table))
+        wrong = [*invariants.nobody_is_storing(table), *invariants.nobody_waits_in_vain(table)]
         assert not wrong, wrong
         keepers = any(worker.keeps for worker in self.workers)
         if keepers or table.words[GATE] & PAUSED:
@@ -411,21 +430,61 @@ class Explorer:
             _, plan, goal, script = place
             done, _ = self._commit(table, plan)
             places = (*state.places[:-1], REST)
-            yield f"arbiter {goal}: {done}", State(self._save(state.memory), places, script if done else state.script)
-            return
-        for goal, plan, script in self._plans(table, state):
-            places = (*state.places[:-1], ("commits", plan, goal, script))
-            yield f"arbiter plans {goal} {plan}", State(state.memory, places, state.script)
-        if state.script < len(self.script) and self.script[state.script].startswith("kill"):
-            victim = int(self.script[state.script][4:])
-            dead = state.places[victim] != OVER
-            places = (*state.places[:victim], DEAD if dead else OVER, *state.places[victim + 1 :])
-            yield f"worker {victim} is killed", State(state.memory, places, state.script + 1)
+            yield f"arbiter {goal}: {done}", self._after(state, places, script if done else state.script)
+            if state.deaths and self.breaks:
+                yield from self._killed_inside(state, plan, script)
+        elif place == HEIR:
+            table.repair()
+            yield "the heir repairs", self._after(state, (*state.places[:-1], REST), state.script)
+        else:
+            plans = [plan for plan in self._plans(table, state) if plan[0] not in self.forgets]
+            for goal, plan, script in plans:
+                places = (*state.places[:-1], ("commits", plan, goal, script))
+                yield f"arbiter plans {goal} {plan}", self._after(state, places, state.script)
+            if state.script < len(self.script) and self.script[state.script].startswith("kill"):
+                yield from self._kill(state, int(self.script[state.script][4:]))
+        if state.deaths and place != HEIR:
+            self.world.restore(state.memory)
+            yield "arbiter is killed", self._after(state, (*state.places[:-1], HEIR), state.script, died=True)
+
+    def _kill(self, state: State, victim: int) -> Iterator[tuple[str, State]]:
+        """A worker is killed between two of its steps, or at a store of its next section."""
+        place = state.places[victim]
+        places = (*state.places[:victim], DEAD if place != OVER else OVER, *state.places[victim + 1 :])
+        yield f"worker {victim} is killed", self._after(state, places, state.script + 1)
+        if self.breaks and len(place) > 1 and isinstance(place[1], Plan):
+            for k in self._stores(state, FIRST_ROW + victim, place[1]):
+                yield f"worker {victim} is killed at store {k}", self._after(state, places, state.script + 1)
+
+    def _killed_inside(self, state: State, plan: Plan, script: int) -> Iterator[tuple[str, State]]:
+        """The arbiter is killed at a store of a section. Whoever asked for another limit asks again, or does not."""
+        places = (*state.places[:-1], HEIR)
+        self.world.restore(state.memory)
+        other = plan.method == "set_limit" and plan.arguments[0] != self.world.words[MAX]  # relative to it
+        for k in self._stores(state, ARBITER_ROW, plan):
+            if not other:
+                yield f"arbiter is killed at store {k}", self._after(state, places, state.script, died=True)
+            if other or (plan.method == "set_limit" and script != state.script):
+                yield f"arbiter is killed at store {k}, for good", self._after(state, places, script, died=True)
+
+    def _stores(self, state: State, row: int, plan: Plan) -> Iterator[int]:
+        """Break a section off at each of its stores, one after the other."""
+        for k in itertools.count(1):
+            self.world.restore(state.memory)
+            breaker = Breaker(k)
+            try:
+                moves.carry_out(breaking(self.world, row, breaker.store), plan, BreakingLease(breaker.store))
+            except Broken:
+                yield k
+            else:
+                return
 
     def _plans(self, table: Table, state: State) -> Iterator[tuple[str, Plan, int]]:
         """What the arbiter may do next: its goal, the plan, and where in the script it is afterwards."""
         w = table.words
         gate = w[GATE]
+        if self.watch and (plan := moves.trim(table, NOW)) is not AGAIN:
+            yield "trims", plan, state.script
         for index, at, word in invariants.slots(table):
             if word & STATE == CLOSING:
                 plan = moves.pass_on(table, at, word, gate, 0, NOW)

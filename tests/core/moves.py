@@ -24,6 +24,7 @@ from sharedpool.layout import (
     CLOSING,
     DOOMED,
     FREE_SLOT,
+    GATE,
     GATE_FLAGS,
     GEN,
     GEN_ONE,
@@ -90,9 +91,9 @@ LEASE_AT = {
 }  # fmt: skip
 
 
-def carry_out(table: Table, plan: Plan) -> tuple[int, int]:
+def carry_out(table: Table, plan: Plan, lease: Any = None) -> tuple[int, int]:
     """Commit a plan, or find that it no longer holds: the answer, and the lease's word."""
-    lease = Lease()
+    lease = lease or Lease()
     lease.word = plan.expected
     arguments: list[Any] = list(plan.arguments)
     if plan.method in LEASE_AT:
@@ -363,6 +364,17 @@ def serve(table: Table, gate: int, now: int) -> Plan:
     if idle and not closing:
         return close(table, *idle[0], 0, now)
     return AGAIN
+
+
+def trim(table: Table, now: int) -> Plan:
+    """What is idle above a lowered limit, or in a stopped pool, is closed."""
+    w = table.words
+    idle = [(w[at + SINCE], at, word) for _, at, word in slots(table) if word & STATE == IDLE]
+    surplus = w[USED] - w[MAX] - sum(word & STATE == CLOSING for _, _, word in slots(table))
+    if not idle or not (w[GATE] & STOPPED or (w[GATE] & OVER and surplus > 0)):
+        return AGAIN
+    _, at, word = min(idle)
+    return close(table, at, word, 0, now)
 
 
 def _serve_keyed(table: Table, gate: int, keyed: int, now: int) -> Plan:

@@ -27,6 +27,9 @@ from sharedpool.layout import (
     HOLDER_SHIFT,
     KEYED,
     LEASED,
+    LINE,
+    LINE_ROW_SHIFT,
+    LINE_USED,
     MAX,
     MOST_PASSED,
     NEXT,
@@ -504,6 +507,11 @@ def _claim(world: World) -> Ready:
     return Ready(ONE, lambda table, _: table.claim_cell(cell), (cell,), cells=(cell,))
 
 
+def claim_a_line(world: World) -> Ready:
+    line, word = world.geometry.line_base + LINE, LINE_USED | ONE << LINE_ROW_SHIFT
+    return Ready(ONE, lambda table, _: table.claim_line(line, A, word), (line,))
+
+
 def enqueue_first(world: World) -> Ready:
     return _enqueue(world)
 
@@ -830,7 +838,7 @@ ALL: tuple[Operation, ...] = (
     hand_an_idle_connection, hand_a_permit_on, revoke, hand_a_slot_never_used, hand_a_slot_used_before,
     free_what_never_opened, free_what_was_closed, free_above_the_limit, free_what_the_dead_were_granted,
     close_a_leased_one, close_an_idle_one, close_what_was_not_taken,
-    claim_a_cell_never_used, claim_a_cell_used_before,
+    claim_a_cell_never_used, claim_a_cell_used_before, claim_a_line,
     enqueue_first, enqueue_behind_others, enqueue_and_evict,
     enqueue_high_alone, enqueue_high_before_the_head, enqueue_high_behind_its_like, enqueue_high_at_the_end,
     enqueue_high_and_evict,

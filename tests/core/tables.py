@@ -99,8 +99,8 @@ class PlainMutex:
 class World:
     """A table over a bytearray, the rows of three workers, and short ways into every state by legal transitions."""
 
-    def __init__(self, *, maximum: int = 2, slots: int = 4, cells: int = 6, workers: int = 3) -> None:
-        self.geometry = Geometry(FIRST_ROW + workers, slots, cells)
+    def __init__(self, *, maximum: int = 2, slots: int = 4, cells: int = 6, workers: int = 3, lines: int = 2) -> None:
+        self.geometry = Geometry(FIRST_ROW + workers, slots, cells, lines)
         self.memory = bytearray(self.geometry.size)
         view = memoryview(self.memory)
         split = 8 * self.geometry.words
@@ -136,6 +136,8 @@ class World:
 
     def restore(self, saved: bytes) -> None:
         self.memory[:] = saved
+        for table in self._tables.values():  # what it has missed so far was in another world
+            table._misses, table._progress = 0, ()
 
     @property
     def gate(self) -> int:

@@ -15,8 +15,10 @@ from sharedpool import counting, invariants, stats, view
 from sharedpool.counting import Durations, bucket_of, fold
 from sharedpool.layout import (
     HEADER,
+    LINE,
     PAUSED,
     ROW,
+    ROW_ARBITERS,
     ROW_CLOSES,
     ROW_CONNECT_SECONDS,
     ROW_COUNTERS,
@@ -32,8 +34,9 @@ from .test_table_machine import TableMachine
 
 
 def test_every_count_has_its_place_in_a_row() -> None:
-    assert ROW_COUNTERS + max(len(COUNTERS), len(ARBITER_COUNTERS)) <= ROW_CLOSES
-    assert ROW_CLOSES + len(REASONS) <= ROW_WAIT_SECONDS
+    assert ROW_COUNTERS + len(COUNTERS) <= ROW_ARBITERS
+    assert ROW_ARBITERS + len(ARBITER_COUNTERS) <= ROW_CLOSES
+    assert ROW_CLOSES + len(REASONS) <= min(ROW_WAIT_SECONDS, LINE)
     starts = (ROW_WAIT_SECONDS, ROW_CONNECT_SECONDS, ROW_LEASE_SECONDS, ROW)
     assert all(there - here == len(BOUNDS) + 2 for here, there in itertools.pairwise(starts))
     assert ROW_EVICTED == ROW_CLOSES + REASONS.index("evicted")
@@ -91,6 +94,7 @@ def test_a_fold_broken_off_anywhere_is_finished_by_the_next_and_loses_and_double
         try:
             fold(words, TWO)
         except Broken:
+            assert view.stats(world.words, world.geometry, "x") == before, f"store {k}, and nobody goes on"
             counting.finish(world.words)
             assert view.stats(world.words, world.geometry, "x") == before, f"store {k}"
             fold(world.words, TWO)
@@ -155,6 +159,10 @@ def test_connections_opened_and_closed_add_up_over_long_runs() -> None:
             wrong = list(invariants.connections_add_up(machine.table))
             assert not wrong, f"seed {seed}, step {step}: {wrong}"
         for row in (ONE, TWO, THREE):
-            reached |= {name for name, count in view.row_closes(machine.world.words, row).items() if count}
+            reached |= {
+                name
+                for name, count in view.row_counts(machine.world.words, machine.world.geometry, row)[1].items()
+                if count
+            }
         machine.teardown()
     assert reached >= {"evicted", "discarded", "ended"}, "the runs have to get there"

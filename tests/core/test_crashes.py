@@ -26,6 +26,7 @@ from sharedpool.layout import (
     STATE,
     tag_of,
 )
+from sharedpool.lines import Lines
 from sharedpool.returns import Returns
 from sharedpool.table import BUSY, DONE, Table
 
@@ -189,7 +190,7 @@ def returns_of(world: World, row: int) -> Returns:
     words: Any = ReadWords(world.words)
     table = Table(words, world.marks, world.mutex, world.geometry, row, world.find)
     segment: Any = SimpleNamespace(waker=lambda cell: NoWaker())
-    return Returns(table, segment, lambda slot, generation: None, table.counter(1), lambda key: 0)
+    return Returns(table, segment, lambda slot, generation: None, Lines(table), lambda key: (0, 0))
 
 
 ROUTE: Any = SimpleNamespace(key=A, tag=tag_of(A), stays=0, sticky=False)

@@ -100,6 +100,31 @@ WITH_A_WATCHER: dict[str, Case] = {
 }  # fmt: skip
 
 
+broken_off = {"watch": True, "breaks": True}
+succeeded = {"watch": True, "breaks": True, "deaths": 1}
+
+#: The arbiter, or a worker, is killed between any two of its steps, or at any store of a section.
+KILLED_ANYWHERE: dict[str, Case] = {
+    "two of one key, a worker": ([patient] * 2, ("kill0", "reap0"), broken_off),
+    "two of one key": ([patient] * 2, (), succeeded),
+    "two of two keys, an idle one to be closed for its permit": (
+        [third, other], (), {**succeeded, "maximum": 2, "idle": (B, B)}
+    ),
+    "discards": ([Worker(discards=True), patient], (), succeeded),
+    "connects fail, time-outs": ([failing, hasty], (), succeeded),
+    "the limit is raised": ([patient] * 2, ("raise",), succeeded),
+    "the limit is lowered": ([patient] * 2, ("lower",), {**succeeded, "maximum": 2}),
+    "paused and resumed": ([patient] * 2, ("pause", "resume"), succeeded),
+    "stopped": ([patient] * 2, ("stop",), succeeded),
+    "a grant is revoked": ([patient] * 2, ("revoke",), succeeded),
+    "permits, a grant is revoked": ([permit] * 2, ("revoke",), succeeded),
+    "an idle one expires": ([patient] * 2, ("expire",), succeeded),
+    "a lease is doomed": ([patient] * 2, ("doom",), succeeded),
+    "a worker, too, and reaped": ([patient] * 2, ("kill0", "reap0"), succeeded),
+    "a reserve is made": ([patient, high], ("reserve",), {**succeeded, "maximum": 2}),
+}  # fmt: skip
+
+
 def explored(case: Case) -> int:
     workers, script, more = case
     return Explorer(workers, script, **more).explore()
@@ -130,6 +155,17 @@ def test_without_the_version_rule_somebody_waits_in_vain(transition: str, case: 
     workers, script, more = case
     with pytest.raises(Violation, match="waits beside"):
         Explorer(workers, script, unsaid=frozenset([transition]), **more).explore()
+
+
+@pytest.mark.parametrize("name", KILLED_ANYWHERE)
+def test_whoever_is_killed_wherever_broken_off_an_heir_knows_from_the_table_how_to_go_on(name: str) -> None:
+    assert explored(KILLED_ANYWHERE[name]) > 200
+
+
+def test_an_heir_that_does_not_close_what_is_above_the_limit_lets_somebody_wait_in_vain() -> None:
+    forgetful = {"watch": True, "deaths": 1, "maximum": 2, "forgets": frozenset(["trims"])}
+    with pytest.raises(Violation, match="waits beside an idle connection"):
+        Explorer([patient, patient], ("lower",), idle=(A, A), **forgetful).explore()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

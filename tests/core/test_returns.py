@@ -10,6 +10,7 @@ import pytest
 from sharedpool import drivers
 from sharedpool.held import Route
 from sharedpool.layout import GRANT, KEY, LEASED, STATE, VER
+from sharedpool.lines import Lines
 from sharedpool.returns import Returns
 from sharedpool.table import DONE
 
@@ -38,8 +39,8 @@ def test_a_waiter_that_waits_for_another_key_by_now_does_not_get_the_connection(
 
     segment: Any = SimpleNamespace(waker=waker)
     table = world.table(ONE)
-    returns = Returns(table, segment, lambda slot, generation: None, table.counter(1), lambda key: (0, 0))
-    route = Route(drivers.find("tcp"), "127.0.0.1", 1, A, moves=True, sticky=False)
+    returns = Returns(table, segment, lambda slot, generation: None, Lines(table), lambda key: (0, 0))
+    route = Route(drivers.find("tcp"), "127.0.0.1", 1, A, moves=True, sticky=False, counts=table.row_at)
     if way == "straight_on":
         assert not returns.straight_on(at, world.words[at], route)
         assert world.words[at] & STATE == LEASED

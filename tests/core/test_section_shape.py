@@ -27,7 +27,17 @@ TEXT = "text"
 def test_every_transition_is_among_the_methods_that_are_looked_at() -> None:
     transitions = {"take_idle", "take_free", "take_grant", "swap", "put_idle", "hand", "hand_free", "free", "close"}
     transitions |= {"take_idle_counted", "put_idle_counted", "connected", "reopen"}
-    transitions |= {"claim_cell", "enqueue", "enqueue_high", "rejoin", "leave", "set_row", "set_limit", "repair"}
+    transitions |= {
+        "claim_cell",
+        "claim_line",
+        "enqueue",
+        "enqueue_high",
+        "rejoin",
+        "leave",
+        "set_row",
+        "set_limit",
+        "repair",
+    }
     assert transitions == set(METHODS)
 
 

@@ -348,7 +348,7 @@ def test_the_close_of_what_was_never_open_is_not_counted() -> None:
 def test_an_eviction_is_counted_by_the_section_that_decides_it() -> None:
     world = World()
     operations.run(world, operations.enqueue_and_evict(world))
-    assert view.row_closes(world.words, ONE)["evicted"] == 1
+    assert view.row_counts(world.words, world.geometry, ONE)[1]["evicted"] == 1
 
 
 def test_a_permit_granted_after_its_connection_was_closed_has_none() -> None:

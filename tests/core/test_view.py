@@ -17,6 +17,8 @@ from sharedpool.layout import (
     HEADER,
     KEY,
     ROW,
+    ROW_ARBITERS,
+    ROW_CLOSES,
     ROW_COUNTERS,
     SINCE,
     STEAL_AFTER,
@@ -48,15 +50,17 @@ def test_counters_are_those_of_the_living_the_dead_and_the_arbiter() -> None:
     w, last = world.words, len(COUNTERS) - 1
     for row, number in ((TOTALS_ROW, 1000), (ONE, 100), (TWO, 10)):
         w[HEADER + ROW * row + ROW_COUNTERS + last] = number
-    w[HEADER + ROW * ARBITER_ROW + ROW_COUNTERS] = 7
+    w[HEADER + ROW * TOTALS_ROW + ROW_ARBITERS] = 3
+    w[HEADER + ROW * ARBITER_ROW + ROW_COUNTERS] = 4  # there one of layout 2 counted
     stats = view.stats(w, world.geometry, "x")
     assert getattr(stats, COUNTERS[last]) == 1110
     assert getattr(stats, ARBITER_COUNTERS[0]) == 7
-    assert view.row_counters(w, ONE)[COUNTERS[last]] == 100
+    assert view.row_counts(w, world.geometry, ONE)[0][COUNTERS[last]] == 100
 
 
 def test_counters_fit_into_a_row() -> None:
-    assert ROW_COUNTERS + max(len(COUNTERS), len(ARBITER_COUNTERS)) <= ROW
+    assert ROW_COUNTERS + len(COUNTERS) <= ROW_ARBITERS
+    assert ROW_ARBITERS + len(ARBITER_COUNTERS) <= ROW_CLOSES
 
 
 def test_leases_are_listed_the_longest_first_with_their_processes() -> None:
@@ -137,10 +141,12 @@ def test_keys_count_slots_by_state_and_who_waits() -> None:
     world.waiting(ONE)
     found = view.keys(world.words, world.geometry)
     assert {state: number for state, number in dataclasses.asdict(found[A]).items() if number} == {
-        "in_use": 1, "opening": 1, "closing": 1, "waiting": 1,
+        "in_use": 1, "opening": 1, "closing": 1, "waiting": 1, "connections": 2,
     }  # fmt: skip
-    assert {state: number for state, number in dataclasses.asdict(found[B]).items() if number} == {"idle": 1}
-    assert set(found) == {A, B}
+    assert {state: number for state, number in dataclasses.asdict(found[B]).items() if number} == {
+        "idle": 1, "connections": 1,
+    }  # fmt: skip
+    assert set(found) == {A, B, 0}
 
 
 def test_a_grant_counts_for_the_key_that_its_waiter_wants() -> None:

@@ -46,6 +46,42 @@ SLOW: dict[str, Case] = {
     "four, two leases that never end": ([keeping, keeping, patient, patient], (), {"maximum": 2}),
 }
 
+succeeded = {"watch": True, "deaths": 1}
+
+#: The arbiter is killed between any two of its sections, and an heir goes on.
+SUCCEEDED: dict[str, Case] = {
+    "two, idle ones, the limit is lowered, killed at any store": (
+        [patient, other], ("lower",), {**succeeded, "breaks": True, "maximum": 2, "idle": (A, B)}
+    ),
+    "three of two keys": ([patient, other, patient], (), succeeded),
+    "three, one is killed": ([patient] * 3, ("kill1", "reap1"), succeeded),
+    "three, a grant is revoked": ([patient] * 3, ("revoke",), succeeded),
+    "three, a reserve, one is killed": (
+        [patient, patient, high], ("kill2", "reap2"), {**succeeded, "maximum": 2, "reserve": 1}
+    ),
+}  # fmt: skip
+
+#: The same, for scripts/model alone: a minute.
+LONG: dict[str, Case] = {
+    "two, one is killed, both at any store, two heirs": (
+        [patient] * 2, ("kill0", "reap0"), {**succeeded, "breaks": True, "deaths": 2}
+    ),
+    "two, stopped, killed at any store, two heirs": (
+        [patient] * 2, ("stop",), {**succeeded, "breaks": True, "deaths": 2}
+    ),
+    "three, one is killed at any store": ([patient] * 3, ("kill1", "reap1"), {"watch": True, "breaks": True}),
+    "three, the limit is lowered": ([patient] * 3, ("lower",), {**succeeded, "maximum": 2}),
+    "three, paused and resumed": ([patient] * 3, ("pause", "resume"), succeeded),
+    "three, time-outs, a grant is revoked": ([hasty, hasty, patient], ("revoke",), succeeded),
+    "three, a grant is revoked, one is killed": ([patient] * 3, ("revoke", "kill1", "reap1"), succeeded),
+    "three, one of high priority, one is killed": ([patient, high, patient], ("kill1", "reap1"), succeeded),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUCCEEDED)
+def test_killed_anywhere_an_heir_knows_from_the_table_how_to_go_on(name: str) -> None:
+    assert explored(SUCCEEDED[name]) > 1000
+
 
 @pytest.mark.parametrize("name", SLOW)
 def test_nobody_waits_in_vain_nor_is_overtaken_among_three(name: str) -> None:

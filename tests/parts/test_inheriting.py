@@ -5,7 +5,22 @@ from __future__ import annotations
 import os
 from contextlib import closing
 
-from sharedpool.layout import CLOSING, FREE, LAYOUT, MAX_PER_KEY, SERVED, SINCE, STATE
+from sharedpool.layout import (
+    BARE,
+    CELL_HIGH,
+    CLOSING,
+    DIRTY,
+    FREE,
+    GATE,
+    GRANT,
+    LAYOUT,
+    MAX_PER_KEY,
+    SERVED,
+    SINCE,
+    STATE,
+    VER,
+)
+from sharedpool.served import _granted
 from sharedpool.table import DONE
 from sharedpool.testing import SteppedArbiter
 
@@ -40,3 +55,40 @@ def test_nothing_becomes_free_before_every_live_row_has_told_what_it_holds() -> 
         pool.registered(table.row, heir.clock())
         heir.pass_time(2)
         assert w[at] & STATE == FREE
+
+
+def test_what_a_worker_had_that_died_before_it_told_may_still_be_open_at_the_remote_for_close_timeout() -> None:
+    with closing(SteppedArbiter()) as dead, closing(SteppedArbiter()) as heir:
+        old = dead.pool(max_connections=2, close_timeout=3)
+        worker = dead.worker(old, os.getpid())
+        at = worker.open()
+        heir.inherit("default", old.segment)
+        heir.pass_time(0.1)
+        heir.pools["default"].handle_info(("DOWN", worker.table.row))
+        heir.pass_time(2.5)
+        assert old.words[at] & STATE == CLOSING, "the kernel has said goodbye for it, but nobody sees the answer"
+        heir.pass_time(1)
+        assert old.words[at] & STATE == FREE
+
+
+def test_a_grant_that_a_killed_arbiter_had_only_begun_to_give_is_known_to_its_waiter() -> None:
+    """Nobody else enters a section: the waiter sleeps, and all there is has been given."""
+    with closing(SteppedArbiter()) as dead, closing(SteppedArbiter()) as heir:
+        old = dead.pool(max_connections=1)
+        worker = dead.worker(old, os.getpid())
+        w, table, at = old.words, worker.table, worker.open()
+        cell = table.cell_at(w[CELL_HIGH])
+        assert table.claim_cell(cell) == DONE
+        assert table.enqueue(cell, 1, w[GATE], w[VER], 0, 0, 0, table.counter(5), dead.clock()) == DONE
+        assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), dead.clock()) == DONE
+        granted = _granted(w[at], table.cell_index(cell)) | BARE
+        killed = os.fork()
+        if killed == 0:  # in the midst of `hand`: the grant is committed, and what is derived not yet
+            -old.table.mutex
+            w[DIRTY] = old.table.row
+            w[at] = granted
+            os._exit(0)
+        os.waitpid(killed, 0)
+        heir.inherit("default", old.segment)
+        heir.pass_time(0.1)
+        assert (w[DIRTY], w[cell + GRANT]) == (0, at)

@@ -256,6 +256,19 @@ def test_what_the_peer_still_says_does_not_keep_its_end_from_being_seen(both: Bo
     wait_until(ending.ended, 5)
 
 
+def test_a_peer_that_still_answers_has_not_ended_before_it_closes(both: Both) -> None:
+    """Reset, it would be taken for closed while its process still holds the connection, and counts it."""
+    conn, peer = both
+    ending = Ending(conn)
+    ending.begin()
+    assert peer.recv(1) == b""
+    for _ in range(3):
+        peer.sendall(b"an answer under way")
+        assert not ending.ended()
+    peer.close()
+    wait_until(ending.ended)
+
+
 def test_a_look_at_a_peer_that_keeps_talking_comes_to_an_end() -> None:
     conn, peer = connected("unix")
     with conn, peer:

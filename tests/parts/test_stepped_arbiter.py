@@ -22,6 +22,9 @@ from sharedpool.layout import (
     MAX,
     RESERVE,
     RESERVING,
+    SINCE,
+    STATE,
+    STOPPED,
     TICKET,
     VER,
     generation_of,
@@ -107,6 +110,21 @@ def test_a_dead_workers_leases_are_closed_and_its_idle_connections_kept(arbiter:
     assert (numbers(pool).reaped, numbers(pool).adopted) == (1, 1)
 
 
+def test_what_a_worker_began_to_close_when_it_died_is_closed_at_once(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool()
+    worker = arbiter.worker(pool)
+    at = worker.open()
+    arbiter.pass_time(0.1)  # the sweep that looks for such slots has just been
+    w, table = worker.table.words, worker.table
+    assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), arbiter.clock()) == DONE
+    worker.die()
+    arbiter.pass_time(0)
+    assert closed_by_us(worker.peer(at))
+    worker.peer(at).close()
+    arbiter.pass_time(0.1)
+    assert numbers(pool).used == 0
+
+
 def test_a_grant_is_left_to_its_waiter_for_a_tenth_of_a_second_and_then_goes_to_the_next(
     arbiter: SteppedArbiter,
 ) -> None:
@@ -123,6 +141,38 @@ def test_a_grant_is_left_to_its_waiter_for_a_tenth_of_a_second_and_then_goes_to_
     arbiter.pass_time(0.02)
     assert (pool.words[first + GRANT], pool.words[second + GRANT]) == (0, at)
     assert numbers(pool).revoked == 1
+
+
+def test_in_sticky_order_the_arbiter_leaves_idle_connections_to_their_process_for_steal_after(
+    arbiter: SteppedArbiter,
+) -> None:
+    pool = arbiter.pool(max_connections=1, order="sticky", steal_after=5.0)
+    one, two = arbiter.worker(pool), arbiter.worker(pool, 2)
+    at = one.open()
+    cells = [wait_in_line(arbiter, pool, two), wait_in_line(arbiter, pool, two, key=2)]
+    w = pool.words
+    one.leave_idle(at)  # as its process does in sticky order, although somebody waits
+    for _ in range(4):
+        arbiter.pass_time(1.0)
+        assert w[at] & STATE == IDLE
+    arbiter.pass_time(1.0)
+    assert w[cells[0] + GRANT] == at
+    assert w[cells[1] + GRANT] == 0
+
+
+def test_in_sticky_order_an_idle_connection_of_a_dead_process_is_anybodys(
+    arbiter: SteppedArbiter,
+) -> None:
+    pool = arbiter.pool(max_connections=1, order="sticky", steal_after=5.0)
+    one, two = arbiter.worker(pool), arbiter.worker(pool, 2)
+    at = one.open()
+    one.leave_idle(at)
+    cell = wait_in_line(arbiter, pool, two)
+    arbiter.pass_time(0.02)
+    assert pool.words[cell + GRANT] == 0
+    one.die()
+    arbiter.pass_time(0.02)
+    assert pool.words[cell + GRANT] == at
 
 
 def test_a_raised_limit_serves_who_waits_and_a_lowered_one_closes_the_longest_idle(arbiter: SteppedArbiter) -> None:
@@ -250,6 +300,19 @@ def test_pausing_and_resuming_leave_the_reserve_as_it_is(arbiter: SteppedArbiter
 def test_an_heir_finds_the_options_in_the_table(arbiter: SteppedArbiter, given: dict[str, Any]) -> None:
     pool = arbiter.pool(**given)
     assert options_in(pool.words) == pool.options
+
+
+@pytest.mark.parametrize(("flags", "left", "reason"), [(0, 1, "over_limit"), (STOPPED, 0, "stopped")])
+def test_an_heir_closes_what_an_arbiter_killed_after_lowering_the_limit_or_stopping_would_have(
+    arbiter: SteppedArbiter, flags: int, left: int, reason: str
+) -> None:
+    pool = arbiter.pool(max_connections=3)
+    worker = arbiter.worker(pool)
+    for at in [worker.open() for _ in range(3)]:
+        worker.leave_idle(at)
+    assert pool.table.set_limit(1, flags) == DONE  # and no more
+    arbiter.pass_time(0.01)
+    assert (numbers(pool).idle, numbers(pool).closes[reason]) == (left, 3 - left)
 
 
 def test_an_heir_of_an_arbiter_killed_between_cap_and_reserve_has_options_that_fit(arbiter: SteppedArbiter) -> None:

@@ -23,10 +23,13 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 LATE = b"!late"
+#: Of what came over a connection, and of what happened, so much is kept: a long run must not fill the memory.
+KEPT = 1 << 16
 
 
 class Listener:
@@ -71,6 +74,7 @@ class Connection:
         self.received = b""
         self.late: list[bytes] = []
         self.ended = False  # the client's end of stream was read, the close is held back
+        self.said_goodbye = False  # and so the client cannot see when it is closed
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -96,7 +100,7 @@ class Server:
         self.accepted: dict[str, int] = {}
         self.peak = 0
         self.closed: dict[str, int] = {}
-        self.events: list[list[object]] = []
+        self.events: deque[list[object]] = deque(maxlen=KEPT)
         self.held: set[str] = set()
         self.pending = b""
         self.running = True
@@ -123,6 +127,10 @@ class Server:
         """The accepting itself was done by run()."""
 
     def _accepted(self, listener: Listener, sock: socket.socket, peer: object) -> None:
+        # To which both sides have said goodbye, that is over for the client: it cannot know when it is read here.
+        for each in [each for each in self.connections.values() if each.said_goodbye]:
+            while self._readable(each):
+                pass
         sock.setblocking(False)
         self.serial += 1
         connection = Connection(self.serial, sock, listener.name, peer if isinstance(peer, tuple) else None)
@@ -131,26 +139,28 @@ class Server:
         self.open_by_listener[listener.name] = self.open_by_listener.get(listener.name, 0) + 1
         self.peak = max(self.peak, len(self.connections))
         self.selector.register(sock, selectors.EVENT_READ, lambda _, c=connection: self._readable(c))
-        self._log("accept", connection, "")
+        self._log("accept", connection, str(connection.peer))
 
-    def _readable(self, connection: Connection) -> None:
+    def _readable(self, connection: Connection) -> bool:
+        """Read once; whether something came."""
         if connection.number not in self.connections or connection.ended:
-            return  # closed by an earlier event of the same round
+            return False  # closed by an earlier event of the same round
         try:
             data = connection.sock.recv(65536)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             self._close(connection, "reset")
-            return
+            return False
         if not data:
             self._end_of_stream(connection)
-            return
-        connection.received += data
+            return False
+        connection.received = (connection.received + data)[-KEPT:]
         connection.buffer += data
         while b"\n" in connection.buffer and connection.number in self.connections:
             line, connection.buffer = connection.buffer.split(b"\n", 1)
             self._line(connection, line)
+        return True
 
     def _line(self, connection: Connection, line: bytes) -> None:
         answer = b"%d %s\n" % (connection.number, line)
@@ -170,7 +180,7 @@ class Server:
         return True
 
     def _end_of_stream(self, connection: Connection) -> None:
-        if connection.listener in self.held or "*" in self.held:
+        if (connection.listener in self.held or "*" in self.held) and not connection.said_goodbye:
             connection.ended = True
             self.selector.unregister(connection.sock)
             self._log("end", connection, "")
@@ -277,16 +287,19 @@ class Server:
         self.peak = len(self.connections)
 
     def do_log(self) -> list[list[object]]:
-        return self.events
+        return list(self.events)
 
     def do_send(self, data: str, ids: list[int] | None = None) -> int:
         """Send bytes that nobody asked for."""
-        return sum(self._send(connection, data.encode("latin-1")) for connection in self._chosen(ids, None))
+        chosen = [connection for connection in self._chosen(ids, None) if not connection.ended]
+        return sum(self._send(connection, data.encode("latin-1")) for connection in chosen)
 
     def do_answer(self, ids: list[int] | None = None) -> int:
         """Send the answers held back by `!late`. Returns how many."""
         sent = 0
         for connection in self._chosen(ids, None):
+            if connection.ended:
+                continue
             late, connection.late = connection.late, []
             sent += sum(self._send(connection, answer) for answer in late)
         return sent
@@ -300,9 +313,12 @@ class Server:
 
     def do_half_close(self, ids: list[int] | None = None) -> int:
         """Say that nothing more will be sent, and go on reading."""
-        chosen = self._chosen(ids, None)
+        chosen = [connection for connection in self._chosen(ids, None) if not connection.ended]
         for connection in chosen:
-            connection.sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # it has just gone
+                connection.sock.shutdown(socket.SHUT_WR)
+                connection.said_goodbye = True
+                self._log("half close", connection, "")
         return len(chosen)
 
     def do_hold_closes(self, listener: str = "*") -> None:

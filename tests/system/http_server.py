@@ -1,7 +1,7 @@
 """A small HTTP/1.1 server in a process of its own, for the scenarios that need one. Ends with its standard input.
 
 `/page` answers 200, `/redirect` 307 to `/page`, `/missing` 404, `/close` 200 and then the end of the connection;
-`/numbers` tells how many connections are open, and how many were at once.
+`/numbers` tells how many connections are open, how many were at once, and how many there have been.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    open = peak = 0
+    open = peak = accepted = 0
     lock = threading.Lock()
 
     def setup(self) -> None:
         with Handler.lock:
             Handler.open += 1
+            Handler.accepted += 1
             Handler.peak = max(Handler.peak, Handler.open)
         super().setup()
 
@@ -38,7 +39,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         status, body = PATHS.get(self.path, (404, b"nothing\n"))
         if self.path == "/numbers":
-            status, body = 200, json.dumps({"open": Handler.open, "peak": Handler.peak}).encode()
+            status, body = (
+                200,
+                json.dumps({"open": Handler.open, "peak": Handler.peak, "accepted": Handler.accepted}).encode(),
+            )
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         if status == 307:

@@ -95,7 +95,7 @@ def test_keys_workers_and_leases_show_where_who_and_for_how_long(two: list[Worke
     two[0].checkout(tcp)
     two[1].use(tcp)
     key = f"tcp://{tcp.host}:{tcp.port}"
-    assert good(scope, "keys").lines == [["default", key, "1", "1", "0", "0", "0", "0"]]
+    assert good(scope, "keys").lines == [["default", key, "1", "1", "0", "0", "0", "0", "2", "2", "0", "0"]]
     rows = {int(row[1]): row for row in good(scope, "workers", "default").lines}
     assert set(rows) == {worker.pid for worker in two}
     assert rows[two[0].pid][4:6] == ["1", "1"]

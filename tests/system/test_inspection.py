@@ -51,8 +51,10 @@ def test_keys_are_told_by_name_with_their_states_and_waiters(
     other = two[0].checkout(unix)
     (waiting,) = line_up(two[0], [(two[1], tcp)])
     rows = {row.pop("key"): row for row in ask(scope, "keys", "default")}
-    assert {state: number for state, number in rows[f"tcp://{tcp.host}:{tcp.port}"].items() if number} == {
-        "in_use": 1, "waiting": 1,
+    found = rows[f"tcp://{tcp.host}:{tcp.port}"]
+    assert not any(found.pop("closes").values())
+    assert {name: number for name, number in found.items() if number} == {
+        "in_use": 1, "waiting": 1, "checkouts": 1, "opens": 1, "opened": 1, "connections": 1, "waits": 1,
     }  # fmt: skip
     assert rows[f"unix:{unix.host}"]["in_use"] == 1
     two[0].checkin(label)

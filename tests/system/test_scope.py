@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
-from sharedpool import AttachRefused, SharedPoolError
+from sharedpool import AttachRefused, SharedPoolError, control, launch
 from tests.support import commands, processes
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
+from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 
@@ -180,3 +183,25 @@ def test_a_process_of_another_pid_namespace_is_refused_by_name_of_both(
         assert number in str(error)
     assert outside.use(tcp) == 1
     assert processes.alive(scope.arbiter())
+
+
+def fork_while_it_starts(state: State) -> int:
+    """Another thread of this process holds the launchers' lock when a child is forked, which lives on."""
+    with launch._start_lock(control._directory(), time.monotonic() + 10):
+        child = os.fork()
+        if child == 0:
+            while True:
+                time.sleep(60)
+    return child
+
+
+def kill_child(state: State, pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_child_forked_while_an_arbiter_is_started_does_not_keep_others_from_starting_one(two: list[Worker]) -> None:
+    child = two[0].call(fork_while_it_starts)
+    two[1].attach(max_connections=1)
+    assert two[1].begin(commands.stats).result(deadline=10).max_connections == 1
+    two[0].call(kill_child, child)

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
-from sharedpool import PoolStats, PoolTimeout, SharedPoolError
+from sharedpool import KeyStats, PoolStats, PoolTimeout, SharedPoolError
+from sharedpool.stats import KEY_COUNTERS
 from tests.support import commands
 from tests.support.backend import Backend, Target
+from tests.support.scope import Scope
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
+from tests.system.test_succession import kill_arbiter, successor
 
 
 def ways_to_use(state: State, targets: list[Target], number: int, seed: int, **options: Any) -> int:
@@ -66,6 +69,27 @@ def check_laws(stats: PoolStats, backend: Backend) -> None:
     assert stats.waits == stats.wait_seconds.count
 
 
+def key_stats(state: State) -> dict[str, KeyStats]:
+    return commands.pool_of(state, "default").key_stats()
+
+
+def check_keys(worker: Worker, stats: PoolStats, targets: list[Target]) -> None:
+    """Nothing is under way, and the worker has used every address."""
+    keys = worker.call(key_stats)
+    assert set(keys) == {where(target) for target in targets}, "nothing was counted apart from the addresses"
+    for key in keys.values():
+        assert key.checkouts == key.reuses + key.takeovers + key.handoffs + key.opens
+        assert key.opened - key.closed == key.connections == key.idle + key.in_use
+        assert sum(key.closes.values()) == key.closed
+    for name in KEY_COUNTERS:
+        assert sum(getattr(key, name) for key in keys.values()) == getattr(stats, name), name
+    assert {reason: sum(key.closes[reason] for key in keys.values()) for reason in stats.closes} == stats.closes
+
+
+def where(target: Target) -> str:
+    return target.url if target.transport == "tcp" else f"unix:{target.host}"
+
+
 def at_rest(worker: Worker, **expected: int) -> PoolStats:
     stats = worker.wait_stats(opening=0, granted=0, closing=0, waiting=0, **expected)
     assert isinstance(stats, PoolStats)
@@ -102,10 +126,12 @@ def test_checkouts_and_closes_add_up_over_workers_threads_and_deaths(
     done += 1
     before = settled(observer, backend, in_use=1)
     check_laws(before, backend)
+    check_keys(observer, before, [tcp, unix])
     assert before.checkouts == done
     victim.kill()
     after = settled(observer, backend, in_use=0, processes=3)
     check_laws(after, backend)
+    check_keys(observer, after, [tcp, unix])
     assert (after.checkouts, after.closes["reaped"]) == (done, before.closes["reaped"] + 1)
     assert after.lease_seconds.count == done - 1  # whose holder was killed has no end
 
@@ -266,10 +292,6 @@ def test_every_workers_counts_can_be_had_from_any_process(two: list[Worker], tcp
     assert found[two[1].pid]["closes"]["discarded"] == 1
 
 
-def key_stats(state: State) -> Any:
-    return commands.pool_of(state, "default").key_stats()
-
-
 @pytest.mark.parametrize("mode", ["shared", "local"])
 def test_the_states_are_counted_by_key_too(harness: Harness, tcp: Target, unix: Target, mode: str) -> None:
     solo = harness.start(SHAREDPOOL_MODE=mode)
@@ -277,7 +299,10 @@ def test_the_states_are_counted_by_key_too(harness: Harness, tcp: Target, unix: 
     for target in (tcp, tcp, unix):
         solo.checkout(target)
     found = solo.call(key_stats)
-    assert {where: stats.in_use for where, stats in found.items()} == {tcp.url: 2, f"unix:{unix.host}": 1}
+    assert {address: stats.in_use for address, stats in found.items()} == {tcp.url: 2, where(unix): 1}
+    assert {address: (stats.opens, stats.checkouts, stats.connections) for address, stats in found.items()} == {
+        tcp.url: (2, 2, 2), where(unix): (1, 1, 1),
+    }  # fmt: skip
 
 
 def test_the_laws_hold_in_local_mode(harness: Harness, backend: Backend, tcp: Target, unix: Target) -> None:
@@ -287,6 +312,7 @@ def test_the_laws_hold_in_local_mode(harness: Harness, backend: Backend, tcp: Ta
     done = sum(each.result(60) for each in begun)
     stats = settled(solo, backend, in_use=0)
     check_laws(stats, backend)
+    check_keys(solo, stats, [tcp, unix])
     assert (stats.checkouts, stats.lease_seconds.count) == (done, done - stats.dropped)
 
 
@@ -303,3 +329,38 @@ def test_counts_of_a_process_that_was_killed_are_the_pools_for_ever(harness: Har
         stats = observer.wait_stats(processes=1)
         assert (stats.checkouts, stats.lease_seconds.count) == (expected, expected)
     assert os.getpid() not in observer.call(commands.library, "worker_stats")
+
+
+def test_a_keys_counts_survive_the_process_the_arbiter_and_a_reset(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target, unix: Target
+) -> None:
+    observer, victim = harness.start_many(2)
+    observer.attach(max_connections=3)
+    for target in (tcp, tcp, unix):
+        observer.use(target)
+        victim.use(target)
+    victim.kill()
+    observer.wait_stats(processes=1)
+    before = settled(observer, backend, in_use=0)
+    check_keys(observer, before, [tcp, unix])
+    keys = observer.call(key_stats)
+    successor(observer, kill_arbiter(scope))
+    assert observer.call(key_stats) == keys
+    observer.call(commands.library, "reset_stats", "default")
+    observer.use(tcp)
+    after = settled(observer, backend, in_use=0)
+    check_keys(observer, after, [tcp, unix])
+    found = observer.call(key_stats)
+    assert (found[tcp.url].checkouts, found[where(unix)].checkouts, found[where(unix)].opened) == (1, 0, 1)
+
+
+def test_evictions_are_counted_for_the_address_that_was_closed(
+    worker: Worker, backend: Backend, tcp: Target, unix: Target
+) -> None:
+    worker.attach(max_connections=1)
+    for target in (tcp, unix, tcp):
+        worker.use(target)
+    check_keys(worker, settled(worker, backend, idle=1), [tcp, unix])
+    keys = worker.call(key_stats)
+    assert {address: numbers.closes["evicted"] for address, numbers in keys.items()} == {tcp.url: 1, where(unix): 1}
+    assert (keys[tcp.url].waits, keys[where(unix)].waits) == (1, 1)

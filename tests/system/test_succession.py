@@ -311,3 +311,69 @@ def test_a_scope_without_workers_has_nothing_to_inherit(
     assert second.use(tcp) == 2
     assert second.stats().max_connections == 4
     successor(second, old)
+
+
+def kill_and_inherit(scope: Scope, worker: Worker) -> int:
+    """Kill the arbiter and wait for a successor, which somebody has to start: nobody needs one for a stopped pool."""
+    kill_arbiter(scope)
+    worker.call(commands.library, "start_pool", "another", max_connections=1)
+    return scope.arbiter()
+
+
+def test_a_worker_whose_pool_is_stopped_tells_a_successor_what_it_holds(
+    two: list[Worker], scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one, other = two
+    one.attach(max_connections=1)
+    label = one.checkout(tcp)
+    other.call(commands.library, "stop_pool", "default")
+    kill_and_inherit(scope, other)
+    other.call(commands.library, "start_pool", "default", max_connections=1)
+    kill_and_inherit(scope, other)
+    backend.do("hold_closes")
+    one.discard(label)
+    one.wait_stats(closing=1, closed=0)
+    backend.do("release_closes")
+    stats = one.wait_stats(closing=0, in_use=0)
+    assert (stats.closed, stats.closed_unconfirmed) == (1, 0), "the successor saw its end"
+
+
+def leave_and_return(state: State, pid: int) -> None:
+    """Leave the pool while there is no arbiter that could be told, and come again."""
+    handle = commands.pool_of(state, "default")
+    channel = handle.attached.channel
+    channel.close()  # so that it can't come back either
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not processes.alive(pid))
+    handle.close()
+    handle.stats()
+
+
+def test_who_left_while_there_was_no_arbiter_and_came_again_has_one_row(
+    two: list[Worker], scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one, other = two
+    other.attach(max_connections=1)
+    other.stats()
+    label = one.checkout(tcp)
+    one.call(leave_and_return, scope.arbiter())
+    backend.wait_open(0)  # the lease ended, although its user still has the object
+    assert other.use(tcp) == 2
+    other.wait_stats(processes=2, in_use=0, closing=0)
+    assert label
+
+
+def test_who_attaches_afterwards_does_not_undo_what_an_operator_had_set(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    one, newcomer = harness.start_many(2)
+    one.attach(max_connections=5, idle_timeout=60.0)
+    one.stats()
+    one.call(commands.library, "set_max_connections", "default", 3)
+    one.call(commands.library, "set_timeout", "default", 30.0)
+    successor(one, kill_arbiter(scope))
+    newcomer.attach(max_connections=5, idle_timeout=60.0)  # which is no change, but what has always been declared
+    assert newcomer.stats().max_connections == 3
+    assert newcomer.call(commands.library, "timeout", "default") == 30.0
+    harness.start().call(commands.library, "start_pool", "default", max_connections=4)
+    assert one.stats().max_connections == 4

@@ -1,0 +1,333 @@
+"""Whatever comes over a channel, the arbiter goes on: it answers others, and gives nothing away of another pool."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import json
+import logging
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sharedpool import fdpass, segment, wire
+from sharedpool.layout import LAYOUT
+from sharedpool.testing import SteppedArbiter
+from sharedpool.wire import Kind, Message
+
+HEAD = struct.Struct("<HHIQQ")
+
+
+class Listening(SteppedArbiter):
+    """A stepped arbiter that listens."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.path = str(directory / "a.sock")
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(self.path)
+        self.listener.listen(64)
+        self.listener.setblocking(False)
+        self._watch(self.listener.fileno(), select.EPOLLIN, self._accept)
+
+    def close(self) -> None:
+        for client in list(self._clients):
+            self._gone(client)
+        self.listener.close()  # type: ignore[union-attr]
+        super().close()
+
+
+class Peer:
+    """A process's end of a channel, in this process; nothing here waits for the arbiter, it is stepped."""
+
+    def __init__(self, arbiter: Listening) -> None:
+        self.arbiter = arbiter
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel.connect(arbiter.path)
+        self.channel.setblocking(False)
+        self.events: socket.socket | None = None
+        arbiter.step(0)
+
+    def send(self, data: bytes, *descriptors: int) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        with contextlib.suppress(OSError):  # the arbiter has had enough of it
+            self.channel.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+        self.arbiter.step(0)
+
+    def answers(self) -> list[tuple[Message, int | None]]:
+        """What has come, its descriptors open; ends with what ended the channel."""
+        found = []
+        with contextlib.suppress(OSError):
+            while (got := fdpass.receive(self.channel, wire.LONGEST, wait=False))[0]:
+                found.append((wire.unpack(got[0]), got[1]))
+        return found
+
+    def ask(self, message: Message, *descriptors: int) -> Message:
+        self.send(wire.pack(message), *descriptors)
+        ((answer, descriptor),) = self.answers()
+        if descriptor is not None:
+            os.close(descriptor)
+        return answer
+
+    def hello(self, pool: str, **more: Any) -> Message:
+        self.events, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            return self.ask(hello(pool, **more), theirs.fileno())
+
+    @property
+    def ended(self) -> bool:
+        poller = select.poll()
+        poller.register(self.channel, 0)
+        return bool(poller.poll(0))
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.events is not None:
+            self.events.close()
+        self.arbiter.step(0)
+
+
+def hello(pool: str, **more: Any) -> Message:
+    body = {"pool": pool, "pid": os.getpid(), "options": {"max_connections": 4}, "declares": True, "layout": LAYOUT}
+    return Message(Kind.HELLO, 7, body={**body, "identity": dict(segment.identity()), **more})
+
+
+@pytest.fixture
+def arbiter(tmp_path: Path) -> Iterator[Listening]:
+    before = open_descriptors()
+    made = Listening(tmp_path)
+    yield made
+    made.close()
+    made.pools.clear()
+    made._workers.clear()
+    assert open_descriptors() == before
+
+
+def open_descriptors() -> int:
+    gc.collect()  # a segment stays mapped, and so open, as long as anything refers to it
+    return len(os.listdir("/proc/self/fd"))
+
+
+def sockets() -> int:
+    numbers = os.listdir("/proc/self/fd")
+    return sum(os.path.lexists(path) and os.readlink(path).startswith("socket:")
+               for path in (f"/proc/self/fd/{number}" for number in numbers))  # fmt: skip
+
+
+def others_are_served(arbiter: Listening) -> None:
+    peer = Peer(arbiter)
+    assert peer.ask(Message(Kind.HOLD, 3)) == Message(Kind.OK, 3)
+    assert peer.ask(Message(Kind.CALLER, 4)).kind is Kind.KEY
+    peer.close()
+
+
+def lease_of(arbiter: Listening, pool: str, row: int) -> tuple[int, int, socket.socket]:
+    """A connection that the row has leased, registered: its slot, generation, and the remote's end."""
+    served = arbiter.pools[pool]
+    table = served.segment.table(row)
+    worker = arbiter.worker(served)  # a row of its own, which only lends its hands
+    worker.table = table
+    at = worker.open()
+    return table.slot_index(at), served.words[at] >> 24 & 0xFFF_FFFF, worker.peer(at)
+
+
+OPENERS: list[Callable[[contextlib.ExitStack], int]] = [
+    lambda stack: stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)).fileno(),
+    lambda stack: stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)).fileno(),
+    lambda stack: stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).fileno(),
+    lambda stack: stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)).fileno(),
+    lambda stack: stack.enter_context(socket.create_server(("127.0.0.1", 0))).fileno(),
+    lambda stack: stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)).fileno(),
+    lambda stack: stack.enter_context(os.fdopen(os.memfd_create("any"))).fileno(),
+    lambda stack: stack.enter_context(select.epoll()).fileno(),
+]
+
+numbers = st.sampled_from([0, 1, 2, 3, 1023, 1024, 2**31, 2**32, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+bodies = st.dictionaries(
+    st.sampled_from(["pool", "pid", "options", "declares", "update", "identity", "row", "nonce", "name", "message"]),
+    values
+    | st.sampled_from(["ours", "other", os.getpid(), dict(segment.identity())])
+    | st.dictionaries(st.sampled_from(["max_connections", "order", "move", "idle_timeout", "reserve"]), values),
+)
+messages = st.builds(
+    lambda kind, request, slot, generation, body, bad: (
+        HEAD.pack(kind, 0, request & 0xFFFF_FFFF, slot, generation) + (json.dumps(body).encode() if body else b"") + bad
+    ),
+    st.sampled_from(list(Kind)) | st.integers(0, 2**16 - 1), numbers, numbers, numbers, bodies,
+    st.just(b"") | st.binary(max_size=3),
+)  # fmt: skip
+well_formed_hellos = st.builds(
+    lambda body: wire.pack(Message(Kind.HELLO, 1, body={**hello("ours").body, **body})), bodies
+)
+sent = st.tuples(
+    st.binary(max_size=60) | messages | well_formed_hellos,
+    st.lists(st.integers(0, len(OPENERS) - 1), max_size=3),
+    st.booleans(),
+)
+
+
+@settings(
+    max_examples=100, deadline=None, database=None, print_blob=True, derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(st.lists(sent, min_size=1, max_size=6))
+def test_whatever_comes_over_a_channel_harms_nobody_else(
+    arbiter: Listening, caplog: pytest.LogCaptureFixture, script: list[tuple[bytes, list[int], bool]]
+) -> None:
+    caplog.set_level(logging.ERROR)
+    caplog.clear()
+    sockets_before = sockets()
+    peers = {greeted: Peer(arbiter) for greeted in (False, True)}
+    assert peers[True].hello("ours").kind is Kind.WELCOME
+    for data, kinds, greeted in script:
+        with contextlib.ExitStack() as stack:
+            peers[greeted].send(data, *(OPENERS[kind](stack) for kind in kinds))
+        for message, descriptor in peers[greeted].answers():
+            if descriptor is not None:
+                assert message.kind in (Kind.WELCOME, Kind.CONNECTION)
+                os.close(descriptor)
+    others_are_served(arbiter)
+    for peer in peers.values():
+        peer.close()
+    arbiter.pass_time(1.1)  # rows that nobody comes back for
+    for served in arbiter.pools.values():
+        for index in list(served.held):
+            served.forget(index)
+    assert not caplog.records, caplog.text
+    assert sockets() == sockets_before
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"x" * 100, HEAD.pack(999, 0, 0, 0, 0)])
+def test_a_descriptor_with_bytes_that_are_no_message_is_closed(arbiter: Listening, data: bytes) -> None:
+    peer = Peer(arbiter)
+    before = open_descriptors()
+    one, other = socket.socketpair()
+    with one, other:
+        peer.send(data, one.fileno())
+    assert peer.ended
+    assert open_descriptors() == before - 1  # the arbiter's end of the channel
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"identity": "x"}, {"identity": [1]}, {"options": "abc"}, {"options": [["max_connections", 3]]},
+        {"options": 3}, {"identity": True},
+    ],
+)  # fmt: skip
+def test_a_hello_of_a_wrong_shape_ends_its_channel_at_once(arbiter: Listening, wrong: dict[str, Any]) -> None:
+    peer = Peer(arbiter)
+    peer.events, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        peer.send(wire.pack(hello("x", **wrong)), theirs.fileno())
+    assert peer.ended
+    peer.close()
+
+
+def test_a_connection_of_a_pool_goes_to_those_of_that_pool_and_to_its_holder_only(arbiter: Listening) -> None:
+    ours, colleague, stranger = Peer(arbiter), Peer(arbiter), Peer(arbiter)
+    row = ours.hello("ours").body["row"]
+    colleague.hello("ours")
+    assert stranger.hello("other").body["row"] == row, "the same number in another pool"
+    slot, generation, _ = lease_of(arbiter, "ours", row)
+    for peer, kind in ((stranger, Kind.GONE), (colleague, Kind.GONE), (ours, Kind.CONNECTION)):
+        assert peer.ask(Message(Kind.FETCH, 1, slot, generation)).kind is kind
+    for peer in (ours, colleague, stranger):
+        peer.close()
+
+
+def test_a_nonce_of_a_row_in_one_pool_is_none_in_another(arbiter: Listening) -> None:
+    ours, other, again = Peer(arbiter), Peer(arbiter), Peer(arbiter)
+    welcome = ours.hello("ours").body
+    other.hello("other")
+    refused = again.hello("other", row=welcome["row"], nonce=welcome["nonce"])
+    assert (refused.kind, refused.body["error"]) == (Kind.REFUSED, "AttachRefused")
+    for peer in (ours, other, again):
+        peer.close()
+
+
+def test_of_a_flood_so_many_messages_are_read_in_a_turn_and_the_others_have_theirs(arbiter: Listening) -> None:
+    flooding, other = Peer(arbiter), Peer(arbiter)
+    flooding.hello("ours")
+    other.hello("ours")
+    data = wire.pack(Message(Kind.WATCH))
+    flooding.channel.setblocking(True)
+    flooding.channel.settimeout(0)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            flooding.channel.send(data)
+            sent += 1
+    assert sent > 8
+    other.channel.send(wire.pack(Message(Kind.FETCH, 9, 0, 0)))
+    arbiter.step(0)
+    ((answer, _),) = other.answers()  # in the same turn, however long the flood is
+    assert (answer.kind, answer.request) == (Kind.GONE, 9)
+    for peer in (flooding, other):
+        peer.close()
+
+
+def hold_the_mutex(arbiter: Listening, pool: str) -> Callable[[], object]:
+    """As a process that was stopped inside a section; gives what lets it go."""
+    table = arbiter.pools[pool].table
+    free = table.mutex
+
+    class Busy:
+        def __neg__(self) -> int:
+            return 16  # EBUSY
+
+        __pos__ = __invert__ = __neg__
+
+    table.mutex = Busy()
+    return lambda: setattr(table, "mutex", free)
+
+
+def test_a_hello_to_a_pool_whose_mutex_is_busy_is_answered_when_it_is_free(arbiter: Listening) -> None:
+    first, late, gone = Peer(arbiter), Peer(arbiter), Peer(arbiter)
+    first.hello("ours")
+    let_go = hold_the_mutex(arbiter, "ours")
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    for peer, (events, theirs) in zip((late, gone), pairs, strict=True):
+        peer.events = events
+        with theirs:
+            peer.send(wire.pack(hello("ours")), theirs.fileno())
+    assert (late.answers(), late.ended) == ([], False)
+    assert arbiter.step(0) < 0.01
+    gone.close()
+    let_go()
+    arbiter.step(0)
+    ((welcome, descriptor),) = late.answers()
+    assert descriptor is not None
+    os.close(descriptor)
+    assert (welcome.kind, welcome.request) == (Kind.WELCOME, 7)
+    assert len(arbiter._rows(arbiter.pools["ours"])) == 2
+    for peer in (first, late):
+        peer.close()
+
+
+def test_a_declaration_to_a_pool_whose_mutex_is_busy_is_refused_with_the_reason(arbiter: Listening) -> None:
+    peer = Peer(arbiter)
+    peer.hello("ours")
+    let_go = hold_the_mutex(arbiter, "ours")
+    change = Message(Kind.DECLARE, 5, body={"options": {"max_connections": 9}, "update": True})
+    answer = peer.ask(change)
+    assert (answer.kind, answer.request) == (Kind.REFUSED, 5)
+    assert "mutex" in answer.body["text"]
+    let_go()
+    assert peer.ask(change).kind is Kind.OK
+    peer.close()
