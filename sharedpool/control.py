@@ -257,7 +257,7 @@ def checkin(lease: Lease[Any]) -> None:
     """
     if not isinstance(lease, Lease):
         raise OptionError(
-            f"option 'lease' has the value {lease!r}; allowed is what checkout gave",
+            f"option 'lease' has the value {lease!r} (from the call); allowed is what checkout gave",
             option="lease", value=lease, source="the call", allowed="a Lease",
         )  # fmt: skip
     lease.checkin()

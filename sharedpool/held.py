@@ -9,7 +9,7 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any, Final
 
-from .drivers import Driver
+from .drivers import Driver, named
 from .layout import STAYS, tag_of
 from .lines import COUNTS
 from .native import FILENO, Gate, heed
@@ -89,7 +89,7 @@ class Route:
         self.checks = checks
         self.high = False
         self.urgent: Route | None = None
-        self.where = f"{driver.name}://{host}:{port}" if port else f"{driver.name}:{host}"
+        self.where = named(driver.name, host, port)
 
     def with_high_priority(self) -> Route:
         """The same route for checkouts with high priority; both have one stack."""

@@ -36,7 +36,7 @@ class Hooks:
         if found is None:
             known = ", ".join(EVENTS)
             raise OptionError(
-                f"option 'event' has the value {event!r}; allowed is one of {known}",
+                f"option 'event' has the value {event!r} (from the call); allowed is one of {known}",
                 option="event", value=event, source="the call", allowed=EVENTS,
             )  # fmt: skip
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 from .table import Claim
 
@@ -79,6 +79,9 @@ class Lease(Claim, Generic[T]):
         # Finalizers may run anywhere, in a critical section too: this only appends to a deque.
         if self.word:
             self._owner.drop(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a lease can be neither copied nor pickled: it belongs to who took it, until it is given back")
 
     def __repr__(self) -> str:
         return f"<Lease {'in force' if self.word else 'given back'}: {getattr(self, 'conn', None)!r}>"

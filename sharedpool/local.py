@@ -79,7 +79,7 @@ class LocalRoute:
 
     @property
     def where(self) -> str:
-        return f"{self.driver.name}://{self.host}:{self.port}" if self.port else f"{self.driver.name}:{self.host}"
+        return drivers.named(self.driver.name, self.host, self.port)
 
 
 @dataclasses.dataclass(slots=True, eq=False)

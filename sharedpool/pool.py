@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -99,7 +100,7 @@ class _Shared:
     """This process's attachment to one pool, for all handles on it."""
 
     attached: Attachment
-    handles: weakref.WeakSet[Pool[Any]]
+    handles: weakref.WeakSet[_Handle[Any]]
     declared: dict[str, Any]
 
 
@@ -110,7 +111,7 @@ _loading = threading.RLock()
 _shared: dict[tuple[str, str], _Shared] = {}
 
 
-def _last_handle(pool: Pool[Any], attached: Attached) -> bool:
+def _last_handle(pool: _Handle[Any], attached: Attached) -> bool:
     """One handle less; whether none is left."""
     with _sharing:
         for key, shared in list(_shared.items()):
@@ -127,18 +128,8 @@ def _warn(texts: list[str]) -> None:
         log.warning("%s", text)
 
 
-class Pool(Generic[T]):
-    """A handle on one pool. Lazy: making it does no I/O and starts no thread; the first use attaches.
-
-    Safe to make at import and before a fork; threads may share it. In a forked child it attaches anew by itself.
-
-    Args:
-        name: The pool's name; processes of one scope that use the same name share it.
-        given: Options that were set by the call or by the environment.
-        app: The scope's name, instead of SHAREDPOOL_DIR or SHAREDPOOL_APP.
-        update: Whether options that differ from the pool's are applied (with a warning), or raise.
-        transport: What checkouts are for unless they say otherwise.
-    """
+class _Handle(Generic[T]):
+    """What a Pool is made of; compiled, it is a class that cannot be changed."""
 
     def __init__(
         self, name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True, transport: str = "tcp"
@@ -164,6 +155,11 @@ class Pool(Generic[T]):
     def declares(self) -> bool:
         """Whether options were given, so that this handle makes a pool that is not there."""
         return bool(self._given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what arrives in a spawned process, is another handle on the pool, not attached yet."""
+        make = functools.partial(type(self), app=self._app, update=self._update, transport=self.transport)
+        return make, (self.name, self._given)
 
     def __repr__(self) -> str:
         return f"<Pool {self.name!r}{'' if self._attached is None else ' attached'}>"
@@ -295,13 +291,13 @@ class Pool(Generic[T]):
         self, host: str, port: int, transport: str | None,
         checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> Lease[T]:  # fmt: skip
-        attached = self._attached
-        if attached is None:
-            attached = self.open()._attached
-            assert attached is not None
+        attached = self._attached or self.open()._attached
+        assert attached is not None
         try:
             route = self._routes[transport or self.transport, host, port]
         except (KeyError, TypeError):
+            route = None
+        if route is None:  # not in the handler: what is wrong has nothing to do with this dictionary
             route = self._route(attached, transport, host, port)
         if priority != "normal":
             options.check_priority(priority)
@@ -356,6 +352,11 @@ class Pool(Generic[T]):
 
     def checkin(self, lease: Lease[Any]) -> None:
         """The same as `lease.checkin()`."""
+        if lease is None:  # compiled, the type lets None through
+            raise OptionError(
+                "option 'lease' has the value None (from the call); allowed is what checkout gave",
+                option="lease", value=None, source="the call", allowed="a Lease",
+            )  # fmt: skip
         lease.checkin()
 
     def discard(self, lease: Lease[Any]) -> None:
@@ -377,7 +378,8 @@ class Pool(Generic[T]):
         """
         if not callable(callback):
             raise OptionError(
-                f"option 'callback' has the value {callback!r}; allowed is what can be called with one argument",
+                f"option 'callback' has the value {callback!r} (from the call); allowed is what can be called with"
+                " one argument",
                 option="callback", value=callback, source="the call", allowed="a callable",
             )  # fmt: skip
         key = object()
@@ -415,8 +417,9 @@ class Pool(Generic[T]):
         route = attached.route(kind, where, number)
         if not route.driver.connects:
             raise OptionError(
-                f"option 'transport' has the value {kind!r}, of which there is nothing to keep ready; allowed is one"
-                " that connects", option="transport", value=kind, source="the call", allowed="one that connects",
+                f"option 'transport' has the value {kind!r} (from the call), of which there is nothing to keep ready;"
+                " allowed is one that connects",
+                option="transport", value=kind, source="the call", allowed="one that connects",
             )  # fmt: skip
         self._warm[kind, where, number] = count
         attached.prewarm(route, count, self._connect)
@@ -508,6 +511,22 @@ class Pool(Generic[T]):
         return attached.key_stats()
 
 
+class Pool(_Handle[T]):
+    """A handle on one pool. Lazy: making it does no I/O and starts no thread; the first use attaches.
+
+    Safe to make at import and before a fork; threads may share it. In a forked child it attaches anew by itself.
+
+    Args:
+        name: The pool's name; processes of one scope that use the same name share it.
+        given: Options that were set by the call or by the environment.
+        app: The scope's name, instead of SHAREDPOOL_DIR or SHAREDPOOL_APP.
+        update: Whether options that differ from the pool's are applied (with a warning), or raise.
+        transport: What checkouts are for unless they say otherwise.
+    """
+
+    # A class of Python's own, so that users' tests can replace its methods, and those of a handle.
+
+
 def _remove(callbacks: list[Callback], callback: Callback) -> None:
     with contextlib.suppress(ValueError):
         callbacks.remove(callback)
@@ -521,7 +540,7 @@ class _Leasing(Generic[T]):
     _lease: Lease[T]
 
     def __init__(
-        self, pool: Pool[T], host: str, port: int, transport: str | None,
+        self, pool: _Handle[T], host: str, port: int, transport: str | None,
         checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> None:  # fmt: skip
         self._pool = pool
@@ -578,7 +597,17 @@ class Permit:
                 lease.checkin()
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
-        """Every call of the function holds a permit."""
+        """Every call of the function holds a permit.
+
+        Raises:
+            OptionError: Calling it only makes a coroutine or generator, which runs later.
+        """
+        kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+        if any(kind(function) for kind in kinds):
+            raise OptionError(
+                f"option 'function' has the value {function!r} (from the call); allowed is a function that does its"
+                " work when it is called", option="function", value=function, source="the call", allowed="a function",
+            )  # fmt: skip
 
         @functools.wraps(function)
         def permitted(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -611,15 +640,15 @@ def parse_url(url: str, port: int, transport: str | None) -> tuple[str, str, int
 def _bad_url(url: str, why: str) -> OptionError:
     allowed = "tcp://host:port or unix:///path"
     return OptionError(
-        f"option 'host' has the value {url!r} ({why}); allowed is {allowed}",
+        f"option 'host' has the value {url!r} (from the call: {why}); allowed is {allowed}",
         option="host", value=url, source="the call", allowed=allowed,
     )  # fmt: skip
 
 
 #: From `Pool._take` to who called `checkout` or entered `connection`. Compiled methods have no frames.
-_CALLER: Final = 2 if isinstance(vars(Pool).get("_take"), FunctionType) else 0
+_CALLER: Final = 2 if isinstance(vars(_Handle).get("_take"), FunctionType) else 0
 
-_pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
+_pools: weakref.WeakSet[_Handle[Any]] = weakref.WeakSet()
 
 
 def close_all() -> None:

@@ -3,7 +3,7 @@ cimport cython
 from sharedpool.lease cimport Lease
 
 
-cdef class Pool:
+cdef class _Handle:
     cdef public object name, transport, _given, _app, _attached, _connect, _lock, _notices, _patience
     cdef public bint _limited, _update
     cdef public dict _routes, _warm
@@ -17,6 +17,6 @@ cdef class Pool:
 
 
 cdef class _Leasing:
-    cdef Pool _pool
+    cdef _Handle _pool
     cdef object _connect, _host, _patience, _port, _priority, _transport
     cdef Lease _lease

@@ -82,7 +82,7 @@ def find(name: object) -> Driver[Any]:
     if driver is None:
         known = ", ".join(sorted(_known))
         raise OptionError(
-            f"option 'transport' has the value {name!r}; allowed is one of {known}",
+            f"option 'transport' has the value {name!r} (from the call); allowed is one of {known}",
             option="transport", value=name, source="the call", allowed=known,
         )  # fmt: skip
     return driver
@@ -93,7 +93,7 @@ def check_port(port: object, low: int, high: int) -> int:
     if isinstance(port, bool) or not isinstance(port, int) or not low <= port <= high:
         allowed = f"a whole number from {low} to {high}" if high else "0"
         raise OptionError(
-            f"option 'port' has the value {port!r}; allowed is {allowed}",
+            f"option 'port' has the value {port!r} (from the call); allowed is {allowed}",
             option="port", value=port, source="the call", allowed=allowed,
         )  # fmt: skip
     return port
@@ -101,9 +101,24 @@ def check_port(port: object, low: int, high: int) -> int:
 
 def check_host(host: object, what: str) -> str:
     """The host, or OptionError."""
-    if not isinstance(host, str) or not host or "\0" in host:
+    if not isinstance(host, str) or not host or "\0" in host or not _encodes(host):
         raise OptionError(
-            f"option 'host' has the value {host!r}; allowed is {what}",
+            f"option 'host' has the value {host!r} (from the call); allowed is {what}",
             option="host", value=host, source="the call", allowed=what,
         )  # fmt: skip
     return host
+
+
+def _encodes(host: str) -> bool:
+    try:
+        host.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def named(transport: str, host: str, port: int) -> str:
+    """An address for people and logs: `tcp://host:port`, `tcp://[::1]:port`, `unix:/path`, `permit:name`."""
+    if not port:
+        return f"{transport}:{host}"
+    return f"{transport}://[{host}]:{port}" if ":" in host else f"{transport}://{host}:{port}"

@@ -7,7 +7,7 @@ import socket
 import time
 
 from ..errors import NO_DESCRIPTOR, ConnectFailed, ConnectTimeout, file_limit
-from . import Register, check_host, check_port, register
+from . import Register, check_host, check_port, named, register
 from .sockets import PooledSocket, StreamDriver, connect
 
 
@@ -23,9 +23,11 @@ class TcpDriver(StreamDriver):
     def open(self, host: str, port: int, timeout: float, register: Register) -> PooledSocket:
         """Try the host's addresses in turn within one timeout."""
         limit = time.monotonic() + timeout
-        where = f"tcp://{host}:{port}"
+        where = named("tcp", host, port)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:  # a label of more than 63 characters
+            raise ConnectFailed(f"{where}: the name cannot be resolved: {error}") from error
         except OSError as error:
             limit_hit = _no_descriptor(error)
             if limit_hit is not None:
