@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import sys
 import threading
 import weakref
@@ -639,6 +640,7 @@ def parse_url(url: str, port: int, transport: str | None) -> tuple[str, str, int
 
 def _bad_url(url: str, why: str) -> OptionError:
     allowed = "tcp://host:port or unix:///path"
+    url = re.sub("//[^/@]*@", "//***@", url)  # a password is for nobody's log
     return OptionError(
         f"option 'host' has the value {url!r} (from the call: {why}); allowed is {allowed}",
         option="host", value=url, source="the call", allowed=allowed,

@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 
 import sharedpool
-from sharedpool import testing
+from sharedpool import OptionError, testing
+from sharedpool.pool import parse_url
 
 
 @pytest.fixture
@@ -120,3 +121,10 @@ def test_an_address_of_ipv6_is_named_so_that_it_can_be_given_back(pool: sharedpo
         with pool.connection(name):
             pass
         assert pool.stats().reuses == 1
+
+
+def test_a_password_in_a_url_is_not_shown() -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_url("tcp://user:secret@host:5", 0, None)
+    assert "secret" not in f"{caught.value} {caught.value.value}"
+    assert "//***@host:5" in str(caught.value)
