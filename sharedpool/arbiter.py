@@ -466,9 +466,7 @@ class Arbiter:
             raise AttachRefused(f"pool {pool.name!r} has no row left: too many processes are attached")
         pool.layouts[row] = version
         self._attached += 1
-        for other in self._rows(pool):
-            if other.expected and other.pid == client.pid:  # it left while nobody was there to be told, or was exec'd
-                other.orphaned = other.orphaned or self._clock()
+        self._leave_behind(pool, client.pid)
         client.pool, client.row, client.nonce, client.attached = pool, row, nonce, self._attached
         self._watch_process(client)
         return {
@@ -479,6 +477,12 @@ class Arbiter:
             "processes": len(self._rows(pool)),
             "warnings": warnings,
         }
+
+    def _leave_behind(self, pool: PoolServer, pid: int) -> None:
+        """Rows of which this process will tell no heir: it left while nobody was there to be told, or was exec'd."""
+        for other in self._rows(pool):
+            if other.expected and other.pid == pid:
+                other.orphaned = other.orphaned or self._clock()
 
     def _check_layout(self, name: str, version: int, pid: int) -> None:
         """Refuse a process of an older version that does not know the pool's layout."""
@@ -523,6 +527,7 @@ class Arbiter:
             self._by_fd[client.pidfd] = lambda events: self._died(client)
         self._clients.discard(other)
         assert client.pool is not None
+        self._leave_behind(client.pool, client.pid)
         return {
             "row": client.row, "nonce": client.nonce, "arbiter_pid": os.getpid(), "options": {}, "warnings": [],
             "register": client.row in client.pool.expected,

@@ -34,7 +34,7 @@ def test_a_mock_has_what_a_handle_has() -> None:
     fake = mock.create_autospec(sharedpool.Pool, instance=True)
     assert isinstance(fake, sharedpool.Pool)
     with pytest.raises(AttributeError):
-        fake.checkuot("host", 1)
+        fake.check_out("host", 1)
     assert list(inspect.signature(sharedpool.Pool.checkout).parameters)[:4] == ["self", "host", "port", "transport"]
 
 

@@ -437,7 +437,9 @@ class Chaos:
             for label in labels:
                 operator.discard(label)
         except Exception as error:
-            report.lost.append(f"it does not come to rest: {error!r}"[:4000])
+            rows = [(row, pid, processes.state(pid)) for row, pid in operator.call(users.rows)]
+            known = [worker.pid for worker in self.workers]
+            report.lost.append(f"it does not come to rest: rows {rows}, workers {known}: {error!r}"[:4000])
 
 
 #: Every fault with its weight.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sharedpool
-from sharedpool import errors, invariants
+from sharedpool import errors, invariants, view
 from tests.stress.board import BEGAN, CROSSED, FIRST, LIMIT, OUTCOMES, UNEXPECTED, Board
 from tests.support import commands
 from tests.support.backend import Target
@@ -93,6 +93,13 @@ def join(state: State, seconds: float) -> list[str]:
 def check(state: State) -> None:
     """Check every invariant of the pool's table."""
     invariants.check(state.pools[POOL].attached.table)
+
+
+def rows(state: State) -> list[tuple[int, int]]:
+    """(row, process) of all that are attached."""
+    attached = state.pools[POOL].attached
+    words, geometry = attached.words, attached.segment.geometry
+    return [(row, view.row_pid(words, row)) for row in view.live_rows(words, geometry)]
 
 
 class User:

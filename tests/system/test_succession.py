@@ -363,6 +363,32 @@ def leave_and_return(state: State, pid: int) -> None:
     handle.stats()
 
 
+def attach_beside(state: State) -> None:
+    """A second row of this process, of which it will tell no heir."""
+    beside = Channel(control._directory(), "default", {}, declares=False, update=True, holdings=lambda: iter(()))
+    _, descriptor = beside.attach(20)
+    os.close(descriptor)
+    state.things["beside"] = beside
+
+
+def close_beside(state: State) -> None:
+    state.things.pop("beside").close()
+
+
+def test_a_row_that_its_process_has_left_behind_ends_when_it_comes_back_with_another(
+    two: list[Worker], scope: Scope, tcp: Target
+) -> None:
+    worker, other = two
+    worker.attach(max_connections=2)
+    worker.use(tcp)
+    worker.call(attach_beside)
+    assert worker.stats().processes == 2
+    kill_arbiter(scope)
+    worker.wait_stats(processes=1)
+    worker.call(close_beside)
+    assert other.use(tcp) == 1
+
+
 def test_who_left_while_there_was_no_arbiter_and_came_again_has_one_row(
     two: list[Worker], scope: Scope, backend: Backend, tcp: Target
 ) -> None:
