@@ -48,33 +48,53 @@ def constants() -> dict[str, int]:
     return {name: value for name, value in vars(layout).items() if name.isupper() and type(value) is int}
 
 
-class _Constants(ast.NodeTransformer):
-    """Puts numbers in the place of their names, and what the types import in the place of imports."""
+class _Edits(ast.NodeVisitor):
+    """Puts numbers in the place of their names, and leaves out the imports that the types bring.
 
-    def __init__(self, numbers: dict[str, int], imported_by_types: set[str], classes: set[str]) -> None:
+    The text is changed in place, line by line, so that tracebacks name the lines of the source.
+    """
+
+    def __init__(self, source: str, numbers: dict[str, int], imported_by_types: set[str], classes: set[str]) -> None:
+        self.lines = source.splitlines()
         self.numbers = numbers
         self.classes = classes
         self.left_out = set(numbers) | imported_by_types
+        self.edits: list[tuple[int, int, int, str]] = []  # line, from, to, text
+        self.visit(ast.parse(source))
+        for line, start, stop, text in sorted(self.edits, reverse=True):
+            encoded = self.lines[line].encode()  # columns are counted in bytes
+            self.lines[line] = (encoded[:start] + text.encode() + encoded[stop:]).decode()
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
+    def _replace(self, node: ast.expr | ast.stmt, text: str) -> None:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        if node.lineno == node.end_lineno:
+            self.edits.append((node.lineno - 1, node.col_offset, node.end_col_offset, text))
+            return
+        self.lines[node.lineno - 1 : node.end_lineno] = [text] + [""] * (node.end_lineno - node.lineno)
+
+    def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load) and self.numbers.get(node.id, -1) >= 0:
             value = self.numbers[node.id]
-            text = str(value) if value < 1 << 31 else f"cython.cast(cython.ulonglong, {value:#x})"
-            return ast.copy_location(ast.parse(text, mode="eval").body, node)
-        return node
+            self._replace(node, str(value) if value < 1 << 31 else f"cython.cast(cython.ulonglong, {value:#x})")
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
         """A compiled class has no generic base; subscribing it gives it back."""
         self.generic_visit(node)
-        bases = [base for base in node.bases if not (isinstance(base, ast.Subscript) and _named(base.value, "Generic"))]
-        if node.name in self.classes and len(bases) < len(node.bases):
-            node.bases = bases
-            node.body.append(ast.parse("def __class_getitem__(cls, item): return cls").body[0])
-        return node
+        generic = [base for base in node.bases if isinstance(base, ast.Subscript) and _named(base.value, "Generic")]
+        if node.name in self.classes and generic:
+            self._replace(generic[0], "")
+            assert node.end_lineno is not None
+            self.lines.append("")  # where the class is the last
+            assert not self.lines[node.end_lineno], "a class is followed by an empty line"
+            self.lines[node.end_lineno] = "    def __class_getitem__(cls, item): return cls"
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
-        node.names = [name for name in node.names if name.name not in self.left_out]
-        return node if node.names else None
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module == "__future__":
+            self._replace(node, ast.unparse(node) + "; import cython")
+        elif any(name.name in self.left_out for name in node.names):
+            node.names = [name for name in node.names if name.name not in self.left_out]
+            self._replace(node, ast.unparse(node) if node.names else "pass")
 
 
 def _named(node: ast.expr, name: str) -> bool:
@@ -97,18 +117,15 @@ def own_constants(tree: ast.Module, known: dict[str, int]) -> dict[str, int]:
 
 def prepared(name: str) -> str:
     """A module's source as Cython gets it."""
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    source = (PACKAGE / f"{name}.py").read_text()
     types = (HERE / f"{name}.pxd").read_text()
     imported = {
         word for line in re.findall(r"^from sharedpool.* cimport (.*)$", types, re.M) for word in line.split(", ")
     }
     classes = set(re.findall(r"^cdef class (\w+)", types, re.M))
     known = constants()
-    numbers = {**known, **own_constants(tree, known)}
-    tree = _Constants(numbers, imported, classes).visit(tree)
-    after = next(i for i, node in enumerate(tree.body) if isinstance(node, ast.ImportFrom)) + 1  # __future__
-    tree.body.insert(after, ast.Import([ast.alias("cython")]))
-    return ast.unparse(ast.fix_missing_locations(tree))
+    numbers = {**known, **own_constants(ast.parse(source), known)}
+    return "\n".join(_Edits(source, numbers, imported, classes).lines) + "\n"
 
 
 def _lay_out(scratch: Path) -> dict[str, Path]:

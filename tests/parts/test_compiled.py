@@ -75,3 +75,13 @@ def test_the_numbers_of_the_layout_stand_in_the_code(build: ModuleType) -> None:
     for module in set(build.modules()) - {"_calls", "layout"}:
         tree = ast.parse(build.prepared(module))
         assert not numbers & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}, module
+
+
+def test_what_is_compiled_has_the_lines_of_its_source(build: ModuleType) -> None:
+    def functions(text: str) -> list[tuple[str, int]]:
+        found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        return [(node.name, node.lineno) for node in found if node.name != "__class_getitem__"]
+
+    for module in set(build.modules()) - {"_calls"}:
+        source = (ROOT / "sharedpool" / f"{module}.py").read_text()
+        assert functions(build.prepared(module)) == functions(source), module
