@@ -1,7 +1,7 @@
 """Workers and arbiters that end at their k-th boundary call: a sample of the points; `--all-points` takes every one.
 
 A worker is killed, becomes another program, or a signal handler raises in it. Whichever point it was: a waiter has its
-lease within a second, the table is sound and everything in it comes to rest at zero, and the back end never has more
+lease, the table is sound and everything in it comes to rest at zero, and the back end never has more
 connections than the cap. `scripts/crash-demo` goes through all of them.
 """
 
@@ -26,6 +26,10 @@ ARBITER_SAMPLE = 2
 ARBITER_POINTS = 40
 
 
+#: Times are measured by scripts/crash-demo; here they only tell that somebody is not left to wait.
+ALLOWED = 10.0
+
+
 @pytest.fixture(autouse=True)
 def as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores are counted in what is written, not in what was compiled."""
@@ -48,7 +52,7 @@ def nothing_is_lost(outcomes: Iterable[Outcome]) -> None:
 def test_a_worker_may_end_at_every_boundary_call(
     harness: Harness, backend: Backend, scope: Scope, seeded: random.Random, request: pytest.FixtureRequest, script: str
 ) -> None:
-    scene = Scene(harness, backend, scope)
+    scene = Scene(harness, backend, scope, ALLOWED)
     for way, wanted in SAMPLE.items():
         whole = scene.die(script, 0, way)
         assert whole.ended
@@ -61,5 +65,5 @@ def test_a_worker_may_end_at_every_boundary_call(
 def test_an_arbiter_may_end_at_every_boundary_call(
     harness: Harness, backend: Backend, scope: Scope, seeded: random.Random, request: pytest.FixtureRequest, script: str
 ) -> None:
-    scene = ArbiterScene(harness, backend, scope)
+    scene = ArbiterScene(harness, backend, scope, ALLOWED)
     nothing_is_lost(scene.die(script, k) for k in points(request, seeded, ARBITER_POINTS, ARBITER_SAMPLE))
