@@ -434,6 +434,7 @@ class Chaos:
             )
             wait_until(lambda: self.backend.open == operator.stats(POOL).idle, deadline=5)
             operator.call(users.check)
+            operator.call(commands.library, "start_pool", POOL, thread="operator", lease_timeout=None)
             labels = [
                 operator.checkout(self.targets[i % 3], pool=POOL, checkout_timeout=10, priority="high")
                 for i in range(CAP)
