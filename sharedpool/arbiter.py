@@ -40,6 +40,8 @@ _BATCH: Final = 32
 _RETURN_TIME: Final = 1_000_000_000
 #: Without pidfds, processes are looked at so often, ns.
 _POLL_PROCESSES: Final = 100_000_000
+#: Whoever started an arbiter has so long to come, seconds, however short the linger time.
+_FIRST: Final = 2.0
 _BEAT_EVERY: Final = 1_000_000_000
 _DRAIN_SECONDS: Final = 90.0
 #: Without a descriptor left, nobody is accepted for so long, ns, instead of trying without end.
@@ -106,7 +108,7 @@ class Arbiter:
         self._by_fd: dict[int, Callable[[int], None]] = {}
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._quiet_since = self._seconds()
+        self._quiet_since = self._seconds() + _FIRST
         self._ending_at: float | None = None
         self._now_ending = False
         self.records = Records()

@@ -238,6 +238,13 @@ def test_a_thread_that_goes_on_after_its_process_left_the_pool_takes_nothing() -
             assert sharedpool.pool_stats("left").in_use == 1
 
 
+def test_without_a_linger_time_who_started_the_arbiter_still_has_time_to_come(arbiter: SteppedArbiter) -> None:
+    arbiter._linger = 0.0
+    assert not arbiter.over
+    arbiter.pass_time(3)
+    assert arbiter.over
+
+
 def test_an_error_in_one_pool_does_not_end_the_others(
     arbiter: SteppedArbiter, caplog: pytest.LogCaptureFixture
 ) -> None:
