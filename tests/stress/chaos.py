@@ -361,7 +361,7 @@ class Chaos:
         in_force = None
         if self.operation is None and time.monotonic() > self.unsure:
             stats = self.operator.stats(POOL)
-            if stats.connections <= stats.max_connections:  # from here on there are never more: nobody raises it
+            if stats.used <= stats.max_connections:  # from here on there are never more: nobody raises it
                 in_force = stats.max_connections
         counts = self.backend.counts()
         self.report.accepted = counts["accepted"]
