@@ -94,9 +94,11 @@ class Chaos:
         backend: Counts.
         scope: Where the arbiters are.
         seed: Of all that chance decides.
+        lowered: Check lowered limits, too, not only the highest that was set.
     """
 
-    def __init__(self, harness: Harness, backend: Backend, scope: Scope, seed: int) -> None:
+    def __init__(self, harness: Harness, backend: Backend, scope: Scope, seed: int, *, lowered: bool = False) -> None:
+        self.lowered = lowered
         self.harness, self.backend, self.scope = harness, backend, scope
         self.chance = random.Random(seed)
         kind = self.chance.choice(KINDS)
@@ -359,7 +361,7 @@ class Chaos:
     def _look_at_peak(self) -> None:
         """Never more than the highest cap that may be in force; it is less again once nothing is above it."""
         in_force = None
-        if self.operation is None and time.monotonic() > self.unsure:
+        if self.lowered and self.operation is None and time.monotonic() > self.unsure:
             stats = self.operator.stats(POOL)
             if stats.used <= stats.max_connections:  # from here on there are never more: nobody raises it
                 in_force = stats.max_connections
