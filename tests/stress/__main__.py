@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long harm is done (default 60)")
     parser.add_argument("--each", type=float, default=60.0, help="seconds per run; a longer time is several runs")
     parser.add_argument(
-        "--lowered", action="store_true", help="check lowered limits, too, not only the highest one set"
+        "--lowered", action="store_true", help="check lowered limits, not only the highest"
     )
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
