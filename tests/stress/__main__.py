@@ -12,12 +12,12 @@ from tests.stress.chaos import Chaos, Report
 from tests.support.stage import stage
 
 
-def once(seed: int, seconds: float, *, lowered: bool) -> Report | None:
+def once(seed: int, seconds: float) -> Report | None:
     """One run with processes and a scope of its own; None if it could not be brought to its end."""
     report = None
     try:
         with stage() as made:
-            report = Chaos(made.harness, made.backend, made.scope, seed, lowered=lowered).run(seconds)
+            report = Chaos(made.harness, made.backend, made.scope, seed).run(seconds)
     except AssertionError as error:
         if report is None:
             print(error)
@@ -31,15 +31,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of all that chance decides (default: another one each time)")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long harm is done (default 60)")
     parser.add_argument("--each", type=float, default=60.0, help="seconds per run; a longer time is several runs")
-    parser.add_argument(
-        "--lowered", action="store_true", help="check lowered limits, not only the highest"
-    )
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     left, good = options.seconds, True
     while left > 0:
         print(f"seed {seed} ...", flush=True)
-        report = once(seed, min(left, options.each), lowered=options.lowered)
+        report = once(seed, min(left, options.each))
         print(report, flush=True)
         good &= report is not None and report.good
         left -= options.each

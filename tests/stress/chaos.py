@@ -94,11 +94,9 @@ class Chaos:
         backend: Counts.
         scope: Where the arbiters are.
         seed: Of all that chance decides.
-        lowered: Check lowered limits, too, not only the highest that was set.
     """
 
-    def __init__(self, harness: Harness, backend: Backend, scope: Scope, seed: int, *, lowered: bool = False) -> None:
-        self.lowered = lowered
+    def __init__(self, harness: Harness, backend: Backend, scope: Scope, seed: int) -> None:
         self.harness, self.backend, self.scope = harness, backend, scope
         self.chance = random.Random(seed)
         kind = self.chance.choice(KINDS)
@@ -361,7 +359,7 @@ class Chaos:
     def _look_at_peak(self) -> None:
         """Never more than the highest cap that may be in force; it is less again once nothing is above it."""
         in_force = None
-        if self.lowered and self.operation is None and time.monotonic() > self.unsure:
+        if self.operation is None and time.monotonic() > self.unsure:
             stats = self.operator.stats(POOL)
             if stats.used <= stats.max_connections:  # from here on there are never more: nobody raises it
                 in_force = stats.max_connections
@@ -396,6 +394,7 @@ class Chaos:
         while self.later or self.operation or self.leaving:
             self._turn()
             time.sleep(0.01)
+        self._cap_may_be(CAP)
         self.operator.call(commands.library, "start_pool", POOL, thread="operator", **self.given)
         self.operator.call(commands.library, "set_max_connections", POOL, CAP, thread="operator")
         self.operator.call(commands.library, "resume", POOL, thread="operator")
