@@ -551,8 +551,8 @@ class Attachment:
         for at, entry in list(self.entries.items()):
             word = w[at]
             if generation_of(word) != entry.generation or word & STATE == FREE:
-                self._let_go_of(entry)
-                self._was_closed(entry.route, view.reason(w, self.segment.geometry, at))
+                if self._let_go_of(entry):
+                    self._was_closed(entry.route, view.reason(w, self.segment.geometry, at))
             elif not self._is_ours(word):
                 foreign.append(entry)
         for entry in foreign[: max(0, len(foreign) + 1 - (w[MAX_FOREIGN] or 1))]:
@@ -562,8 +562,8 @@ class Attachment:
         """Whether a slot is this process's by its word; one that is being closed counts as its last holder's."""
         return word & STATE == CLOSING or (word & STATE != GRANTED and holder_of(word) == self.row)
 
-    def _let_go_of(self, entry: Entry) -> None:
-        """Close this process's duplicate, unless a thread of it takes the connection just now.
+    def _let_go_of(self, entry: Entry) -> bool:
+        """Close this process's duplicate; False if a thread of it takes the connection just now, or has closed it.
 
         First it is out of reach, then its slot is looked at: who takes the slot from then on finds no entry and asks
         the arbiter; who had taken it before shows in the slot's word, and gets the entry back.
@@ -573,13 +573,14 @@ class Attachment:
         if found is not entry:
             if found is not None:
                 self.entries.setdefault(at, found)
-            return
+            return False
         word = self.words[at]
         if generation_of(word) == entry.generation and self._is_ours(word):
             if self.entries.setdefault(at, entry) is entry:
-                return
+                return False
         entry.word = 0  # no word of a slot that was ever used: what is on a stack is not taken either
         entry.let_go()
+        return True
 
     def _open(
         self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float,
@@ -786,8 +787,7 @@ class Attachment:
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
         elif result == CLOSED:
-            if self._drop_entry(entry):
-                self._was_closed(entry.route, view.reason(self.words, self.segment.geometry, entry.at))
+            self._drop_entry(entry, view.reason(self.words, self.segment.geometry, entry.at))
         elif result != GIVEN:
             entry.word = result
             entry.route.push(entry)
@@ -825,19 +825,19 @@ class Attachment:
         result = self.returns.closed(entry.at, word, monotonic_ns() + _GIVE_BACK, reason)
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
-        if self._drop_entry(entry):
-            self._was_closed(entry.route, reason)
+        self._drop_entry(entry, reason)
 
     def _was_closed(self, route: Route, reason: str) -> None:
         """A connection that this process held has been closed, by whomever: says why."""
         self.hooks.log.debug("closed a connection to %s: %s", route.where, reason)
         self.hooks.tell("close", reason)
 
-    def _drop_entry(self, entry: Entry) -> bool:
-        """Let go of a connection; False if another thread has done so: the event thread, told of its end."""
+    def _drop_entry(self, entry: Entry, reason: str) -> None:
+        """Let go of a connection that has ended, and say why, once: the event thread may have been told before."""
         known = self.entries.get(entry.at) is entry and self.entries.pop(entry.at, None) is entry
         entry.let_go()
-        return known
+        if known:
+            self._was_closed(entry.route, reason)
 
     def drop(self, lease: Lease[Any]) -> None:
         """A lease was forgotten and collected; called by a finalizer, so it only takes note."""
@@ -862,8 +862,7 @@ class Attachment:
                 elif self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason) == LATER:
                     self.chores.append((at, word, entry, False))
                 elif entry is not None:
-                    if self._drop_entry(entry):
-                        self._was_closed(entry.route, reason)
+                    self._drop_entry(entry, reason)
         except (IndexError, LeaseError, PoolStopped):
             pass
         finally:
@@ -930,9 +929,9 @@ class Attachment:
         if message.kind is Kind.CLOSED:
             at = self.table.slot_at(message.slot)
             entry = self.entries.get(at)
-            if entry is not None and entry.generation == message.generation and self._drop_entry(entry):
+            if entry is not None and entry.generation == message.generation:
                 number = message.request  # an event has none: it is the reason's here, from 1
-                self._was_closed(entry.route, REASONS[number - 1] if 0 < number <= len(REASONS) else "")
+                self._drop_entry(entry, REASONS[number - 1] if 0 < number <= len(REASONS) else "")
         elif message.kind is Kind.NOTIFY:
             self.notices.tell(message.body.get("message"))
         elif message.kind is Kind.ABANDONED:

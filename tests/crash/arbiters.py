@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import sharedpool
-from tests.crash.victims import CAP, Outcome, check
+from tests.crash.victims import CAP, Outcome, look, survivors
 from tests.support import commands, processes
 from tests.support.backend import Backend
 from tests.support.scope import Scope
@@ -47,10 +47,7 @@ class ArbiterScene:
         self.harness, self.backend, self.scope = harness, backend, scope
         self.env = interpreter(harness.directory)
         self.target = backend.tcp
-        self.one, self.two = harness.start_many(2, **self.env)
-        for worker in (self.one, self.two):
-            worker.attach(max_connections=CAP, close_timeout=CLOSE_TIMEOUT)
-            worker.stats()
+        self.one, self.two = survivors(harness, CLOSE_TIMEOUT, **self.env)
 
     def die(self, script: str, k: int) -> Outcome:
         """Let the arbiter end at its k-th boundary call while it does what the script asks of it."""
@@ -86,14 +83,7 @@ class ArbiterScene:
 
     def _look(self, outcome: Outcome) -> None:
         wait_until(self._answers, what="there is an arbiter")
-        stats = self.two.wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0, processes=2)
-        self.two.call(check)
-        counts = self.backend.counts()
-        if counts["peak"] > CAP:
-            outcome.lost.append(f"{counts['peak']} connections at the back end:\n{self.backend.story()}")
-        wait_until(lambda: self.backend.open == stats.idle, deadline=5, what=f"the back end has {stats.idle}")
-        if outcome.seconds > self.allowed * WITHIN:
-            outcome.lost.append(f"{outcome.seconds:.3f} s")
+        look(outcome, self.two, self.backend, self.allowed * WITHIN, processes=2)
 
     def _answers(self) -> bool:
         return self.two.call(commands.library, "ping", thread="ping") is not None and len(self.scope.arbiters()) == 1

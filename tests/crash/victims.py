@@ -59,10 +59,7 @@ class Scene:
         self.allowed = allowed
         self.harness, self.backend, self.scope = harness, backend, scope
         self.target, self.other = backend.tcp, backend.listen("other")
-        self.one, self.two = harness.start_many(2)
-        for survivor in (self.one, self.two):
-            survivor.attach(max_connections=CAP, close_timeout=CLOSE_TIMEOUT)
-            survivor.stats()
+        self.one, self.two = survivors(harness, CLOSE_TIMEOUT)
 
     def die(self, script: str, k: int, way: str = "kill") -> Outcome:
         """Let a victim of a script end at its k-th boundary call."""
@@ -123,19 +120,33 @@ class Scene:
         if outcome.script == "leave" and outcome.ended:
             processes_left = 2
         counted = {"processes": processes_left} if outcome.way in ("kill", "exec") else {}
-        stats = self.two.wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0, **counted)
-        self.two.call(check)
-        counts = self.backend.counts()
-        if counts["peak"] > CAP:
-            outcome.lost.append(f"{counts['peak']} connections at the back end:\n{self.backend.story()}")
-        wait_until(lambda: self.backend.open == stats.idle, deadline=5, what=f"the back end has {stats.idle}")
-        if outcome.seconds > self.allowed * (WITHIN if victim.dead else WITHIN_ALIVE):
-            outcome.lost.append(f"{outcome.seconds:.3f} s")
+        within = self.allowed * (WITHIN if victim.dead else WITHIN_ALIVE)
+        look(outcome, self.two, self.backend, within, **counted)
 
     def _collect(self, victim: Worker) -> None:
         victim.kill()
         victim.close()
         self.harness.workers.remove(victim)
+
+
+def survivors(harness: Harness, close_timeout: float, **env: str) -> list[Worker]:
+    """Two workers that are attached; close_timeout in seconds."""
+    workers = harness.start_many(2, **env)
+    for worker in workers:
+        worker.attach(max_connections=CAP, close_timeout=close_timeout)
+        worker.stats()
+    return workers
+
+
+def look(outcome: Outcome, worker: Worker, backend: Backend, within: float, **counted: int) -> None:
+    """Everything at rest, sound, no more at the back end than there may be, and all that in time, seconds."""
+    stats = worker.wait_stats(in_use=0, opening=0, granted=0, waiting=0, closing=0, **counted)
+    worker.call(check)
+    if (peak := backend.counts()["peak"]) > CAP:
+        outcome.lost.append(f"{peak} connections at the back end:\n{backend.story()}")
+    wait_until(lambda: backend.open == stats.idle, deadline=5, what=f"the back end has {stats.idle}")
+    if outcome.seconds > within:
+        outcome.lost.append(f"{outcome.seconds:.3f} s")
 
 
 def check(state: object) -> None:

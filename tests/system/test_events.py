@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from sharedpool import OptionError, PoolTimeout
+from sharedpool.stats import REASONS
+from sharedpool.wire import Kind, Message
 from tests.support import commands
 from tests.support.backend import Backend, Target
 from tests.support.state import State
@@ -162,3 +164,26 @@ def test_callbacks_hold_in_a_forked_child_too(worker: Worker, tcp: Target) -> No
     child.use(tcp)
     assert child.call(events_of) == [("checkin", "Lease")] * 2
     assert worker.call(events_of) == [("checkin", "Lease")]
+
+
+def discard_while_its_end_is_told(state: State) -> list[str]:
+    """The event thread hears of the end while the thread that discards is on its way; gives what was told."""
+    told: list[str] = []
+    pool = state.pools["default"]
+    pool.on_close(told.append)
+    lease = next(iter(state.leases.values()))
+    attached: Any = pool.attached
+    tell = attached.returns._tell_close
+
+    def both(slot: int, generation: int) -> None:
+        tell(slot, generation)
+        attached.on_event(Message(Kind.CLOSED, REASONS.index("discarded") + 1, slot, generation))
+
+    attached.returns._tell_close = both
+    lease.discard()
+    return told
+
+
+def test_an_end_that_two_threads_find_is_told_once(worker: Worker, tcp: Target) -> None:
+    worker.checkout(tcp)
+    assert worker.call(discard_while_its_end_is_told) == ["discarded"]
