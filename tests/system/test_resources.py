@@ -89,6 +89,7 @@ def test_taking_and_letting_go_at_once_never_crosses_answers(
 ) -> None:
     """max_foreign below what goes round: every takeover lets another one go, under many threads."""
     three[0].attach(max_connections=6, max_foreign=1)
+    three[0].stats()  # it makes the pool, before one of the others makes it with the default's cap
     begun = [
         worker.begin(commands.requests, [tcp], 60, thread=f"thread {i}", checkout_timeout=30)
         for worker, i in itertools.product(three, range(4))
