@@ -214,7 +214,7 @@ def test_an_arbiter_without_a_descriptor_left_says_so_to_who_comes_and_serves_th
         wait_until(lambda: any("RLIMIT_NOFILE" in text for text in first.call(commands.log, "ERROR")))
     finally:
         resource.prlimit(arbiter, resource.RLIMIT_NOFILE, (hard, hard))
-    assert late.use(tcp) == 1
+    assert late.use(tcp) in backend.ids(), "whichever the arbiter had a descriptor of"
     assert first.stats().processes == 2
 
 
