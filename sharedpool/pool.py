@@ -54,6 +54,7 @@ class Attached(Protocol):
 
     def route(self, transport: str, host: str, port: int) -> Any: ...
     def urgent(self, route: Any) -> Any: ...
+    def take_own(self, route: Any) -> Lease[Any] | None: ...
     def checkout(self, route: Any, patience: float | None, connect_timeout: float) -> Lease[Any]: ...
     def stats(self) -> PoolStats: ...
     def own_counters(self) -> dict[str, int]: ...
@@ -294,23 +295,9 @@ class _Handle(Generic[T]):
     ) -> Lease[T]:  # fmt: skip
         attached = self._attached or self.open()._attached
         assert attached is not None
-        try:
-            route = self._routes[transport or self.transport, host, port]
-        except (KeyError, TypeError):
-            route = None
-        if route is None:  # not in the handler: what is wrong has nothing to do with this dictionary
-            route = self._route(attached, transport, host, port)
-        if priority != "normal":
-            options.check_priority(priority)
-            route = attached.urgent(route)
-        connect: Any = self._connect
-        patience: Any = self._patience
-        if connect_timeout is not NOT_GIVEN:
-            connect = options.check("connect_timeout", connect_timeout)
-            if not self._limited:
-                patience = connect
-        if checkout_timeout is not NOT_GIVEN:
-            patience = options.check("checkout_timeout", checkout_timeout)
+        route, patience, connect = self.plan(
+            attached, host, port, transport, checkout_timeout, connect_timeout, priority
+        )
         try:
             lease: Lease[T] = attached.checkout(route, patience, connect)
         except PoolStopped as error:
@@ -328,6 +315,34 @@ class _Handle(Generic[T]):
         if attached.on_checkout:
             attached.hooks.tell("checkout", lease)
         return lease
+
+    def plan(
+        self, attached: Attached, host: str, port: int, transport: str | None,
+        checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
+    ) -> tuple[Any, float | None, float]:  # fmt: skip
+        """A checkout's arguments as its route, its patience (seconds; None: no limit) and its time-out for connecting.
+
+        Raises:
+            OptionError: One of them is wrong.
+        """
+        try:
+            route = self._routes[transport or self.transport, host, port]
+        except (KeyError, TypeError):
+            route = None
+        if route is None:  # not in the handler: what is wrong has nothing to do with this dictionary
+            route = self._route(attached, transport, host, port)
+        if priority != "normal":
+            options.check_priority(priority)
+            route = attached.urgent(route)
+        connect: Any = self._connect
+        patience: Any = self._patience
+        if connect_timeout is not NOT_GIVEN:
+            connect = options.check("connect_timeout", connect_timeout)
+            if not self._limited:
+                patience = connect
+        if checkout_timeout is not NOT_GIVEN:
+            patience = options.check("checkout_timeout", checkout_timeout)
+        return route, patience, connect
 
     def _route(self, attached: Attached, transport: str | None, host: str, port: int) -> Any:
         kind, where, number = transport or self.transport, host, port
