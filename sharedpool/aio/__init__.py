@@ -11,9 +11,11 @@ import functools
 import inspect
 import os
 import socket
+import threading
 import weakref
 from asyncio import StreamReader, StreamWriter, get_running_loop
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from sys import _getframe
 from types import TracebackType
@@ -80,6 +82,7 @@ class Pool(Generic[T]):
 
     def __init__(self, handle: _Handle[T]) -> None:
         self._handle = handle
+        self._opening: tuple[int, Future[None] | None] = (0, None)
 
     @property
     def name(self) -> str:
@@ -104,14 +107,25 @@ class Pool(Generic[T]):
             StartFailed, AttachRefused, PoolNotFound, PoolOptionsDiffer, NotSupported.
         """
         if self._handle._attached is None:
-            await in_thread(functools.partial(self._open, timeout))
+            pid, opening = self._opening
+            if opening is None or opening.done() or pid != os.getpid():
+                opening = Future()
+                threading.Thread(target=self._open, args=(opening, timeout), name="sharedpool-aio", daemon=True).start()
+                self._opening = os.getpid(), opening
+            await asyncio.shield(asyncio.wrap_future(opening))
         return self
 
-    def _open(self, timeout: float) -> None:
-        self._handle.open(timeout)
-        if pool.mode() == "shared":
-            with pool._loading:  # a fork waits meanwhile: its child would find half a module
-                from . import _queueing  # noqa: F401
+    def _open(self, opening: Future[None], timeout: float) -> None:
+        """In a thread, once for all tasks that want it."""
+        try:
+            self._handle.open(timeout)
+            if pool.mode() == "shared":
+                with pool._loading:  # a fork waits meanwhile: its child would find half a module
+                    from . import _queueing  # noqa: F401
+        except BaseException as error:  # noqa: BLE001 - told to who waits
+            opening.set_exception(error)
+        else:
+            opening.set_result(None)
 
     def close(self) -> None:
         """Detach, as `sharedpool.Pool.close`; who waits gets PoolStopped."""
