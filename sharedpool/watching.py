@@ -148,9 +148,12 @@ class Watch:
             self._places.pop(place.cell, None)
 
     def later(self, work: Callable[[], bool]) -> None:
-        """Have something done by this thread, again and again until it gives True: it found the mutex busy."""
+        """Have something done by this thread, again and again until it gives True."""
         self._later.append(work)
-        self._rouse()
+        if self._started:
+            self._rouse()
+        else:
+            self._begin()
 
     def stop(self) -> None:
         """End; everybody is rung once more."""

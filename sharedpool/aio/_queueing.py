@@ -7,6 +7,7 @@ import contextlib
 import functools
 from asyncio import get_running_loop
 from collections import deque
+from collections.abc import Callable
 from threading import get_ident
 from time import monotonic_ns
 from typing import Any, Final
@@ -185,13 +186,24 @@ async def _furnish(
 ) -> Lease[Any] | None:  # fmt: skip
     opening = Opening()
     work = functools.partial(attached.furnish, route, lease, limit, connect, refused, counter, idle, opening)
+    undo = functools.partial(give_back, opening=opening)
+    stop = functools.partial(_break_off, attached, opening)
     try:
-        found: Lease[Any] | None = await in_thread(
-            work, undo=functools.partial(give_back, opening=opening), stop=opening.break_off
-        )
+        found: Lease[Any] | None = await in_thread(work, undo=undo, stop=stop)
         if found is not None and found._entry is not None:
             found._entry.thread = get_ident()
         return found
     except NoThread as error:
         attached.unwanted(route, lease)
         raise error.__cause__ or error from None
+
+
+def _break_off(attached: Attachment, opening: Opening, over: Callable[[], bool]) -> None:
+    """Nobody wants what is being opened: again and again, because before it connects it cannot be broken off."""
+
+    def again() -> bool:
+        opening.break_off()
+        return over()
+
+    if not again():
+        attached.watching().later(again)

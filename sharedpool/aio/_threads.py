@@ -22,14 +22,17 @@ class NoThread(RuntimeError):
 
 
 async def in_thread(
-    work: Callable[[], T], *, undo: Callable[[T], object] | None = None, stop: Callable[[], object] | None = None
+    work: Callable[[], T],
+    *,
+    undo: Callable[[T], object] | None = None,
+    stop: Callable[[Callable[[], bool]], object] | None = None,
 ) -> T:
     """Do something that takes its time in a thread of its own.
 
     Args:
         work: What to do.
         undo: Called with its result, in whatever thread, if nobody waits for that any more.
-        stop: Called when nobody waits any more and it is not done yet.
+        stop: Called when nobody waits any more and it is not done yet, with a function that tells whether it is.
 
     Raises:
         NoThread: It has not been begun.
@@ -49,7 +52,7 @@ async def in_thread(
 class _Job(Generic[T]):
     """Work in a thread, and who waits for it on a loop."""
 
-    __slots__ = ("_gone", "_lock", "_loop", "_result", "_undo", "_work", "future")
+    __slots__ = ("_gone", "_lock", "_loop", "_over", "_result", "_undo", "_work", "future")
 
     def __init__(
         self, work: Callable[[], T], undo: Callable[[T], object] | None, loop: asyncio.AbstractEventLoop
@@ -58,7 +61,7 @@ class _Job(Generic[T]):
         self._undo = undo
         self._loop = loop
         self._lock = threading.Lock()
-        self._gone = False
+        self._gone = self._over = False
         self._result: deque[T] = deque()
         self.future: asyncio.Future[T] = loop.create_future()
 
@@ -71,6 +74,7 @@ class _Job(Generic[T]):
         except BaseException as failed:  # noqa: BLE001 - told to who waits
             error = failed
         with self._lock:
+            self._over = True
             gone = self._gone
         try:
             if not gone:
@@ -88,12 +92,16 @@ class _Job(Generic[T]):
         else:
             self.future.set_exception(error)
 
-    def abandon(self, stop: Callable[[], object] | None) -> None:
+    def over(self) -> bool:
+        """Whether the thread has come to its end."""
+        return self._over
+
+    def abandon(self, stop: Callable[[Callable[[], bool]], object] | None) -> None:
         """Nobody waits any more, or what was waited for has failed."""
         with self._lock:
             self._gone = True
-        if not self._result and stop is not None:
-            stop()
+        if not self._over and stop is not None:
+            stop(self.over)
         self._take_back()
 
     def _take_back(self) -> None:
