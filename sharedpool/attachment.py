@@ -99,7 +99,7 @@ from .layout import (
 )
 from .lease import Lease
 from .lines import CLOSES, COUNTS, Lines
-from .native import FILENO, Call
+from .native import FILENO, Call, patched
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats, from_closes
@@ -202,6 +202,11 @@ class Attachment:
         )
         self.returns = Returns(self.table, self.segment, self._tell_close, self.lines, self.room.longest_for)
         self.room.returns = self.returns
+        if patched():
+            from . import green
+
+            self.watch = Watch(self, self.segment, self.returns, name, green.start_thread)
+            self.room.pause = green.Pause(self.watch)
         _attachments.add(self)
         self._note_places()
         channel = self.channel.events

@@ -8,15 +8,16 @@ Linux and glibc or musl; imported only by the shared (not the local) mode.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import ctypes
 import errno
 import functools
 import importlib
+import operator
 import os
 import platform
 import select
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -64,10 +65,32 @@ class Subscript:
 
     __slots__ = ()
 
-    __getitem__ = staticmethod(socket.socket.fileno)
+    __getitem__: Any = staticmethod(_socket.socket.fileno)
 
 
 FILENO: Final = Subscript()
+
+
+def original(module: str, name: str) -> Any:
+    """What a module of the standard library has under a name, whatever gevent's monkey patching has put there."""
+    monkey = sys.modules.get("gevent.monkey")
+    return getattr(importlib.import_module(module), name) if monkey is None else monkey.get_original(module, name)
+
+
+def patched() -> bool:
+    """Whether gevent has patched sockets or threads: who waits then waits as a greenlet.
+
+    From then on FILENO knows its sockets, too.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not (monkey.is_module_patched("socket") or monkey.is_module_patched("threading")):
+        return False
+    Subscript.__getitem__ = staticmethod(operator.methodcaller("fileno"))  # its sockets are none of C's
+    return True
+
+
+#: The liveness poll switches no greenlets.
+_poll: Final = original("select", "poll")
 
 
 def bound(name: str, *arguments: Any) -> Nullary:
@@ -221,7 +244,7 @@ class Gate:
     __slots__ = ("__neg__", "__pos__", "quiet")
 
     def __init__(self, real: int, number: int, dead: int) -> None:
-        poller = select.poll()
+        poller = _poll()
         poller.register(real, select.POLLIN)
         self.quiet = poller.poll
         self.__pos__ = functools.partial(_held.dup3, real, number, os.O_CLOEXEC)

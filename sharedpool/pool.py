@@ -174,6 +174,8 @@ class _Handle(Generic[T]):
         Raises:
             StartFailed, AttachRefused, PoolNotFound, PoolOptionsDiffer, NotSupported.
         """
+        if threading.Lock is not _made_of:
+            _locks_anew()
         with self._lock:
             if self._attached is None:
                 self._routes = {}
@@ -672,6 +674,20 @@ def close_all() -> None:
     """Detach every handle of this process, in whatever scope; each attaches anew at its next use."""
     for pool in list(_pools):
         pool.close()
+
+
+#: What locks are: gevent's monkey patching puts something else there.
+_made_of: Any = threading.Lock
+
+
+def _locks_anew() -> None:
+    """Under locks of before the patching two greenlets would wait for each other for ever."""
+    global _sharing, _loading, _made_of
+    _made_of = threading.Lock
+    _sharing = threading.Lock()
+    _loading = threading.RLock()
+    for pool in list(_pools):
+        pool._lock = threading.Lock()
 
 
 def _before_fork() -> None:

@@ -143,6 +143,8 @@ class WaitingRoom:
         self._any_idle = any_set(segment.marks_address, 0)
         self._leased = table.row << HOLDER_SHIFT | LEASED
         self.returns: Returns | None = None
+        #: In the place of a thread's sleep: (who, its kick as seen, ns at most).
+        self.pause: Callable[[Waiter, int, int], None] | None = None
 
     def longest_for(self, key: int) -> tuple[int, int]:
         """The cell of this process that has waited longest for a key, not yet granted anything, and its word."""
@@ -363,7 +365,10 @@ class WaitingRoom:
                 if napped:  # who was granted something is back in Python in a moment, where signals are looked for
                     heed()
                 napped = True
-                waiter.sleeper.sleep(kick, nap)
+                if self.pause is None:
+                    waiter.sleeper.sleep(kick, nap)
+                else:
+                    self.pause(waiter, kick, nap)
                 now = monotonic_ns()
             elif result == BUSY:
                 patience = patience or Patience(limit + _GIVE_UP)
