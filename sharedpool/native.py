@@ -12,10 +12,10 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import operator
 import os
 import platform
 import select
-import socket
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -55,11 +55,11 @@ class Call:
 
 
 class Subscript:
-    """`FILENO[sock]`: a C function of one argument, run by subscription."""
+    """`FILENO[conn]` is conn.fileno(), by subscription: for a socket nothing but C."""
 
     __slots__ = ()
 
-    __getitem__ = staticmethod(socket.socket.fileno)
+    __getitem__ = staticmethod(operator.methodcaller("fileno"))
 
 
 FILENO: Final = Subscript()
@@ -155,7 +155,7 @@ class Gate:
     Args:
         real: The connection's own descriptor, which stays with the pool.
         number: The descriptor that the user's object holds.
-        dead: A descriptor at which nothing can happen.
+        dead: A descriptor at which nothing can happen; -1: the object is not parked.
 
     `quiet(0)` is empty while the connection is open and has said nothing. It lets go of the GIL for a moment, which is
     harmless: the lease is held already; through ctypes it would cost 0.9 us instead of 0.5. The other two give
@@ -168,6 +168,9 @@ class Gate:
         poller = select.poll()
         poller.register(real, select.POLLIN)
         self.quiet = poller.poll
+        if dead < 0:
+            self.__pos__ = self.__neg__ = functools.partial(int, number)
+            return
         self.__pos__ = functools.partial(_held.dup3, real, number, os.O_CLOEXEC)
         self.__neg__ = functools.partial(_held.dup3, dead, number, os.O_CLOEXEC)
 

@@ -153,10 +153,10 @@ cdef class Gate:
         return poll(&self.place, 1, timeout)
 
     def __pos__(self):
-        return dup3(self.place.fd, self.number, O_CLOEXEC)
+        return self.number if self.dead < 0 else dup3(self.place.fd, self.number, O_CLOEXEC)
 
     def __neg__(self):
-        return dup3(self.dead, self.number, O_CLOEXEC)
+        return self.number if self.dead < 0 else dup3(self.dead, self.number, O_CLOEXEC)
 
 
 _fileno = socket.socket.fileno
@@ -164,7 +164,7 @@ cdef PyTypeObject *_socket = <PyTypeObject *> socket.socket
 
 
 cdef class FileNumber:
-    """`FILENO[sock]`: the number in a socket object, read where it lies."""
+    """`FILENO[conn]`: conn.fileno(); the number in a socket object is read where it lies."""
 
     cdef bint there
 
@@ -175,7 +175,7 @@ cdef class FileNumber:
     def __getitem__(self, sock):
         if self.there and PyObject_TypeCheck(sock, _socket):
             return sharedpool_number(<void *> sock)
-        return _fileno(sock)
+        return sock.fileno()
 
 
 _sendall = socket.socket.sendall
