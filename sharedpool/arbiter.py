@@ -368,9 +368,10 @@ class Arbiter:
         if sock is not None and kind is Kind.HELLO and client.pool is None:
             self._hello(client, message, sock)
         elif sock is not None and kind is Kind.REGISTER and client.pool is not None:
-            client.pool.register(client.row, message.slot, message.generation, sock)
+            client.pool.register(client.row, message.slot, message.generation, sock, wire.driver_of(message))
         elif sock is not None and kind is Kind.HOLDS and client.pool is not None:
-            client.pool.holds(client.row, message.slot, message.generation, sock)
+            driver, state = wire.driver_of(message), wire.state_of(message)
+            client.pool.holds(client.row, message.slot, message.generation, sock, driver, state)
         elif sock is not None:
             sock.close()
             raise WireError(f"a descriptor with a {kind.name}")
@@ -420,8 +421,9 @@ class Arbiter:
             self._unanswered[client] = message  # a worker asks one thing at a time
             return
         kind = Kind.GONE if found is None else Kind.CONNECTION
-        answer = Message(kind, message.request, message.slot, message.generation)
-        self._reply(client, answer, None if found is None else found.fileno())
+        body = {} if found is None else wire.with_state(found.driver, found.state)
+        answer = Message(kind, message.request, message.slot, message.generation, body)
+        self._reply(client, answer, None if found is None else found.sock.fileno())
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 

@@ -156,7 +156,7 @@ class Attachment:
         self.channel = Channel(
             directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self)
         )
-        self.opening: dict[int, tuple[int, socket.socket]] = {}
+        self.opening: dict[int, tuple[int, socket.socket, str]] = {}
         self._beat = 0
         self._sweep_at = self._sweeps = 0
         try:
@@ -178,7 +178,7 @@ class Attachment:
         self.table = self.segment.table(self.row)
         self.words = self._words = self.table.words
         self.gate = self.words[GATE] & ~GATE_FLAGS  # the value under which nothing is in the way
-        self.routes: dict[tuple[str, str, int], Route] = {}
+        self.routes: dict[tuple[drivers.Driver[Any], str, str, int], Route] = {}
         self.entries: dict[int, Entry] = {}
         self.permits: dict[int, int] = {}
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
@@ -257,15 +257,15 @@ class Attachment:
         with contextlib.suppress(SharedPoolError):
             self.channel.tell(Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}))
 
-    def route(self, transport: str, host: str, port: int) -> Route:
-        """The route for an address; equal addresses give the same one.
+    def route(self, transport: str | drivers.Driver[Any], host: str, port: int) -> Route:
+        """The route for an address; equal addresses of one driver give the same one.
 
         Raises:
             OptionError: It is no address.
         """
         driver = drivers.find(transport)
-        address = (transport, *driver.address(host, port))
-        known = self.routes.get(address)
+        address = (driver.name, *driver.address(host, port))
+        known = self.routes.get((driver, *address))
         if known is None:
             rules = self.words[RULES]
             moves = driver.moves and bool(rules & CAN_MOVE)
@@ -273,8 +273,11 @@ class Attachment:
             key = segment.key_of(self.segment.secret, address)
             checks = getattr(driver, "check", None) if rules & ACTIVE else None
             counts = self.lines.place(key)
-            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky, counts=counts, checks=checks)
-            known = self.routes.setdefault(address, known)
+            known = Route(
+                driver, address[1], address[2], key, moves=moves, sticky=sticky, counts=counts, checks=checks,
+                strict=bool(rules & STRICT),
+            )  # fmt: skip
+            known = self.routes.setdefault((driver, *address), known)
             self._tell_name(known)
         return known
 
@@ -316,7 +319,7 @@ class Attachment:
         if self.chores:
             self.tidy()
         stack = route.stack
-        if stack and route.checks is None:
+        if stack and route.direct:
             try:
                 entry = stack.pop()
             except IndexError:  # another thread was faster
@@ -386,8 +389,12 @@ class Attachment:
             lease.conn = None
             self.count("opens", route.counts)
             return True
-        entry = self._at_hand(lease)
-        if entry is None or (route.checks is not None and idle > self.words[CHECK_AFTER]) or not self._unpark(entry):
+        entry = self._at_hand(route, lease)
+        if entry is None or (route.checks is not None and idle > self.words[CHECK_AFTER]):
+            return False
+        if route.resets is not None and (route.always or entry.version != self._words[lease.place + VERSION]):
+            return False
+        if not self._unpark(entry):
             return False
         self._lend(lease, entry, counter)
         return True
@@ -396,7 +403,7 @@ class Attachment:
         self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float, refused: set[int], counter: int,
         idle: int, opening: Opening | None = None,
     ) -> Lease[Any] | None:  # fmt: skip
-        """The same with everything that may take its time: opens, fetches, checks, closes what has ended.
+        """The same with everything that may take its time: opens, fetches, checks, resets, closes what has ended.
 
         Args:
             route: Where it leads.
@@ -413,23 +420,29 @@ class Attachment:
         """
         if lease.word & STATE == OPENING:
             return self._open(route, lease, limit, connect_timeout, opening=opening)
-        entry = self._at_hand(lease) or self._fetch(route, lease, limit, refused)
+        entry = self._at_hand(route, lease)
         if entry is None:
-            return None
+            other = self.entries.get(lease.place)
+            if lease.word & STAYS and other is not None:  # another driver's object, and no other can be made
+                return self._renew(route, lease, other, limit, connect_timeout, "ended", opening)
+            entry = self._fetch(route, lease, limit, refused)
+            if entry is None:
+                return None
         lease._entry = entry
         reason = "ended"
         if self._unpark(entry):
-            if route.checks is None or idle <= self.words[CHECK_AFTER] or self._passes(route, lease, entry):
+            checks = route.checks is not None and idle > self.words[CHECK_AFTER]
+            if (not checks and route.resets is None) or self._passes(route, lease, entry, checks):
                 self._lend(lease, entry, counter)
                 return lease
             reason = "check_failed"
         return self._renew(route, lease, entry, limit, connect_timeout, reason, opening)
 
-    def _at_hand(self, lease: Lease[Any]) -> Entry | None:
+    def _at_hand(self, route: Route, lease: Lease[Any]) -> Entry | None:
         """What this process has of the connection just leased, if it is that very one."""
         at = lease.place
         entry = self.entries.get(at)
-        if entry is None or entry.generation != generation_of(lease.word) or entry.version != self._words[at + VERSION]:
+        if entry is None or entry.generation != generation_of(lease.word) or entry.route.driver is not route.driver:
             return None
         if len(self.entries) >= self._words[MAX_FOREIGN] and self.entries.pop(at, None) is entry:
             self.entries[at] = entry  # the most recently used is the last
@@ -454,14 +467,35 @@ class Attachment:
         else:
             self._give_on(lease, route)
 
-    def _passes(self, route: Route, lease: Lease[Any], entry: Entry) -> bool:
-        """The driver's active check of a connection that was idle for long; an error is a refusal."""
-        assert route.checks is not None
+    def _passes(self, route: Route, lease: Lease[Any], entry: Entry, checks: bool) -> bool:
+        """The driver's active check of a connection that was idle for long, then its reset of one that others used.
+
+        An error is a refusal. VERSION counts those resets, and is changed by who leases the connection only: an object
+        that knows the latest is the last that was used.
+        """
+        w, at = self.words, entry.at
+        version = w[at + VERSION]
         try:
-            return bool(route.checks(entry.conn))
+            if checks and route.checks is not None and not route.checks(entry.conn):
+                return False
+            if route.resets is not None and (route.always or entry.version != version):
+                if not route.resets(entry.conn):
+                    return False
+                entry.version = w[at + VERSION] = version + 1 & MASK64 >> 1
+            return True
         except Exception as error:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
             self.hooks.log.debug("the check of a connection to %s failed: %r", route.where, error)
             return False
+        except BaseException:  # a signal's handler, a greenlet's end
+            self._break_off(lease)
+            raise
+
+    def _break_off(self, lease: Lease[Any]) -> None:
+        """A lease that its user will never see ends with its connection, which is in an unknown state."""
+        word, entry = lease.word, lease._entry
+        lease.word = 0
+        if entry is not None:
+            self._close(entry, word, "unclean")
 
     def _acquire(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> tuple[int, int]:
         """Get a slot into the lease: LEASED with a connection or as a permit, or OPENING.
@@ -603,9 +637,17 @@ class Attachment:
             seen = w[at]
             if seen & STATE != IDLE or w[at + KEY] != route.key or index in refused:
                 continue
-            if holder_of(seen) == self.row or not (own_only or seen & STAYS):
+            if holder_of(seen) == self.row:
+                if not seen & STAYS or self._made_by(route, at):
+                    return at, seen
+            elif not (own_only or seen & STAYS):
                 return at, seen
         return 0, 0
+
+    def _made_by(self, route: Route, at: int) -> bool:
+        """Whether this process's connection in a slot was made by the route's driver."""
+        entry = self.entries.get(at)
+        return entry is not None and entry.route.driver is route.driver
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -614,7 +656,7 @@ class Attachment:
         at, word = lease.place, lease.word
         index = self.table.slot_index(at)
         try:
-            descriptor = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
+            found = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
         except FileLimit:
             self._give_on(lease, route)
             raise
@@ -624,25 +666,31 @@ class Attachment:
                 raise
             refused.add(index)
             return None
-        if descriptor is None:
+        if found is None:
             self._give_up(lease, refused=False, registered=False, reason="gone")
             return None
         self.count("fetches", route.counts)
-        conn = route.driver.adopt(descriptor, b"")
+        descriptor, state = found
+        conn = None
         try:
-            return self._keep(route, at, word, conn)
-        except FileLimit:
-            os.close(conn.detach())  # the connection itself is alive, and may be somebody else's next
+            conn = route.driver.adopt(descriptor, state)
+            entry = self._keep(route, at, word, conn, state)
+        except BaseException:
+            if conn is not None:  # the connection itself is alive, and may be somebody else's next
+                os.dup2(self._dead.fileno(), route.driver.fileno(conn), inheritable=False)
+                route.driver.close(conn)
             self._give_on(lease, route)
             raise
+        entry.version = MASK64  # others have used it
+        return entry
 
-    def _keep(self, route: Route, at: int, word: int, conn: Any) -> Entry:
+    def _keep(self, route: Route, at: int, word: int, conn: Any, state: bytes | None) -> Entry:
         """Hold a connection that this process has just opened or fetched."""
         try:
             real = os.dup(route.driver.fileno(conn))
         except OSError as error:
             raise file_limit(error, f"hold a connection to {route.where}") from error
-        entry = Entry(at, generation_of(word), self.words[at + VERSION], route, conn, real, self._dead.fileno())
+        entry = Entry(at, generation_of(word), self.words[at + VERSION], route, conn, real, self._dead.fileno(), state)
         old = self.entries.get(at)
         self.entries[at] = entry
         if old is not None:
@@ -701,15 +749,20 @@ class Attachment:
         at = lease.place
         index, generation = self.table.slot_index(at), generation_of(lease.word)
         registered = False
+        driver = route.driver
+        stateful = "" if driver.name in drivers.STATELESS else driver.name
+
+        def deliver(kind: Kind, sock: socket.socket, body: dict[str, Any]) -> None:
+            until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
+            self.channel.deliver(Message(kind, 0, index, generation, body), sock.fileno(), until)
 
         def register(sock: socket.socket) -> None:
             nonlocal registered
             registered = True
             if opening is not None:
                 opening.begin(sock)
-            self.opening[index] = (generation, sock)
-            until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
-            self.channel.deliver(Message(Kind.REGISTER, 0, index, generation), sock.fileno(), until)
+            self.opening[index] = (generation, sock, stateful)
+            deliver(Kind.REGISTER, sock, {"driver": stateful} if stateful else {})
 
         began = monotonic_ns()
         try:
@@ -718,7 +771,13 @@ class Attachment:
             if opening is not None:
                 opening.end()
             try:
-                entry = self._keep(route, at, lease.word, conn)
+                state = route.driver.export(conn)
+                entry = self._keep(route, at, lease.word, conn, state)
+                if state:
+                    with socket.socket(fileno=os.dup(entry.real)) as sock:
+                        deliver(Kind.HOLDS, sock, wire.with_state(stateful, state))
+                elif state is None:
+                    route.stay()
             except BaseException:
                 route.driver.close(conn)
                 raise
@@ -791,6 +850,19 @@ class Attachment:
         known = w[CONNECT_TIME]
         w[CONNECT_TIME] = known + (took - known) // 8 if known else took
 
+    def _revives(self, route: Route, entry: Entry) -> bool:
+        """An idle connection has said something: whether its driver knows it as harmless, and has heard it all."""
+        harmless = getattr(route.driver, "idle_readable", None)
+        if harmless is None or entry.route.driver is not route.driver or FILENO[entry.conn] != entry.number:
+            return False
+        if +entry.gate < 0:
+            return False
+        try:
+            return bool(harmless(entry.conn)) and not entry.gate.quiet(0)
+        except Exception as error:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
+            self.hooks.log.debug("what an idle connection to %s said is not known: %r", route.where, error)
+            return False
+
     def _renew(
         self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float, reason: str,
         opening: Opening | None = None,
@@ -800,6 +872,11 @@ class Attachment:
         None: the remote did not close in time, and the permit has gone.
         """
         w, at = self.words, lease.place
+        if reason == "ended" and self._revives(route, entry):
+            entry.thread = get_ident()
+            lease.conn = entry.conn
+            self.count("reuses", route.counts)
+            return lease
         if self.entries.get(at) is entry:
             del self.entries[at]
         sock = socket.socket(fileno=entry.real)
@@ -1222,7 +1299,7 @@ class Attachment:
         self.inert = True
         self.channel.close()
         self.segment.let_go()
-        for _, sock in self.opening.values():
+        for _, sock, _ in self.opening.values():
             sock.close()  # which ends a connection for the process only that opened it
         for entry in self.entries.values():
             if entry.real >= 0:
@@ -1237,11 +1314,12 @@ def _holdings(attachment: Attachment) -> Iterator[tuple[Message, int | None]]:
     for entry in list(attachment.entries.values()):
         copy = _copy(lambda entry=entry: entry.real)  # type: ignore[misc]
         if copy >= 0:
-            yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation), copy
-    for index, (generation, sock) in list(attachment.opening.items()):
+            body = wire.with_state(entry.route.driver.name, entry.state)
+            yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation, body), copy
+    for index, (generation, sock, driver) in list(attachment.opening.items()):
         copy = _copy(sock.fileno)
         if copy >= 0:
-            yield Message(Kind.HOLDS, 0, index, generation), copy
+            yield Message(Kind.HOLDS, 0, index, generation, {"driver": driver} if driver else {}), copy
     for route in list(attachment.routes.values()):
         yield Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}), None
 

@@ -8,7 +8,6 @@ Linux and glibc or musl; imported only by the shared (not the local) mode.
 
 from __future__ import annotations
 
-import _socket
 import contextlib
 import ctypes
 import errno
@@ -61,11 +60,11 @@ class Call:
 
 
 class Subscript:
-    """`FILENO[sock]`: a C function of one argument, run by subscription."""
+    """`FILENO[conn]` is conn.fileno(), by subscription: for a socket nothing but C."""
 
     __slots__ = ()
 
-    __getitem__: Any = staticmethod(_socket.socket.fileno)
+    __getitem__ = staticmethod(operator.methodcaller("fileno"))
 
 
 FILENO: Final = Subscript()
@@ -78,15 +77,9 @@ def original(module: str, name: str) -> Any:
 
 
 def patched() -> bool:
-    """Whether gevent has patched sockets or threads: who waits then waits as a greenlet.
-
-    From then on FILENO knows its sockets, too.
-    """
+    """Whether gevent has patched sockets or threads: who waits then waits as a greenlet."""
     monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not (monkey.is_module_patched("socket") or monkey.is_module_patched("threading")):
-        return False
-    Subscript.__getitem__ = staticmethod(operator.methodcaller("fileno"))  # its sockets are none of C's
-    return True
+    return monkey is not None and (monkey.is_module_patched("socket") or monkey.is_module_patched("threading"))
 
 
 #: The liveness poll switches no greenlets.
@@ -234,7 +227,7 @@ class Gate:
     Args:
         real: The connection's own descriptor, which stays with the pool.
         number: The descriptor that the user's object holds.
-        dead: A descriptor at which nothing can happen.
+        dead: A descriptor at which nothing can happen; -1: the object is not parked.
 
     `quiet(0)` is empty while the connection is open and has said nothing. It lets go of the GIL for a moment, which is
     harmless: the lease is held already; through ctypes it would cost 0.9 us instead of 0.5. The other two give
@@ -247,6 +240,9 @@ class Gate:
         poller = _poll()
         poller.register(real, select.POLLIN)
         self.quiet = poller.poll
+        if dead < 0:
+            self.__pos__ = self.__neg__ = functools.partial(int, number)
+            return
         self.__pos__ = functools.partial(_held.dup3, real, number, os.O_CLOEXEC)
         self.__neg__ = functools.partial(_held.dup3, dead, number, os.O_CLOEXEC)
 

@@ -153,17 +153,17 @@ cdef class Gate:
         return poll(&self.place, 1, timeout)
 
     def __pos__(self):
-        return dup3(self.place.fd, self.number, O_CLOEXEC)
+        return self.number if self.dead < 0 else dup3(self.place.fd, self.number, O_CLOEXEC)
 
     def __neg__(self):
-        return dup3(self.dead, self.number, O_CLOEXEC)
+        return self.number if self.dead < 0 else dup3(self.dead, self.number, O_CLOEXEC)
 
 
 cdef PyTypeObject *_socket = <PyTypeObject *> plain.socket
 
 
 cdef class FileNumber:
-    """`FILENO[sock]`: the number in a socket object, read where it lies."""
+    """`FILENO[conn]`: conn.fileno(); the number in a socket object is read where it lies."""
 
     cdef bint there
 

@@ -45,7 +45,7 @@ cdef class Attachment:
     cpdef bint equip(self, Route route, Lease lease, uint64_t counter, long long idle) except *
 
     @cython.locals(entry=Entry, at=uint64_t)
-    cdef Entry _at_hand(self, Lease lease)
+    cdef Entry _at_hand(self, Route route, Lease lease)
 
     @cython.locals(gate=Gate)
     cdef bint _unpark(self, Entry entry) except *

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from .. import control, pool
+from ..drivers import Driver
 from ..errors import OptionError, PoolStopped, file_limit
 from ..events import where_taken
 from ..hooks import Callback
@@ -140,7 +141,7 @@ class Pool(Generic[T]):
     # --- checkout -----------------------------------------------------------------------------------------------------
 
     async def checkout(
-        self, host: str, port: int = 0, transport: str | None = None, *,
+        self, host: str, port: int = 0, transport: str | Driver[Any] | None = None, *,
         checkout_timeout: float | NotGiven | None = NOT_GIVEN, connect_timeout: float | NotGiven = NOT_GIVEN,
         priority: str = "normal",
     ) -> Lease[T]:  # fmt: skip
@@ -157,7 +158,7 @@ class Pool(Generic[T]):
         return await self._take(host, port, transport, checkout_timeout, connect_timeout, priority)
 
     async def _take(
-        self, host: str, port: int, transport: str | None,
+        self, host: str, port: int, transport: str | Driver[Any] | None,
         checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> Lease[T]:  # fmt: skip
         handle = self._handle
@@ -188,7 +189,7 @@ class Pool(Generic[T]):
         return lease
 
     def connection(
-        self, host: str, port: int = 0, transport: str | None = None, *,
+        self, host: str, port: int = 0, transport: str | Driver[Any] | None = None, *,
         checkout_timeout: float | NotGiven | None = NOT_GIVEN, connect_timeout: float | NotGiven = NOT_GIVEN,
         priority: str = "normal",
     ) -> AbstractAsyncContextManager[T]:  # fmt: skip
@@ -196,7 +197,7 @@ class Pool(Generic[T]):
         return _Leasing(self, host, port, transport, checkout_timeout, connect_timeout, priority)
 
     def stream(
-        self, host: str, port: int = 0, transport: str | None = None, *,
+        self, host: str, port: int = 0, transport: str | Driver[Any] | None = None, *,
         checkout_timeout: float | NotGiven | None = NOT_GIVEN, connect_timeout: float | NotGiven = NOT_GIVEN,
         priority: str = "normal", limit: int = 65536,
     ) -> AbstractAsyncContextManager[tuple[StreamReader, StreamWriter]]:  # fmt: skip
@@ -226,7 +227,9 @@ class Pool(Generic[T]):
 
     # --- as the synchronous handle ------------------------------------------------------------------------------------
 
-    async def prewarm(self, host: str, port: int = 0, transport: str | None = None, count: int | None = None) -> None:
+    async def prewarm(
+        self, host: str, port: int = 0, transport: str | Driver[Any] | None = None, count: int | None = None
+    ) -> None:
         """As `sharedpool.Pool.prewarm`."""
         await in_thread(functools.partial(self._handle.prewarm, host, port, transport, count))
 

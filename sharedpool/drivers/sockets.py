@@ -13,6 +13,7 @@ import importlib
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..errors import ConnectFailed, ConnectTimeout
@@ -25,6 +26,8 @@ _READS: Final = 16
 _DRAIN: Final = 1 << 16
 #: The answer of a peer that has been said goodbye to is awaited up to so many bytes.
 _LONG_ANSWER: Final = 1 << 20
+#: A peer that has not closed after so many looks, 7.5 ms, is busy.
+_PATIENT: Final = 5
 #: What a user did to a socket: set a timeout, made a file of it, closed or detached it.
 _TIMED: Final = 1
 _FILED: Final = 2
@@ -211,12 +214,17 @@ class Ending:
     is reset, and then we could no longer see when it closes. Only one that goes on and on is reset all the same.
     With TCP the kernel says when the peer has our end and we have its; a Unix socket has no such state, and the end of
     what comes is the peer's.
+
+    Args:
+        sock: The connection.
+        abort: Calls off what the peer is doing; used where it has not closed after some milliseconds.
     """
 
-    __slots__ = ("_left", "_sock", "_tcp", "asked")
+    __slots__ = ("_abort", "_left", "_sock", "_tcp", "asked")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, abort: Callable[[], None] | None = None) -> None:
         self._sock = sock
+        self._abort = abort
         self._tcp = not is_unix(sock)
         self._left = _LONG_ANSWER
         self.asked = 0
@@ -232,6 +240,8 @@ class Ending:
     def ended(self) -> bool:
         """Whether the peer has closed as well; never blocks."""
         self.asked += 1
+        if self.asked == _PATIENT and self._abort is not None:
+            self._abort()
         try:
             end = self._read_away()
             if self._tcp:
