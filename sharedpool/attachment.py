@@ -635,8 +635,7 @@ class Attachment:
         at = lease.place
         index, generation = self.table.slot_index(at), generation_of(lease.word)
         registered = False
-        driver = route.driver
-        stateful = "" if driver.name in drivers.STATELESS else driver.name
+        stateful = route.stateful
 
         def deliver(kind: Kind, sock: socket.socket, body: dict[str, Any]) -> None:
             until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
@@ -648,7 +647,7 @@ class Attachment:
             if opening is not None:
                 opening.begin(sock)
             self.opening[index] = (generation, sock, stateful)
-            deliver(Kind.REGISTER, sock, {"driver": stateful} if stateful else {})
+            deliver(Kind.REGISTER, sock, wire.with_state(stateful, None))
 
         began = monotonic_ns()
         try:
@@ -659,11 +658,11 @@ class Attachment:
             try:
                 state = route.driver.export(conn)
                 entry = self._keep(route, at, lease.word, conn, state)
-                if state:
+                if state is None:
+                    route.stay()
+                elif stateful:
                     with socket.socket(fileno=os.dup(entry.real)) as sock:
                         deliver(Kind.HOLDS, sock, wire.with_state(stateful, state))
-                elif state is None:
-                    route.stay()
             except BaseException:
                 route.driver.close(conn)
                 raise
@@ -1186,12 +1185,12 @@ def _holdings(attachment: Attachment) -> Iterator[tuple[Message, int | None]]:
     for entry in list(attachment.entries.values()):
         copy = _copy(lambda entry=entry: entry.real)  # type: ignore[misc]
         if copy >= 0:
-            body = wire.with_state(entry.route.driver.name, entry.state)
+            body = wire.with_state(entry.route.stateful, entry.state)
             yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation, body), copy
     for index, (generation, sock, driver) in list(attachment.opening.items()):
         copy = _copy(sock.fileno)
         if copy >= 0:
-            yield Message(Kind.HOLDS, 0, index, generation, {"driver": driver} if driver else {}), copy
+            yield Message(Kind.HOLDS, 0, index, generation, wire.with_state(driver, None)), copy
     for route in list(attachment.routes.values()):
         yield Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}), None
 
