@@ -15,6 +15,14 @@ from .lines import COUNTS
 from .native import FILENO, Gate, heed
 
 
+def _none() -> object | None:
+    return None
+
+
+#: The event loop that this thread runs, or None; asyncio's own function, once there is something asynchronous.
+running_loop: Callable[[], object | None] = _none
+
+
 class Entry:
     """A connection that this process holds: the user's object, parked or not, and the pool's own descriptor.
 
