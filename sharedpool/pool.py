@@ -186,10 +186,11 @@ class _Handle(Generic[T]):
         return self
 
     def _attach(self, seconds: float) -> Attached:
+        defaults = _configured.get(self.name) if self._app is None else None
         if mode() == "local":
             from . import local
 
-            return local.attach(self.name, self._given, app=self._app, update=self._update)
+            return local.attach(self.name, self._given, app=self._app, update=self._update, defaults=defaults)
         with _loading:
             from . import scope
             from .attachment import Attachment
@@ -205,8 +206,9 @@ class _Handle(Generic[T]):
                 shared.handles.add(self)
                 return shared.attached
             attached = Attachment(
-                directory, self.name, ours, declares=bool(self._given), update=self._update, seconds=seconds
-            )
+                directory, self.name, ours, declares=bool(self._given), update=self._update, seconds=seconds,
+                defaults=defaults,
+            )  # fmt: skip
             _shared[directory, self.name] = _Shared(attached, weakref.WeakSet([self]), ours)
         _warn(attached.welcome["warnings"])
         log.info(
@@ -651,6 +653,17 @@ def _bad_url(url: str, why: str) -> OptionError:
 _CALLER: Final = 2 if isinstance(vars(_Handle).get("_take"), FunctionType) else 0
 
 _pools: weakref.WeakSet[_Handle[Any]] = weakref.WeakSet()
+#: What pools are made with, beside what their handles give: a server's configuration. Forked children have it, too.
+_configured: dict[str, dict[str, Any]] = {}
+
+
+def configure(name: str, values: dict[str, Any]) -> None:
+    """From now on this process, and whatever it forks, makes this pool with these options where it is not there.
+
+    One that is there keeps what it has, so that a worker of an old configuration does not undo a new one. What a handle
+    gives itself comes first; handles that name another scope (`app`) are not concerned.
+    """
+    _configured[name] = values
 
 
 def close_all() -> None:
