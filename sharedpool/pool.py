@@ -96,6 +96,25 @@ def _warn_local() -> None:
     log.warning("sharedpool is in local mode on %s: each process has a cap of its own", sys.platform)
 
 
+def _check_uwsgi() -> None:
+    """Refuse to attach in the process that uWSGI is going to fork: it does not run Python's functions after a fork.
+
+    Its workers would take the master's row and its channels for their own. (Its option py-call-osafterfork ends the
+    workers of CPython 3.13.)
+
+    Raises:
+        NotSupported: This is uWSGI's master, or its first process before the others.
+    """
+    uwsgi: Any = sys.modules.get("uwsgi")
+    if uwsgi is None or not hasattr(uwsgi, "masterpid"):  # the module is uWSGI's own, and there only under it
+        return
+    if uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0 and uwsgi.masterpid() in (0, os.getpid()):
+        raise NotSupported(
+            "uWSGI forks its workers without telling Python, so no pool can be used before: make the handle at import"
+            " and use it in a worker, or set lazy-apps = true"
+        )
+
+
 @dataclasses.dataclass(slots=True)
 class _Shared:
     """This process's attachment to one pool, for all handles on it."""
@@ -191,6 +210,7 @@ class _Handle(Generic[T]):
             from . import local
 
             return local.attach(self.name, self._given, app=self._app, update=self._update, defaults=defaults)
+        _check_uwsgi()
         with _loading:
             from . import scope
             from .attachment import Attachment

@@ -18,7 +18,7 @@ class Uvicorn(Server):
     def __init__(self, directory: Path, scope: Scope, web: Web) -> None:
         super().__init__(
             directory, scope, web, sys.executable, "-m", "uvicorn", "--workers", "2", "--uds",
-            str(directory / "server.sock"), "--limit-max-requests", str(RECYCLE), "--timeout-worker-healthcheck", "1",
+            str(directory / "server.sock"), "--limit-max-requests", str(RECYCLE), "--timeout-worker-healthcheck", "4",
             "--no-access-log", "examples.fastapi_app:app", workers=2,
         )  # fmt: skip
 
