@@ -3,10 +3,10 @@
     BACKEND=127.0.0.1:8080 celery -A examples.celery_app worker --concurrency 4 --loglevel info
     python -m examples.celery_app /page 100
 
-The second has a path fetched a hundred times; the worker's log tells how each task went. Messages go through files below
-CELERY_FILES here, so that nothing but Celery is needed. A task that is told to stop (SoftTimeLimitExceeded) leaves its
-connection's `with` block by an exception, which closes the connection; of one that is killed (the hard limit) the arbiter
-closes it.
+The second has a path fetched a hundred times; the worker's log tells how each task went. Messages go through files
+below CELERY_FILES here, so that nothing but Celery is needed. A task that is told to stop (SoftTimeLimitExceeded)
+leaves its connection's `with` block by an exception, which closes the connection; of one that is killed (the hard
+limit) the arbiter closes it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from tests.support.waiting import wait_until
 from tests.support.workers import ROOT, clean_environment
 from tests.system.servers import CAP, Gunicorn, Load, Web
 
-RECYCLE = 40
 ASGI = "examples.fastapi_app:app"
 KINDS = {
     "sync": ["--worker-class", "sync"],
@@ -30,22 +29,22 @@ KINDS = {
 def test_workers_of_every_kind_keep_the_cap_when_they_are_recycled_reloaded_and_killed_for_hanging(
     directory: Path, scope: Scope, web: Web, kind: str
 ) -> None:
-    options = [*KINDS[kind], "--max-requests", str(RECYCLE), "--timeout", "1"]
-    app = ASGI if "uvicorn" in kind else "examples.gunicorn_app:app"
+    app, recycle = (ASGI, 100) if "uvicorn" in kind else ("examples.gunicorn_app:app", 40)
+    options = [*KINDS[kind], "--max-requests", str(recycle), "--timeout", "3"]
     with Gunicorn(directory, scope, web, *options, app=app, workers=3) as server:
         with Load(server.get) as load:
-            load.wait_more(8 * RECYCLE)
+            load.wait_more(6 * recycle)
             server.new_workers()
-            load.wait_more(2 * RECYCLE)
+            load.wait_more(50)
         # uvicorn ends connections that are there and have not asked yet; those that have are answered.
         wrong = load.failed if "uvicorn" in kind else load.wrong
         assert not wrong, (load.statuses, wrong[:3], server.log[-3000:])
-        recycled = load.statuses[200] // RECYCLE
+        recycled = load.statuses[200] // recycle
         opened = web.opened()
         assert opened < recycled / 2 + 2 * CAP
         with Load(server.get) as load:
             server.kill_a_hanging_worker()
-            load.wait_more(2 * RECYCLE)
+            load.wait_more(50)
         assert len(load.wrong) <= 3 * CAP  # what the killed one was at
         stats = server.stats()
         assert (stats["in_use"], stats["waiting"], stats["max_connections"]) == (0, 0, CAP)
