@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import select
 import socket
 import struct
@@ -90,7 +89,7 @@ class Door:
     """
 
     def __init__(self) -> None:
-        self.name = f"@sharedpool-{secrets.token_hex(16)}"
+        self.name = f"@sharedpool-{os.urandom(16).hex()}"
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._sock.bind(f"\0{self.name[1:]}/.s.PGSQL.5432")
@@ -134,17 +133,17 @@ class Relay:
         self._begun = not state
         self._parameters: dict[bytes, bytes] = {}
         self._key = b""
-        self.ready = False
 
     def state(self) -> bytes:
-        """What has been noted of the session."""
-        return self._state or b"".join(self._parameters.values()) + self._key
+        """What the server said until the session was ready."""
+        return self._state
 
-    def step(self, until: float) -> None:
-        """Wait for bytes from either side and pass them on.
+    def step(self, until: float, stop: int = -1) -> bool:
+        """Wait for bytes from either side and pass them on; False if the descriptor `stop` is readable instead.
 
         Raises:
             TimeoutError: Nothing came until then (monotonic seconds).
+            EOFError: One side has closed.
             CannotMove: The server wants what a relay cannot give.
         """
         near = self.near
@@ -152,23 +151,30 @@ class Relay:
         poll = select.poll()
         poll.register(near, select.POLLIN)
         poll.register(self.far, select.POLLIN)
+        if stop >= 0:
+            poll.register(stop, select.POLLIN)
         ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
         if not ready:
             raise TimeoutError
         for number, _ in ready:
-            if number == near.fileno():
+            if number == stop:
+                return False
+            elif number == near.fileno():
                 self._from_library(near, until)
             else:
                 self._from_server(near, until)
+        return True
 
     def _from_library(self, near: socket.socket, until: float) -> None:
         data = near.recv(_CHUNK)
+        if not data:
+            raise EOFError
         if self._begun:
             _send(self.far, data, until)
             return
         self._said += data
         if len(self._said) >= 4 and len(self._said) >= struct.unpack_from("!i", self._said)[0]:
-            self._begun = self.ready = True
+            self._begun = True
             self._said.clear()
             _send(near, _AUTHENTICATION_OK + _as_any_library_reads(self._state) + _READY, until)
 
@@ -192,8 +198,8 @@ class Relay:
                 self._parameters[message[5:].split(b"\0")[0]] = message
             elif kind == b"K":
                 self._key = message
-            elif kind == b"Z":
-                self.ready = True
+            elif kind == b"Z" and not self._state:
+                self._state = b"".join(self._parameters.values()) + self._key
             elif kind == b"R" and struct.unpack_from("!i", message, 5)[0] in _BY_HOST:
                 raise CannotMove("the server asks for GSSAPI or SSPI, which are about its host's name")
 

@@ -76,7 +76,8 @@ class Psycopg3Driver(Generic[C]):
     ) -> None:
         self._conninfo = conninfo
         self._kwargs = kwargs
-        self._class: type[C] = shared_class(connection_class)
+        kind: Any = connection_class
+        self._class: type[C] = shared_class(kind)
         self._reset = check_reset(reset)
         self.always = self._reset == "always"
         self._configure = configure
