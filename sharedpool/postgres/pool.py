@@ -220,7 +220,7 @@ class ConnectionPool(BasePool, Generic[C]):
                     lease = self._shared.checkout(
                         "",
                         0,
-                        self.driver,
+                        self._via,
                         checkout_timeout=left,
                         connect_timeout=max(left, 0.001),
                     )
