@@ -70,6 +70,10 @@ class Daemon:
         self.log_path = directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker is told where it is; it is the tests' process."""
+        return {**self.__dict__, "process": None}
+
     def start(self, port: int) -> None:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
