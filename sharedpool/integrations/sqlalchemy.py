@@ -553,7 +553,8 @@ class _Moving:
         conn.__dict__[_RECORD] = record
 
     def settle(self, conn: Any) -> None:
-        self._driver.settle(conn)
+        if conn.info.transaction_status == 0:  # what a transaction has set is not settled
+            self._driver._configured(conn)
 
 
 def _driver_class(kind: str) -> Any:
