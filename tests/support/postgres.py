@@ -66,7 +66,11 @@ class Daemon:
     def start(self, port: int) -> None:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [*as_somebody(), *self.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                [*as_somebody(), *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
             )  # fmt: skip  in the tests' own session: a process of another one is an arbiter to them
         wait_until(lambda: self._answers(port), what=f"{self.command[0]} answers; {self.log()[-1000:]}")
 

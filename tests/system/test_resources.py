@@ -267,7 +267,7 @@ def test_the_arbiters_memory_does_not_grow_with_connections_nor_the_segment_with
     two[0].attach(max_connections=4)
     begun = [worker.begin(open_and_close, tcp, OPENS // 4) for worker in two]
     for pending in begun:
-        pending.result()
+        pending.result(3600)
     arbiter = scope.arbiter()
     before, size = resident(arbiter), segment_bytes(arbiter)
     begun = [worker.begin(open_and_close, tcp, OPENS // 2) for worker in two]
