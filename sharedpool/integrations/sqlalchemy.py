@@ -392,14 +392,16 @@ class SharedQueuePool(Pool):
         if self._disposed and not self._leases and self._started is not None:
             self._started[0].close()
 
-    def drain(self, wait: float = 5.0) -> int:
-        """Close the connections of all processes: idle ones now, others as they come back; how many are left after
-        `wait` seconds.
+    def drain(self, wait: float | None = None) -> int:
+        """Close the connections of all processes: idle ones now, others as they come back; how many there were.
 
-        Before DROP DATABASE, say. Whoever needs a connection opens a new one meanwhile.
+        With `wait`, return when all have ended, after so many seconds at most: before DROP DATABASE, say.
+
+        Raises:
+            DrainTimeout: Not all have ended in time.
         """
-        handle, library = self._started or self._start()
-        del library
+        handle, _ = self._started or self._start()
+        handle.open()
         return control.drain(handle.name, wait=wait, app=handle.app)
 
     @property
@@ -512,7 +514,7 @@ class _Moving:
         self._kind = kind
         self._arguments = cargs, cparams
         self._driver = self._made(cargs, cparams)
-        self.address_name = self._driver.address(self._driver.host, self._driver.port)[0]
+        self.address_name: str = self._driver.target.address
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._driver, name)
@@ -640,10 +642,10 @@ def _described(cparams: Mapping[str, Any]) -> str:
     return f"{first(_USER)}@{first(_HOST, 'localhost')}{f':{port}' if port else ''}/{first(_DATABASE)}"
 
 
-def _pool_name(text: str) -> str:
-    """A pool's name from what is connected to: what may not be in one becomes a `.`; a long one is cut and hashed."""
-    name = re.sub(r"[^A-Za-z0-9_.:@-]", ".", text)
-    return name if len(name) <= 100 else f"{name[:80]}.{hashlib.blake2b(text.encode(), digest_size=9).hexdigest()}"
+def _pool_name(address: str) -> str:
+    """A pool's name from what is connected to; as sharedpool.postgres makes it, for one cap over both."""
+    digest = hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?', maxsplit=1)[0])[:80]}-{digest}"
 
 
 _pools: Final[weakref.WeakSet[SharedQueuePool]] = weakref.WeakSet()

@@ -22,6 +22,7 @@ from tests.support.waiting import wait_until
 _SETTINGS = {
     "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "16MB",
     "max_connections": "100", "autovacuum": "off", "wal_level": "minimal", "max_wal_senders": "0",
+    "dynamic_shared_memory_type": "mmap",  # not in /dev/shm, where another test would take it for a leak
     "log_min_messages": "warning", "timezone": "UTC", "logging_collector": "off",
 }  # fmt: skip
 

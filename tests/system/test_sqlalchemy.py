@@ -129,6 +129,7 @@ def test_what_does_not_move_is_closed_for_the_next_process(
     wait_until(lambda: len(postgres.backends()) == 1)
 
 
+@pytest.mark.parametrize("moving", ["psycopg2"])
 def test_what_one_process_left_in_a_session_is_gone_in_another(
     two: list[Worker], postgres: Postgres, moving: str
 ) -> None:
@@ -166,6 +167,7 @@ def test_connect_listeners_run_in_every_process_and_after_each_reset(
     assert one.call(alchemy.events)[:1] == ["connect"], "the other process has used it"
 
 
+@pytest.mark.parametrize("moving", ["psycopg2"])
 def test_without_resets_they_run_once_in_every_process(two: list[Worker], postgres: Postgres, moving: str) -> None:
     engines(two, postgres, moving, reset="never", listen="SET my.own = 'here'")
     for worker in two:
@@ -264,6 +266,7 @@ def test_a_listener_that_finds_a_connection_bad_gets_a_new_one(worker: Worker, p
 # --- users' ways ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("library", ["psycopg", "pg8000"])
 def test_who_waits_too_long_gets_sqlalchemys_timeout(two: list[Worker], postgres: Postgres, library: str) -> None:
     engines(two, postgres, library, pool_timeout=0.2)
     two[0].call(alchemy.hold)
@@ -286,6 +289,8 @@ def test_a_stopped_pool_is_an_operational_error(worker: Worker, postgres: Postgr
     worker.call(alchemy.hold)
     worker.call(stop_pool)
     worker.call(alchemy.give_back)
+    assert "was stopped" in str(worker.fails(exc.OperationalError, alchemy.query))
+    worker.call(alchemy.dispose)
     worker.call(alchemy.query)
 
 
@@ -331,6 +336,7 @@ def dropped(state: State) -> int:
     return int(state.things["engine"].pool.shared_stats().dropped)
 
 
+@pytest.mark.parametrize("library", ["psycopg", "pg8000"])
 def test_a_detached_connection_keeps_its_permit_until_it_is_closed(
     two: list[Worker], postgres: Postgres, library: str
 ) -> None:
@@ -349,6 +355,7 @@ def waiting(state: State) -> int:
     return int(state.things["engine"].pool.shared_stats().waiting)
 
 
+@pytest.mark.parametrize("library", ["psycopg", "pg8000"])
 def test_dispose_is_this_processs_affair(two: list[Worker], postgres: Postgres, library: str) -> None:
     engines(two, postgres, library, cap=2)
     kept = two[0].call(alchemy.hold)
@@ -370,7 +377,7 @@ def test_a_drain_closes_the_idle_sessions_of_all_processes(two: list[Worker], po
     two[0].call(alchemy.hold, name="second")
     two[1].call(alchemy.query)
     two[0].call(alchemy.give_back, "second")
-    assert two[1].call(alchemy.on_pool, "drain", "engine", 0.0) >= 1
+    assert two[1].call(alchemy.on_pool, "drain") == 3
     wait_until(lambda: postgres.backends() == [held])
     two[0].call(alchemy.give_back)
     wait_until(lambda: postgres.backends() == [])
@@ -394,7 +401,7 @@ def test_after_a_fork_each_process_goes_on_by_itself(worker: Worker, postgres: P
     held = worker.call(alchemy.hold)
     child = worker.fork()
     assert child.call(alchemy.query) != held
-    assert "belongs" in str(child.fails(Exception, alchemy.ask))
+    child.fails(exc.StatementError, alchemy.ask)
     child.call(alchemy.forget)
     assert worker.call(alchemy.ask) == held
     worker.call(alchemy.give_back)
@@ -402,19 +409,20 @@ def test_after_a_fork_each_process_goes_on_by_itself(worker: Worker, postgres: P
     assert child.call(alchemy.query) in postgres.backends()
 
 
+@pytest.mark.parametrize("moving", ["psycopg2"])
 def test_an_isolation_level_is_set_back(worker: Worker, postgres: Postgres, moving: str) -> None:
     engines([worker], postgres, moving)
-    assert worker.call(isolation, "AUTOCOMMIT") == "AUTOCOMMIT"
-    assert worker.call(isolation, None) == "READ COMMITTED"
+    assert worker.call(autocommits, "AUTOCOMMIT")
+    assert not worker.call(autocommits, None)
 
 
-def isolation(state: State, level: str | None) -> str:
+def autocommits(state: State, level: str | None) -> bool:
     engine = state.things["engine"]
     with engine.connect() as connection:
         if level:
             connection.execution_options(isolation_level=level)
         connection.scalar(text("SELECT 1"))
-        return str(connection.get_isolation_level())
+        return bool(connection.connection.driver_connection.autocommit)
 
 
 def test_an_old_connection_is_closed_once_nobody_leases_it(worker: Worker, postgres: Postgres) -> None:
