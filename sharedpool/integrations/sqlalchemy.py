@@ -339,19 +339,16 @@ class SharedQueuePool(Pool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         assert isinstance(record, _Record)
         lease, connection = record.lease, record.dbapi_connection
-        try:
-            if lease is None or not lease.in_force or connection is None:
-                return  # invalidated, and discarded; or detached: the permit is taken until the connection is closed
+        if lease is not None and lease.in_force and connection is not None:
             if record._is_hard_or_soft_invalidated():
                 record.close()
-                return
-            self._leases.pop(id(connection), None)
-            with contextlib.suppress(LeaseError):  # it was taken away
-                lease.checkin()
-        finally:
-            if connection is not None:
+            else:  # once it is given back, another thread may have the record
+                del self._leases[id(connection)]
                 record.lease = None
-            self._leave_if_done()
+                with contextlib.suppress(LeaseError):  # it was taken away
+                    lease.checkin()
+        # else it was invalidated, and discarded; or detached: the permit is taken until the connection is closed
+        self._leave_if_done()
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         record = self._leases.pop(id(connection), None)
