@@ -78,6 +78,7 @@ class ConnectionPool(BasePool, Generic[C]):
             timeout, max_waiting, max_lifetime, max_idle, reconnect_timeout, reconnect_failed, app, move, configure,
         )  # fmt: skip
         self._shared = self._handle()
+        self._shared.on_wait(self._waited)
         if open or open is None:
             self._begin()
 
@@ -220,7 +221,7 @@ class ConnectionPool(BasePool, Generic[C]):
                     lease = self._shared.checkout(
                         "",
                         0,
-                        self.driver,
+                        self._via,
                         checkout_timeout=left,
                         connect_timeout=max(left, 0.001),
                     )

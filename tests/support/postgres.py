@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,15 @@ from tests.support.waiting import wait_until
 _SETTINGS = {
     "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "16MB",
     "max_connections": "100", "autovacuum": "off", "wal_level": "minimal", "max_wal_senders": "0",
-    "dynamic_shared_memory_type": "mmap",  # not in /dev/shm, where another test would take it for a leak
+    "dynamic_shared_memory_type": "mmap",  # /dev/shm is looked at by the leak check
     "log_min_messages": "warning", "timezone": "UTC", "logging_collector": "off",
 }  # fmt: skip
+
+#: The clients' sessions, but not the judge's.
+CLIENTS = (
+    "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> 'judge'"
+    " ORDER BY backend_start"
+)
 
 
 def binary(name: str) -> str:
@@ -63,6 +69,10 @@ class Daemon:
         self.command = command
         self.log_path = directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker is told where it is; it is the tests' process."""
+        return {**self.__dict__, "process": None}
 
     def start(self, port: int) -> None:
         with open(self.log_path, "ab") as log:
@@ -152,15 +162,17 @@ class Postgres(Daemon):
             cursor = conn.execute(query, parameters or None)
             return cursor.fetchall() if cursor.description else None
 
+    @contextlib.contextmanager
+    def judge(self) -> Iterator[Callable[..., Any]]:
+        """The same on one connection for the whole block."""
+        import psycopg
+
+        with psycopg.connect(f"{self.local} application_name=judge", autocommit=True) as conn:
+            yield lambda query, *parameters: conn.execute(query, parameters or None).fetchall()
+
     def backends(self) -> list[int]:
         """The process numbers of the clients' sessions that there are, but not the judge's."""
-        return [
-            row[0]
-            for row in self.ask(
-                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-                " AND application_name <> 'judge' ORDER BY backend_start"
-            )
-        ]
+        return [row[0] for row in self.ask(CLIENTS)]
 
     def wait_until_alone(self) -> None:
         """Until nobody but the judge is connected."""
@@ -202,7 +214,8 @@ class PgBouncer(Daemon):
         return self
 
     def end(self) -> None:
-        self.stop()
+        """Stop it and remove what it left; with SIGINT it would wait for its clients."""
+        self.stop(signal.SIGTERM)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
+import random
 import time
 from typing import Any
 
@@ -117,32 +117,52 @@ def cancel_stale(state: State) -> None:
         state.things["stale"].cancel()
 
 
-def work(state: State, seconds: float, pause: float = 0.0, label: str = "db", query: str = "") -> list[str]:
-    """Lease, leave a token in the session, see it in each of three queries; gives the errors. Killed at any moment."""
+def work(state: State, seconds: float, label: str = "db", query: str = "", evidence: str = "") -> list[str]:
+    """Leases with a token of their own, for so long; gives what was wrong.
+
+    Killed at any moment: what is wrong is written to the file `evidence` at once, and a line for each lease that was
+    well.
+    """
     pool, driver, errors = commands.pool_of(state, "default"), state.things[label], []
+    chance = random.Random(f"{os.getpid()}")
     end, n = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        n += 1
-        token = f"{os.getpid()}-{threading.get_ident()}-{n}"
-        try:
-            with pool.connection(driver.host, driver.port, driver, checkout_timeout=30) as conn:
-                errors += [found for found in _talk(conn, token, query) if found]
-        except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}")
-        if pause:
-            time.sleep(pause)
+    with open(evidence or os.devnull, "a", buffering=1) as file:
+        while time.monotonic() < end:
+            n += 1
+            wrong = ""
+            try:
+                with pool.connection(driver.host, driver.port, driver, checkout_timeout=30) as conn:
+                    wrong = _talk(conn, f"{os.getpid()}-{n}", chance, query)
+            except Exception as error:
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong:
+                errors.append(wrong)
+            file.write(f"{wrong!r}\n" if wrong else ".\n")
     return errors
 
 
-def _talk(conn: Any, token: str, query: str) -> list[str]:
+#: What a lease does beside asking for its token.
+_DEEDS = (
+    "SELECT 1", "SELECT pg_sleep(0.02)", "SELECT repeat('x', 200000)", "SET client_encoding TO 'LATIN1'", "LISTEN news",
+    "CREATE TEMP TABLE IF NOT EXISTS mine (x int)", "SET TimeZone TO 'Asia/Tokyo'", "SELECT pg_advisory_lock_shared(7)",
+)  # fmt: skip
+
+
+def _talk(conn: Any, token: str, chance: random.Random, query: str) -> str:
+    """Whether a session is one's own for the whole of a lease, and nobody else's before it."""
     conn.autocommit = True
     with conn.cursor() as cursor:
+        cursor.execute("SELECT current_setting('my.token', true)")
+        before = cursor.fetchone()[0]
+        if before and not before.startswith(f"{os.getpid()}-"):
+            return f"{token}: the session still had {before}"
         cursor.execute("SELECT set_config('my.token', %s, false)", (token,))
         for i in range(3):
-            if query:
-                cursor.execute(query)
-            cursor.execute("SELECT current_setting('my.token'), %s::int", (i,))
+            cursor.execute(query or chance.choice(_DEEDS))
+            if cursor.description:
+                cursor.fetchall()
+            cursor.execute("SELECT current_setting('my.token'), %s::int, 'ü'::text", (i,))
             found = cursor.fetchone()
-            if found != (token, i):
-                return [f"{token} {i} was answered by {found!r}"]
-    return []
+            if found != (token, i, "ü"):
+                return f"{token} {i} was answered by {found!r}"
+    return ""
