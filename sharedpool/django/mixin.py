@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import NotSupportedError
+from django.db import NotSupportedError, connections
 from django.db.backends.base.base import NO_DB_ALIAS
 
 from .. import control
@@ -107,9 +107,23 @@ class SharedPoolMixin(_Wrapper):
         if database and self.settings_dict["NAME"]:
             params["dbname"] = database
         try:
-            return ConnectionPool(kwargs=params, open=False, configure=self._configure_connection, **options)
+            return ConnectionPool(kwargs=params, open=False, configure=self._configure_session, **options)
         except (TypeError, ValueError, OptionError) as error:
             raise ImproperlyConfigured(f"OPTIONS['pool']: {error}") from error
+
+    def _configure_session(self, session: Any) -> None:
+        """Django's settings for a session; in whatever thread it is that has just got it.
+
+        Django asks its own connection how to quote a role's name: meanwhile that is this session.
+        """
+        wrapper: Any = connections[self.alias] if self.alias in connections else self  # noqa: SIM401 - no dict
+        before, wrapper.connection = wrapper.connection, session
+        wrapper._holds += 1
+        try:
+            wrapper._configure_connection(session)
+        finally:
+            wrapper._holds -= 1
+            wrapper.connection = before
 
     @property
     def _pool_options(self) -> dict[str, Any]:

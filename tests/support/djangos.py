@@ -17,7 +17,9 @@ from tests.support.state import State
 def setup(state: State, database: str, debug: bool = False) -> None:
     """Begin with the project; the database as in settings.DATABASES, as JSON."""
     os.environ.update(
-        SHOP_DATABASE=database, SHOP_DEBUG=str(int(debug)), DJANGO_SETTINGS_MODULE="tests.support.djangoproject.settings"
+        SHOP_DATABASE=database,
+        SHOP_DEBUG=str(int(debug)),
+        DJANGO_SETTINGS_MODULE="tests.support.djangoproject.settings",
     )
     django.setup()
 
@@ -78,4 +80,3 @@ def end(state: State) -> None:
 
 def close_pool(state: State) -> None:
     connection.close_pool()
-
