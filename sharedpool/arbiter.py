@@ -353,7 +353,7 @@ class Arbiter:
             self._reply(client, _refusal(message, refusal))
             self._lost(client)
         elif message.kind in (Kind.REGISTER, Kind.HOLDS):
-            client.pool.unheld(message.slot, message.generation)
+            client.pool.unheld(client.row, message.slot, message.generation, now)
 
     def _carry_out(self, client: Client, data: bytes, descriptor: int | None) -> None:
         """One message; its descriptor, if any, is wrapped and closed again unless somebody keeps it."""
@@ -368,7 +368,8 @@ class Arbiter:
         if sock is not None and kind is Kind.HELLO and client.pool is None:
             self._hello(client, message, sock)
         elif sock is not None and kind is Kind.REGISTER and client.pool is not None:
-            client.pool.register(client.row, message.slot, message.generation, sock, wire.driver_of(message))
+            driver, state = wire.driver_of(message), wire.state_of(message)
+            client.pool.register(client.row, message.slot, message.generation, sock, driver, state)
         elif sock is not None and kind is Kind.HOLDS and client.pool is not None:
             driver, state = wire.driver_of(message), wire.state_of(message)
             client.pool.holds(client.row, message.slot, message.generation, sock, driver, state)

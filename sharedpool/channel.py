@@ -252,7 +252,7 @@ class Channel:
             if lost is not None and answer.request == message.request:
                 raise FileLimit(f"a connection could not be taken over: {lost}") from lost
             if (answer.request, answer.slot, answer.generation) == (message.request, slot, generation):
-                return None if descriptor is None else (descriptor, wire.state_of(answer))
+                return None if descriptor is None else (descriptor, wire.state_of(answer) or b"")
             if descriptor is not None:  # of a request that was given up
                 os.close(descriptor)
 

@@ -287,6 +287,9 @@ class LocalPool:
                 self.name, self.options.max_connections, states, self.counters, len(self._queue), 1, self.closes, **more
             )
 
+    def take_own(self, route: LocalRoute) -> None:
+        """Nothing here is leased without the pool's lock."""
+
     def checkout(self, route: LocalRoute, patience: float | None, connect_timeout: float) -> Lease[Any]:
         """A lease, in the order of asking: an idle connection, else a new one. Patience 0 is: not in the queue."""
         limit = None if patience is None else monotonic() + patience

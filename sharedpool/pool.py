@@ -55,6 +55,7 @@ class Attached(Protocol):
 
     def route(self, transport: Any, host: str, port: int) -> Any: ...
     def urgent(self, route: Any) -> Any: ...
+    def take_own(self, route: Any) -> Lease[Any] | None: ...
     def checkout(self, route: Any, patience: float | None, connect_timeout: float) -> Lease[Any]: ...
     def stats(self) -> PoolStats: ...
     def own_counters(self) -> dict[str, int]: ...
@@ -175,6 +176,8 @@ class _Handle(Generic[T]):
         Raises:
             StartFailed, AttachRefused, PoolNotFound, PoolOptionsDiffer, NotSupported.
         """
+        if threading.Lock is not _made_of:
+            _locks_anew()
         with self._lock:
             if self._attached is None:
                 self._routes = {}
@@ -296,23 +299,9 @@ class _Handle(Generic[T]):
     ) -> Lease[T]:  # fmt: skip
         attached = self._attached or self.open()._attached
         assert attached is not None
-        try:
-            route = self._routes[transport or self.transport, host, port]
-        except (KeyError, TypeError):
-            route = None
-        if route is None:  # not in the handler: what is wrong has nothing to do with this dictionary
-            route = self._route(attached, transport, host, port)
-        if priority != "normal":
-            options.check_priority(priority)
-            route = attached.urgent(route)
-        connect: Any = self._connect
-        patience: Any = self._patience
-        if connect_timeout is not NOT_GIVEN:
-            connect = options.check("connect_timeout", connect_timeout)
-            if not self._limited:
-                patience = connect
-        if checkout_timeout is not NOT_GIVEN:
-            patience = options.check("checkout_timeout", checkout_timeout)
+        route, patience, connect = self.plan(
+            attached, host, port, transport, checkout_timeout, connect_timeout, priority
+        )
         try:
             lease: Lease[T] = attached.checkout(route, patience, connect)
         except PoolStopped as error:
@@ -330,6 +319,34 @@ class _Handle(Generic[T]):
         if attached.on_checkout:
             attached.hooks.tell("checkout", lease)
         return lease
+
+    def plan(
+        self, attached: Attached, host: str, port: int, transport: str | Driver[Any] | None,
+        checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
+    ) -> tuple[Any, float | None, float]:  # fmt: skip
+        """A checkout's arguments as its route, its patience (seconds; None: no limit) and its time-out for connecting.
+
+        Raises:
+            OptionError: One of them is wrong.
+        """
+        try:
+            route = self._routes[transport or self.transport, host, port]
+        except (KeyError, TypeError):
+            route = None
+        if route is None:  # not in the handler: what is wrong has nothing to do with this dictionary
+            route = self._route(attached, transport, host, port)
+        if priority != "normal":
+            options.check_priority(priority)
+            route = attached.urgent(route)
+        connect: Any = self._connect
+        patience: Any = self._patience
+        if connect_timeout is not NOT_GIVEN:
+            connect = options.check("connect_timeout", connect_timeout)
+            if not self._limited:
+                patience = connect
+        if checkout_timeout is not NOT_GIVEN:
+            patience = options.check("checkout_timeout", checkout_timeout)
+        return route, patience, connect
 
     def _route(self, attached: Attached, transport: str | Driver[Any] | None, host: str, port: int) -> Any:
         kind, where, number = transport or self.transport, host, port
@@ -661,6 +678,20 @@ def close_all() -> None:
     """Detach every handle of this process, in whatever scope; each attaches anew at its next use."""
     for pool in list(_pools):
         pool.close()
+
+
+#: What locks are: gevent's monkey patching puts something else there.
+_made_of: Any = threading.Lock
+
+
+def _locks_anew() -> None:
+    """Under locks of before the patching two greenlets would wait for each other for ever."""
+    global _sharing, _loading, _made_of
+    _made_of = threading.Lock
+    _sharing = threading.Lock()
+    _loading = threading.RLock()
+    for pool in list(_pools):
+        pool._lock = threading.Lock()
 
 
 def _before_fork() -> None:

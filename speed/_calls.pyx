@@ -1,6 +1,6 @@
 """What native.py does through ctypes, as C calls. They keep the GIL, as there, except to sleep."""
 
-import socket
+import _socket as plain
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_SetFromErrno
@@ -159,8 +159,7 @@ cdef class Gate:
         return self.number if self.dead < 0 else dup3(self.dead, self.number, O_CLOEXEC)
 
 
-_fileno = socket.socket.fileno
-cdef PyTypeObject *_socket = <PyTypeObject *> socket.socket
+cdef PyTypeObject *_socket = <PyTypeObject *> plain.socket
 
 
 cdef class FileNumber:
@@ -169,8 +168,9 @@ cdef class FileNumber:
     cdef bint there
 
     def __cinit__(self):
-        with socket.socket() as probe:
-            self.there = sharedpool_number(<void *> probe) == probe.fileno()
+        probe = plain.socket()
+        self.there = sharedpool_number(<void *> probe) == probe.fileno()
+        probe.close()
 
     def __getitem__(self, sock):
         if self.there and PyObject_TypeCheck(sock, _socket):
@@ -178,7 +178,8 @@ cdef class FileNumber:
         return sock.fileno()
 
 
-_sendall = socket.socket.sendall
+_fileno = plain.socket.fileno
+_sendall = plain.socket.sendall
 
 
 def sendall(self, data, int flags=0):

@@ -6,13 +6,15 @@ otherwise read the next user's bytes. "No timeout" is a very long one.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
+import functools
 import importlib
 import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..errors import ConnectFailed, ConnectTimeout
 from ..options import LONGEST
@@ -32,14 +34,17 @@ _FILED: Final = 2
 _GONE: Final = 4
 
 
-class PooledSocket(socket.socket):
-    """A connected socket that a pool lends.
+if TYPE_CHECKING:
+    _Socket = socket.socket
+else:
+    _Socket = object
 
-    `close()` ends the connection for everybody, as the user means it, although the pool has descriptors of its own.
-    `settimeout(None)` and `setblocking(True)` wait "for ever", which is 23 days.
-    """
 
-    __slots__ = ("_owner", "_touched")
+class _Pooled(_Socket):
+    """What a pooled socket does beyond its class."""
+
+    if not TYPE_CHECKING:
+        __slots__ = ()
 
     _owner: int
     _touched: int
@@ -88,9 +93,38 @@ class PooledSocket(socket.socket):
         super().settimeout(LONGEST)
         self._touched = 0
 
+    def limit(self, seconds: float) -> None:
+        """As socket.settimeout, which the user has not done."""
+        super().settimeout(seconds)
 
+
+class PooledSocket(_Pooled, socket.socket):
+    """A connected socket that a pool lends.
+
+    `close()` ends the connection for everybody, as the user means it, although the pool has descriptors of its own.
+    `settimeout(None)` and `setblocking(True)` wait "for ever", which is 23 days.
+    """
+
+    __slots__ = ("_owner", "_touched")
+
+
+@functools.cache
+def _pooled(base: type[socket.socket]) -> type[PooledSocket]:
+    """The same on another class of sockets, as gevent puts in the place of Python's."""
+    return cast("type[PooledSocket]", type("PooledSocket", (_Pooled, base), {"__slots__": ("_owner", "_touched")}))
+
+
+def fresh(*args: Any, **kwargs: Any) -> PooledSocket:
+    """A pooled socket of the class that `socket.socket` is by now."""
+    if socket.socket is _BASE:
+        return PooledSocket(*args, **kwargs)
+    return _pooled(socket.socket)(*args, **kwargs)
+
+
+_BASE: Final = socket.socket
 with contextlib.suppress(ImportError):  # 0.5 us less for each; only where the hot path is compiled
-    PooledSocket.sendall = importlib.import_module("sharedpool._calls").sendall  # type: ignore[method-assign]
+    if issubclass(_BASE, _socket.socket):
+        PooledSocket.sendall = importlib.import_module("sharedpool._calls").sendall  # type: ignore[method-assign]
 
 
 class StreamDriver:
@@ -117,7 +151,7 @@ class StreamDriver:
 
     def adopt(self, descriptor: int, state: bytes) -> PooledSocket:
         """The same connection under another process's descriptor; there is no state to carry."""
-        conn = PooledSocket(fileno=descriptor)
+        conn = fresh(fileno=descriptor)
         conn.rest()
         return conn
 
@@ -143,7 +177,7 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
     try:
         if seconds <= 0:
             raise TimeoutError
-        socket.socket.settimeout(conn, min(seconds, LONGEST))
+        conn.limit(min(seconds, LONGEST))
         conn.connect(address)
     except TimeoutError as error:
         conn.close()

@@ -10,16 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .asyncpool import AsyncConnectionPool
     from .errors import PoolClosed, PoolTimeout, TooManyRequests
     from .pool import ConnectionPool
     from .psycopg2 import Psycopg2Driver
     from .psycopg3 import Psycopg3Driver
 
-__all__ = ["ConnectionPool", "PoolClosed", "PoolTimeout", "Psycopg2Driver", "Psycopg3Driver", "TooManyRequests"]
+__all__ = [
+    "AsyncConnectionPool", "ConnectionPool", "PoolClosed", "PoolTimeout", "Psycopg2Driver", "Psycopg3Driver",
+    "TooManyRequests",
+]  # fmt: skip
 
 _WHERE = {
-    "ConnectionPool": "pool", "PoolClosed": "errors", "PoolTimeout": "errors", "TooManyRequests": "errors",
-    "Psycopg2Driver": "psycopg2", "Psycopg3Driver": "psycopg3",
+    "AsyncConnectionPool": "asyncpool", "ConnectionPool": "pool", "PoolClosed": "errors", "PoolTimeout": "errors",
+    "Psycopg2Driver": "psycopg2", "Psycopg3Driver": "psycopg3", "TooManyRequests": "errors",
 }  # fmt: skip
 
 

@@ -294,18 +294,22 @@ class Psycopg3Driver(Generic[C]):
         pgconn = conn.pgconn
         if pgconn.status != _OK or pgconn.transaction_status != _IDLE or pgconn.pipeline_status != _OFF:
             return False
-        status = pgconn.parameter_status
-        if conn._shared is None:  # type: ignore[union-attr]
+        if not self.talks(conn):
             return True
         try:
-            if conn._notifies_backlog or conn._notify_handlers:
-                return self._set_back(conn, DISCARD)
-            for name, value in conn._baseline:  # type: ignore[union-attr]
-                if status(name) != value:
-                    return self._set_back(conn, SETTINGS if self._reset == "never" else DISCARD)
+            heard = conn._notifies_backlog or conn._notify_handlers
+            return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
         except (e.Error, e._WaitTimeout):
             return False
-        return True
+
+    def talks(self, conn: C) -> bool:
+        """Whether `clean` will have to talk to the server: settings were changed, or something was listened to."""
+        if conn._shared is None:  # type: ignore[union-attr]
+            return False
+        if conn._notifies_backlog or conn._notify_handlers:
+            return True
+        status = conn.pgconn.parameter_status
+        return any(status(name) != value for name, value in conn._baseline)  # type: ignore[union-attr]
 
     def check(self, conn: C) -> bool:
         """Whether the server answers."""
