@@ -144,18 +144,21 @@ class Attachment:
         declares: Whether they make the pool if it does not exist.
         update: Whether options that differ are applied.
         seconds: How long attaching may take.
+        defaults: What else the pool is made with, if it does not exist.
     """
 
     def __init__(
-        self, directory: str, name: str, given: dict[str, Any], *, declares: bool, update: bool, seconds: float
-    ) -> None:
+        self, directory: str, name: str, given: dict[str, Any], *, declares: bool, update: bool, seconds: float,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.inert = False
         self.lost = False
         self.notices = Notices(name)
         self.channel = Channel(
-            directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self)
-        )
+            directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self),
+            defaults=defaults,
+        )  # fmt: skip
         self.opening: dict[int, tuple[int, socket.socket, str]] = {}
         self._beat = 0
         self._sweep_at = self._sweeps = 0
