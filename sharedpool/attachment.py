@@ -884,10 +884,10 @@ class Attachment:
         sock = socket.socket(fileno=entry.real)
         entry.real = -1
         try:
+            entry.let_go()  # first: of what never moves, the end is seen only after its object has been closed
             left = max(0.05, (limit - monotonic_ns()) / 1e9)
             confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9))
         finally:
-            entry.let_go()
             sock.close()
             self._was_closed(route, reason)
         closes, replaced = route.counts + CLOSES[reason], route.counts + COUNTS["replaced"]
