@@ -144,18 +144,21 @@ class Attachment:
         declares: Whether they make the pool if it does not exist.
         update: Whether options that differ are applied.
         seconds: How long attaching may take.
+        defaults: What else the pool is made with, if it does not exist.
     """
 
     def __init__(
-        self, directory: str, name: str, given: dict[str, Any], *, declares: bool, update: bool, seconds: float
-    ) -> None:
+        self, directory: str, name: str, given: dict[str, Any], *, declares: bool, update: bool, seconds: float,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.inert = False
         self.lost = False
         self.notices = Notices(name)
         self.channel = Channel(
-            directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self)
-        )
+            directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self),
+            defaults=defaults,
+        )  # fmt: skip
         self.opening: dict[int, tuple[int, socket.socket, str]] = {}
         self._beat = 0
         self._sweep_at = self._sweeps = 0
@@ -749,8 +752,7 @@ class Attachment:
         at = lease.place
         index, generation = self.table.slot_index(at), generation_of(lease.word)
         registered = False
-        driver = route.driver
-        stateful = "" if driver.name in drivers.STATELESS else driver.name
+        stateful = route.stateful
 
         def deliver(kind: Kind, sock: socket.socket, body: dict[str, Any]) -> None:
             until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
@@ -762,7 +764,7 @@ class Attachment:
             if opening is not None:
                 opening.begin(sock)
             self.opening[index] = (generation, sock, stateful)
-            deliver(Kind.REGISTER, sock, {"driver": stateful} if stateful else {})
+            deliver(Kind.REGISTER, sock, wire.with_state(stateful, None))
 
         began = monotonic_ns()
         try:
@@ -773,11 +775,11 @@ class Attachment:
             try:
                 state = route.driver.export(conn)
                 entry = self._keep(route, at, lease.word, conn, state)
-                if state:
+                if state is None:
+                    route.stay()
+                elif stateful:
                     with socket.socket(fileno=os.dup(entry.real)) as sock:
                         deliver(Kind.HOLDS, sock, wire.with_state(stateful, state))
-                elif state is None:
-                    route.stay()
             except BaseException:
                 route.driver.close(conn)
                 raise
@@ -882,10 +884,10 @@ class Attachment:
         sock = socket.socket(fileno=entry.real)
         entry.real = -1
         try:
+            entry.let_go()  # first: of what never moves, the end is seen only after its object has been closed
             left = max(0.05, (limit - monotonic_ns()) / 1e9)
             confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9))
         finally:
-            entry.let_go()
             sock.close()
             self._was_closed(route, reason)
         closes, replaced = route.counts + CLOSES[reason], route.counts + COUNTS["replaced"]
@@ -1315,12 +1317,12 @@ def _holdings(attachment: Attachment) -> Iterator[tuple[Message, int | None]]:
     for entry in list(attachment.entries.values()):
         copy = _copy(lambda entry=entry: entry.real)  # type: ignore[misc]
         if copy >= 0:
-            body = wire.with_state(entry.route.driver.name, entry.state)
+            body = wire.with_state(entry.route.stateful, entry.state)
             yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation, body), copy
     for index, (generation, sock, driver) in list(attachment.opening.items()):
         copy = _copy(sock.fileno)
         if copy >= 0:
-            yield Message(Kind.HOLDS, 0, index, generation, {"driver": driver} if driver else {}), copy
+            yield Message(Kind.HOLDS, 0, index, generation, wire.with_state(driver, None)), copy
     for route in list(attachment.routes.values()):
         yield Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}), None
 

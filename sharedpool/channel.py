@@ -38,17 +38,20 @@ class Channel:
         declares: Whether they make the pool.
         update: Whether options that differ are applied.
         holdings: Gives what a successor has to know, each message with a descriptor that is closed after it was sent.
+        defaults: What else the pool is made with, if this hello makes it.
     """
 
     def __init__(
         self, directory: str, pool: str, given: dict[str, Any], *,
         declares: bool, update: bool, holdings: Callable[[], Iterator[tuple[Message, int | None]]],
+        defaults: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._directory = directory
         self._hello = {
             "pool": pool,
             "pid": os.getpid(),
             "options": given,
+            "defaults": defaults or {},
             "declares": declares,
             "update": update,
             "identity": dict(segment.identity()),
@@ -252,7 +255,7 @@ class Channel:
             if lost is not None and answer.request == message.request:
                 raise FileLimit(f"a connection could not be taken over: {lost}") from lost
             if (answer.request, answer.slot, answer.generation) == (message.request, slot, generation):
-                return None if descriptor is None else (descriptor, wire.state_of(answer))
+                return None if descriptor is None else (descriptor, wire.state_of(answer) or b"")
             if descriptor is not None:  # of a request that was given up
                 os.close(descriptor)
 

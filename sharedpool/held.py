@@ -9,7 +9,7 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any, Final
 
-from .drivers import Driver, named
+from .drivers import STATELESS, Driver, named
 from .layout import STAYS, tag_of
 from .lines import COUNTS
 from .native import FILENO, Gate, heed
@@ -82,7 +82,7 @@ class Route:
 
     __slots__ = (
         "always", "checks", "clean", "counts", "direct", "driver", "handoffs", "high", "host", "key", "parks", "port",
-        "resets", "reuses", "stack", "stays", "sticky", "strict", "tag", "takeovers", "urgent", "where",
+        "resets", "reuses", "stack", "stateful", "stays", "sticky", "strict", "tag", "takeovers", "urgent", "where",
     )  # fmt: skip
 
     def __init__(
@@ -108,6 +108,7 @@ class Route:
         self.always: bool = self.resets is not None and getattr(driver, "always", False)
         self.direct = checks is None and not self.always
         self.parks: bool = getattr(driver, "parks", True)
+        self.stateful = "" if driver.name in STATELESS else driver.name
         self.high = False
         self.urgent: Route | None = None
         self.where = named(driver.name, host, port)

@@ -157,12 +157,12 @@ class Held:
     sock: socket.socket
     rows: set[int]
     driver: str = ""
-    state: bytes = b""
+    state: bytes | None = b""
 
     @property
     def usable(self) -> bool:
         """Whether another process could go on with it."""
-        return not self.driver or bool(self.state)
+        return self.state is not None
 
 
 @dataclasses.dataclass(slots=True)
@@ -291,6 +291,7 @@ class ServedPool:
         self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
         self.expected: set[int] = set()
         self._unbacked = False
+        self._unheld: dict[int, tuple[int, int]] = {}  # by slot: generation and row of what could not be received
         self._inherited: dict[int, int] | None = None  # generations: connections of which there may be no descriptor
         self.table = self.segment.table(ARBITER_ROW)
         self.words = self.table.words
@@ -540,7 +541,7 @@ class ServedPool:
     # --- descriptors --------------------------------------------------------------------------------------------------
 
     def register(
-        self, row: int, index: int, generation: int, sock: socket.socket, driver: str = "", state: bytes = b""
+        self, row: int, index: int, generation: int, sock: socket.socket, driver: str = "", state: bytes | None = b""
     ) -> None:
         """A worker's connection-to-be. Of an older generation: drop it, which ends it."""
         if index >= self.segment.geometry.slots:
@@ -554,16 +555,23 @@ class ServedPool:
         if old is not None and old.generation != generation:  # opened anew on the same permit
             self._tell_closed(self, old.rows - {row}, index, old.generation, "ended")
         self.forget(index)
+        self._unheld.pop(index, None)
         self.held[index] = Held(generation, sock, {row}, driver, state)
         self._watch(self, index, sock)
 
-    def unheld(self, index: int, generation: int) -> None:
-        """A connection whose descriptor could not be received here: it is lent once, as nobody could end it."""
-        if index < self.segment.geometry.slots:
-            self._doom(self.table.slot_at(index), generation)
+    def unheld(self, row: int, index: int, generation: int, now: int) -> None:
+        """A connection whose descriptor could not be received here: it is lent once, as only its process can end it."""
+        if index >= self.segment.geometry.slots:
+            return
+        self._unheld[index] = generation, row
+        at = self.table.slot_at(index)
+        word = self.words[at]
+        idle = generation_of(word) == generation and word & STATE == IDLE
+        if not (idle and self._close(at, word, "doomed", now)):
+            self._doom(at, generation)
 
     def holds(
-        self, row: int, index: int, generation: int, sock: socket.socket, driver: str = "", state: bytes = b""
+        self, row: int, index: int, generation: int, sock: socket.socket, driver: str = "", state: bytes | None = b""
     ) -> None:
         """A worker holds this connection, as it tells an heir, or when its session has begun.
 
@@ -572,7 +580,7 @@ class ServedPool:
         held = self.held.get(index)
         if held is not None and held.generation == generation:
             held.rows.add(row)
-            if state:
+            if state is not None:
                 held.driver, held.state = driver, state
             sock.close()
         else:
@@ -752,6 +760,10 @@ class ServedPool:
         began = self.words[at + SINCE]
         give_up = began + self.words[CLOSE_TIMEOUT]
         unseen = ending is None and self._inherited is not None and self._inherited.get(index) == generation
+        known, opener = self._unheld.get(index, (-1, 0))
+        if ending is None and known == generation:
+            self._tell_closed(self, {opener}, index, generation, reason)
+            unseen = True
         if unseen and now < give_up:
             self.closings[index] = Closing(None, generation, give_up, give_up, opened, reason)
             return

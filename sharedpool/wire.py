@@ -107,17 +107,24 @@ def unpack(data: bytes) -> Message:
 
 
 def with_state(driver: str, state: bytes | None) -> dict[str, Any]:
-    """A body that carries a session's state, and which driver knows it; empty if there is none."""
-    return {"driver": driver, "state": state.decode("latin-1")} if state else {}
+    """A body that says which driver a connection is of, if it is one that has session states, and the state.
+
+    None: it has none yet, or never will that could be told.
+    """
+    if not driver:
+        return {}
+    return {"driver": driver} if state is None else {"driver": driver, "state": state.decode("latin-1")}
 
 
-def state_of(message: Message) -> bytes:
-    """The session state in a message.
+def state_of(message: Message) -> bytes | None:
+    """The session state in a message; None if there is to be one, which is not known.
 
     Raises:
         WireError: It is none.
     """
-    state = message.body.get("state", "")
+    state = message.body.get("state", None if "driver" in message.body else "")
+    if state is None:
+        return None
     try:
         return bytes(state, "latin-1")
     except (TypeError, UnicodeEncodeError) as error:
