@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,8 +38,9 @@ class Celery(Server):
 
     def stop(self) -> None:
         """Kill it: the lock of its processes' queue may have died with one that was over its time."""
-        for pid in {*self.workers(), self.first.pid}:
-            os.kill(pid, signal.SIGKILL)
+        for pid in (self.first.pid, *self.workers()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.first.wait(40)
 
     def fetch(self, path: str, number: int, *limits: float) -> dict[str, int]:
