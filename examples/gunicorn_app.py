@@ -53,7 +53,7 @@ def show_stats() -> bytes:
     return json.dumps(numbers, indent=2).encode() + b"\n"
 
 
-def fetch(path: str) -> tuple[str, bytes]:
+def fetch(path: str, pool: sharedpool.Pool[socket.socket] = pool) -> tuple[str, bytes]:
     """GET a path from the back end over a connection of the pool."""
     with pool.connection(HOST, int(PORT)) as sock:
         sock.settimeout(10)

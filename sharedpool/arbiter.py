@@ -462,7 +462,7 @@ class Arbiter:
         name, version = options.check_pool_name(body.get("pool")), layout_of(body)
         self._check_layout(name, version, client.pid)
         pool, warnings = self.declare(
-            name, _part(message, "options"), client.pid,
+            name, _part(message, "options"), client.pid, defaults=_part(message, "defaults"),
             update=bool(body.get("update", True)), implicit=not body.get("declares"), attaching=True,
         )  # fmt: skip
         nonce = secrets.randbits(63) | 1
@@ -540,7 +540,8 @@ class Arbiter:
 
     def declare(
         self, name: str, given: dict[str, Any], pid: int, *,
-        update: bool = True, implicit: bool = False, attaching: bool = False,
+        defaults: Mapping[str, Any] | None = None, update: bool = True, implicit: bool = False,
+        attaching: bool = False,
     ) -> tuple[PoolServer, list[str]]:  # fmt: skip
         """Find a pool, make it, or apply what differs; gives it and the warnings for whoever declared.
 
@@ -551,6 +552,7 @@ class Arbiter:
             name: The pool's name.
             given: The options that were set by somebody, validated again here.
             pid: Who declares.
+            defaults: What else a pool is made with that is not there; one that is there keeps what it has.
             update: False: differing options raise instead of being applied.
             implicit: True: no options were given on purpose, so only the pool "default" is made.
             attaching: True: compare with what was declared before, not with what is in force.
@@ -563,6 +565,8 @@ class Arbiter:
             self._check_refused(name)
         pool = self.pools.get(name)
         if pool is None or pool.stopped:
+            for option, value in (defaults or {}).items():
+                values.setdefault(option, options.check(option, value, f"the configuration of process {pid}"))
             if implicit and not values and name != "default":
                 raise PoolNotFound(
                     f"nobody declared a pool {name!r} here; give options, as in attach({name!r}, max_connections=20);"

@@ -144,18 +144,21 @@ class Attachment:
         declares: Whether they make the pool if it does not exist.
         update: Whether options that differ are applied.
         seconds: How long attaching may take.
+        defaults: What else the pool is made with, if it does not exist.
     """
 
     def __init__(
-        self, directory: str, name: str, given: dict[str, Any], *, declares: bool, update: bool, seconds: float
-    ) -> None:
+        self, directory: str, name: str, given: dict[str, Any], *, declares: bool, update: bool, seconds: float,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.inert = False
         self.lost = False
         self.notices = Notices(name)
         self.channel = Channel(
-            directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self)
-        )
+            directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self),
+            defaults=defaults,
+        )  # fmt: skip
         self.opening: dict[int, tuple[int, socket.socket, str]] = {}
         self._beat = 0
         self._sweep_at = self._sweeps = 0
@@ -881,10 +884,10 @@ class Attachment:
         sock = socket.socket(fileno=entry.real)
         entry.real = -1
         try:
+            entry.let_go()  # first: of what never moves, the end is seen only after its object has been closed
             left = max(0.05, (limit - monotonic_ns()) / 1e9)
             confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9))
         finally:
-            entry.let_go()
             sock.close()
             self._was_closed(route, reason)
         closes, replaced = route.counts + CLOSES[reason], route.counts + COUNTS["replaced"]
@@ -1263,6 +1266,7 @@ class Attachment:
 
     def _leave_table(self) -> None:
         """From now on no thread of this process commits anything: its row may be somebody else's in a moment."""
+        self.room.left = True
         self.table.mutex = Call(lambda: LEFT)
 
     def cut_off(self) -> None:

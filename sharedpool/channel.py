@@ -38,17 +38,20 @@ class Channel:
         declares: Whether they make the pool.
         update: Whether options that differ are applied.
         holdings: Gives what a successor has to know, each message with a descriptor that is closed after it was sent.
+        defaults: What else the pool is made with, if this hello makes it.
     """
 
     def __init__(
         self, directory: str, pool: str, given: dict[str, Any], *,
         declares: bool, update: bool, holdings: Callable[[], Iterator[tuple[Message, int | None]]],
+        defaults: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._directory = directory
         self._hello = {
             "pool": pool,
             "pid": os.getpid(),
             "options": given,
+            "defaults": defaults or {},
             "declares": declares,
             "update": update,
             "identity": dict(segment.identity()),

@@ -22,8 +22,8 @@ from .wire import Kind, Message
 log = logging.getLogger("sharedpool")
 
 _lock = threading.Lock()
-#: Keeps the arbiter of start() while this process lives: (the process, the channel).
-_hold: tuple[int, socket.socket] | None = None
+#: Keeps the arbiter of start() while this process lives.
+_hold: socket.socket | None = None
 #: The handles behind checkout(): by what chooses the scope, the pool's name and the options given.
 _handles: dict[Any, Pool[socket.socket]] = {}
 
@@ -74,8 +74,11 @@ def permit(
 
 
 def _after_fork_in_child() -> None:
-    global _lock
+    global _lock, _hold
     _lock = threading.Lock()  # another thread of the parent may have had it
+    if _hold is not None:
+        _hold.close()  # the arbiter stays for the parent, no longer
+        _hold = None
 
 
 if hasattr(os, "register_at_fork"):
@@ -93,7 +96,6 @@ def start(dir: str | None = None, app: str | None = None) -> None:  # noqa: A002
     Raises:
         StartFailed, AttachRefused, NotSupported, OptionError.
     """
-    global _hold
     with _lock:
         if dir is not None:
             os.environ["SHAREDPOOL_DIR"] = os.path.abspath(os.fspath(dir))
@@ -102,13 +104,27 @@ def start(dir: str | None = None, app: str | None = None) -> None:  # noqa: A002
             os.environ.pop("SHAREDPOOL_DIR", None)
         elif mode() == "shared" and not os.environ.get("SHAREDPOOL_DIR") and not os.environ.get("SHAREDPOOL_APP"):
             os.environ["SHAREDPOOL_DIR"] = scope.private_directory(os.environ)
-        if mode() == "local" or (_hold is not None and _hold[0] == os.getpid() and _alive(_hold[1])):
-            return
-        from . import launch
-        from .wire import Kind, Message
+        _keep()
 
-        channel, _, _ = launch.greet(_directory(), Message(Kind.HOLD), launch.START_SECONDS)
-        _hold = (os.getpid(), channel)
+
+def keep() -> None:
+    """As start, in the environment's scope, whichever that is: no private one is made.
+
+    Raises:
+        StartFailed, AttachRefused, NotSupported, OptionError.
+    """
+    with _lock:
+        _keep()
+
+
+def _keep() -> None:
+    global _hold
+    if mode() == "local" or (_hold is not None and _alive(_hold)):
+        return
+    from . import launch
+
+    channel, _, _ = launch.greet(_directory(), Message(Kind.HOLD), launch.START_SECONDS)
+    _hold = channel
 
 
 def _alive(channel: socket.socket) -> bool:
@@ -137,7 +153,7 @@ def stop() -> None:
     launch.wait_until_gone(directory)
     with _lock:
         if _hold is not None:
-            _hold[1].close()
+            _hold.close()
             _hold = None
         if scope.is_private(directory):
             os.environ.pop("SHAREDPOOL_DIR", None)
@@ -405,7 +421,7 @@ def stop_pool(name: str = "default") -> None:
 
 # --- operations, from any process of the scope ------------------------------------------------------------------------
 
-Key = tuple[str, int] | tuple[str, int, str] | str
+Key = tuple[str, int] | tuple[str, int, Any] | str
 
 
 def pause(name: str = "default", *, app: str | None = None) -> None:
@@ -536,7 +552,8 @@ def _address(key: Key | None) -> tuple[str, str, int] | None:
         transport, host, port = parse_url(key, 0, None)
     else:
         transport, host, port = _parts(key)
-    return (transport, *drivers.find(transport).address(host, port))
+    driver = drivers.find(transport)
+    return (driver.name, *driver.address(host, port))
 
 
 def _parts(key: Any) -> tuple[str, str, int]:
@@ -626,7 +643,8 @@ def _directory(*, make: bool = True) -> str:
     return scope.directory_for(os.environ, make=make)
 
 
-def _at_exit() -> None:
+def leave() -> None:
+    """This process is about to end: leave every pool, and start no arbiter any more."""
     if "sharedpool.attachment" in sys.modules:
         from . import attachment, launch
 
@@ -634,4 +652,4 @@ def _at_exit() -> None:
         attachment.detach_all()
 
 
-atexit.register(_at_exit)
+atexit.register(leave)

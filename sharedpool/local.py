@@ -884,23 +884,28 @@ def find(name: str, *, app: str | None = None) -> LocalPool:
     return known[name]
 
 
-def attach(name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True) -> LocalPool:
+def attach(
+    name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True,
+    defaults: dict[str, Any] | None = None,
+) -> LocalPool:  # fmt: skip
     """The pool for one more handle, as Attachment is in shared mode."""
     ours = {option: value for option, value in given.items() if option not in options.OF_THE_HANDLE}
-    pool = declare(name, ours, app=app, update=update, implicit=not given)
+    pool = declare(name, ours, app=app, update=update, implicit=not given, defaults=defaults)
     with _declaring:
         pool.handles += 1
     return pool
 
 
 def declare(
-    name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True, implicit: bool = False
-) -> LocalPool:
+    name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True, implicit: bool = False,
+    defaults: dict[str, Any] | None = None,
+) -> LocalPool:  # fmt: skip
     """Find a pool, make it, or apply what differs; the rules and errors are those of the arbiter's `declare`."""
     with _declaring:
         pool = _pools.get((_scope(app), name))
         if pool is None or pool.stopped:
-            if implicit and name != "default":
+            given = {**(defaults or {}), **given}
+            if implicit and not given and name != "default":
                 raise PoolNotFound(
                     f"nobody declared a pool {name!r} here; give options, as in attach({name!r}, max_connections=20);"
                     f" pools here: {', '.join(sorted(pools())) or 'none'}"

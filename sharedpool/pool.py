@@ -98,6 +98,25 @@ def _warn_local() -> None:
     log.warning("sharedpool is in local mode on %s: each process has a cap of its own", sys.platform)
 
 
+def _check_uwsgi() -> None:
+    """Refuse to attach in the process that uWSGI is going to fork: it does not run Python's functions after a fork.
+
+    Its workers would take the master's row and its channels for their own. (Its option py-call-osafterfork ends the
+    workers of CPython 3.13.)
+
+    Raises:
+        NotSupported: This is uWSGI's master, or its first process before the others.
+    """
+    uwsgi: Any = sys.modules.get("uwsgi")
+    if uwsgi is None or not hasattr(uwsgi, "masterpid"):  # the module is uWSGI's own, and there only under it
+        return
+    if uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0 and uwsgi.masterpid() in (0, os.getpid()):
+        raise NotSupported(
+            "uWSGI forks its workers without telling Python, so no pool can be used before: make the handle at import"
+            " and use it in a worker, or set lazy-apps = true"
+        )
+
+
 @dataclasses.dataclass(slots=True)
 class _Shared:
     """This process's attachment to one pool, for all handles on it."""
@@ -191,10 +210,12 @@ class _Handle(Generic[T]):
         return self
 
     def _attach(self, seconds: float) -> Attached:
+        defaults = _configured.get(self.name) if self._app is None else None
         if mode() == "local":
             from . import local
 
-            return local.attach(self.name, self._given, app=self._app, update=self._update)
+            return local.attach(self.name, self._given, app=self._app, update=self._update, defaults=defaults)
+        _check_uwsgi()
         with _loading:
             from . import scope
             from .attachment import Attachment
@@ -210,8 +231,9 @@ class _Handle(Generic[T]):
                 shared.handles.add(self)
                 return shared.attached
             attached = Attachment(
-                directory, self.name, ours, declares=bool(self._given), update=self._update, seconds=seconds
-            )
+                directory, self.name, ours, declares=bool(self._given), update=self._update, seconds=seconds,
+                defaults=defaults,
+            )  # fmt: skip
             _shared[directory, self.name] = _Shared(attached, weakref.WeakSet([self]), ours)
         _warn(attached.welcome["warnings"])
         log.info(
@@ -672,6 +694,17 @@ def _bad_url(url: str, why: str) -> OptionError:
 _CALLER: Final = 2 if isinstance(vars(_Handle).get("_take"), FunctionType) else 0
 
 _pools: weakref.WeakSet[_Handle[Any]] = weakref.WeakSet()
+#: What pools are made with, beside what their handles give: a server's configuration. Forked children have it, too.
+_configured: dict[str, dict[str, Any]] = {}
+
+
+def configure(name: str, values: dict[str, Any]) -> None:
+    """From now on this process, and whatever it forks, makes this pool with these options where it is not there.
+
+    One that is there keeps what it has, so that a worker of an old configuration does not undo a new one. What a handle
+    gives itself comes first; handles that name another scope (`app`) are not concerned.
+    """
+    _configured[name] = values
 
 
 def close_all() -> None:

@@ -102,8 +102,6 @@ async def _wait(attached: Attachment, route: Any, lease: Lease[Any], limit: int,
             result = room.look(waiter, route, lease, limit, now)
             if result == DONE:
                 return
-            if attached.inert:
-                raise PoolStopped(f"this process left pool {attached.name!r} while a checkout waited", waited=True)
             if result == JOINED:
                 await place.rest(room.nap(waiter, route, limit - now, now) if route.sticky else limit - now)
             elif result == BUSY:

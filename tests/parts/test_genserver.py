@@ -46,6 +46,17 @@ def test_init_begins_every_life_of_a_pool(arbiter: SteppedArbiter, log: pytest.L
     assert "started by process 43 (max 5)" in told(log)[-1]
 
 
+def test_what_a_process_is_configured_with_makes_a_pool_and_changes_none(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.declare("db", {}, 1, implicit=True, defaults={"max_connections": 3, "idle_timeout": 7.0})[0]
+    assert (pool.options.max_connections, pool.options.idle_timeout) == (3, 7.0)
+    assert arbiter.declare("db", {}, 2, implicit=True, defaults={"max_connections": 9}) == (pool, [])
+    assert pool.options.max_connections == 3
+    other = arbiter.declare("more", {"max_connections": 5}, 2, defaults={"max_connections": 9, "idle_timeout": 7.0})[0]
+    assert (other.options.max_connections, other.options.idle_timeout) == (5, 7.0)
+    with pytest.raises(OptionError, match="the configuration of process 2"):
+        arbiter.declare("wrong", {}, 2, defaults={"max_connections": 0})
+
+
 def test_handle_call_answers_each_question(arbiter: SteppedArbiter) -> None:
     """hackney_pool:handle_call/3"""
     pool = arbiter.declare("default", {"max_connections": 3, "idle_timeout": 7.0}, 1)[0]

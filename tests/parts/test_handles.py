@@ -13,7 +13,7 @@ import pytest
 
 import sharedpool
 from sharedpool import OptionError, testing
-from sharedpool.pool import parse_url
+from sharedpool.pool import configure, parse_url
 
 
 @pytest.fixture
@@ -45,6 +45,18 @@ def test_a_copied_or_unpickled_handle_is_another_one_on_the_same_pool(pool: shar
         assert other.declares
         assert other.attached is None
         assert other.stats().max_connections == 2
+
+
+def test_a_configuration_makes_a_pool_and_changes_none() -> None:
+    with testing.local_mode():
+        configure("configured", {"max_connections": 3})
+        assert sharedpool.attach("configured").stats().max_connections == 3
+        configure("configured", {"max_connections": 4})
+        assert sharedpool.attach("configured").stats().max_connections == 3
+        with pytest.raises(sharedpool.PoolNotFound):
+            sharedpool.attach("configured", app="of another scope").stats()
+    with testing.local_mode():
+        assert sharedpool.attach("configured", max_connections=5).stats().max_connections == 5
 
 
 def test_a_lease_cannot_be_copied_or_pickled() -> None:

@@ -15,6 +15,7 @@ from tests.support.postgres import Postgres
 from tests.support.processes import adopt_orphans
 from tests.support.scope import Scope
 from tests.support.workers import ForkServer, Harness, Worker
+from tests.system.servers import Web
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +84,13 @@ def tcp(backend: Backend) -> Target:
 @pytest.fixture
 def unix(backend: Backend) -> Target:
     return backend.listen_unix()
+
+
+@pytest.fixture
+def web(nothing_left_behind: None) -> Iterator[Web]:
+    """An HTTP server that counts its connections."""
+    with Web() as running:
+        yield running
 
 
 @pytest.fixture

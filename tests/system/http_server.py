@@ -1,6 +1,7 @@
 """A small HTTP/1.1 server in a process of its own, for the scenarios that need one. Ends with its standard input.
 
-`/page` answers 200, `/redirect` 307 to `/page`, `/missing` 404, `/close` 200 and then the end of the connection;
+`/page` answers 200, `/redirect` 307 to `/page`, `/missing` 404, `/close` 200 and then the end of the connection,
+`/never` not at all, until the client ends the connection;
 `/numbers` tells how many connections are open, how many were at once, and how many there have been.
 """
 
@@ -37,6 +38,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             Handler.open -= 1
 
     def do_GET(self) -> None:
+        if self.path == "/never":
+            self.rfile.read(1)
+            self.close_connection = True
+            return
         status, body = PATHS.get(self.path, (404, b"nothing\n"))
         if self.path == "/numbers":
             status, body = (

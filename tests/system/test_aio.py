@@ -313,8 +313,10 @@ def test_cancelled_at_every_await_nothing_is_lost(harness: Harness, backend: Bac
     beside = backend.listen("beside")
     other.attach(max_connections=2)
     other.use(tcp)
-    for thread in ("one", "two"):
+    loads = [
         other.begin(commands.requests_until_told, [tcp], checkout_timeout=30, thread=thread)
+        for thread in ("one", "two")
+    ]
     for k in range(1, 200):
         if player.call(cancelled_at, tcp, beside, k, late):
             break
@@ -322,6 +324,7 @@ def test_cancelled_at_every_await_nothing_is_lost(harness: Harness, backend: Bac
         pytest.fail("the scenario never came to its end")
     assert k > 8
     other.call(commands.tell_to_stop)
+    assert [load.result().errors for load in loads] == [[], []]
     stats = other.wait_stats(in_use=0, waiting=0, opening=0, granted=0, closing=0)
     backend.wait_open(stats.connections)
     assert backend.peak <= 2
