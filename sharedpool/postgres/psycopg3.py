@@ -27,7 +27,7 @@ from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .connections import OwnNames, shared_class
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
+from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, ended_if_it_fails, lay_over, real_names
 
 C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 
@@ -148,15 +148,14 @@ class Psycopg3Driver(Generic[C]):
         except e.Error as error:
             raise ConnectFailed(str(error)) from error
         try:
-            self._configured(conn)
-        except Exception as error:
-            self.close(conn)
-            if isinstance(error, e.Error):
-                raise ConnectFailed(f"the configure callback failed: {error}") from error
-            raise
-        except BaseException:
-            self.close(conn)
-            raise
+            with ended_if_it_fails(socket.socket(fileno=os.dup(conn.fileno()))):
+                try:
+                    self._configured(conn)
+                except BaseException:
+                    self.close(conn)
+                    raise
+        except e.Error as error:
+            raise ConnectFailed(f"the configure callback failed: {error}") from error
         return conn
 
     def _open(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
@@ -176,8 +175,7 @@ class Psycopg3Driver(Generic[C]):
 
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
         assert target.server is not None
-        far = target.server.connect(until, register)
-        try:
+        with ended_if_it_fails(target.server.connect(until, register)) as far:
             relay = wire.Relay(far)
             pgconn = _start(relay, target, target.at, until)
             try:
@@ -187,8 +185,6 @@ class Psycopg3Driver(Generic[C]):
             except BaseException:
                 pgconn.finish()
                 raise
-        finally:
-            far.close()
 
     def _open_directly(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
         """As libpq does it; the pool gets a duplicate of each socket that libpq tries."""
@@ -202,7 +198,8 @@ class Psycopg3Driver(Generic[C]):
                     inode = os.fstat(number).st_ino
                     if inode not in seen:
                         seen.add(inode)
-                        register(duplicates.enter_context(socket.socket(fileno=os.dup(number))))
+                        copy = socket.socket(fileno=os.dup(number))
+                        register(duplicates.enter_context(ended_if_it_fails(copy)))
                     ready = _wait(number, wait, until)
                     number, wait = generator.send(ready)
             except StopIteration as stop:
