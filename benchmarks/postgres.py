@@ -128,7 +128,7 @@ def server() -> Iterator[Any]:
     support = need("tests.support.postgres", "the tests (a source tree)")
     try:
         running = support.Postgres()
-    except AssertionError as exc:
+    except support.Missing as exc:
         raise Missing(str(exc)) from exc
     try:
         yield running.begin()
@@ -142,7 +142,7 @@ def bouncer(postgres: Any) -> Iterator[str]:
     support = need("tests.support.postgres")
     try:
         running = support.PgBouncer(postgres)
-    except AssertionError as exc:
+    except support.Missing as exc:
         raise Missing(str(exc)) from exc
     try:
         yield running.begin().conninfo
