@@ -10,7 +10,7 @@ import traceback
 
 from benchmarks.harness import Report, Row, say, table
 
-GROUPS = ("pairs", "throughput", "neighbours", "scale", "deaths", "rest", "start", "policies", "postgres")
+GROUPS = ("pairs", "throughput", "neighbours", "scale", "deaths", "rest", "start", "policies", "postgres", "django")
 
 
 def run(group: str, quick: bool) -> tuple[list[Row], bool]:
