@@ -11,7 +11,17 @@ import traceback
 from benchmarks.harness import Report, Row, say, table
 
 GROUPS = (
-    "pairs", "throughput", "neighbours", "scale", "deaths", "rest", "start", "policies", "aio", "postgres", "django",
+    "pairs",
+    "throughput",
+    "neighbours",
+    "scale",
+    "deaths",
+    "rest",
+    "start",
+    "policies",
+    "aio",
+    "postgres",
+    "django",
 )
 
 
