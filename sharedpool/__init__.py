@@ -33,6 +33,7 @@ from .control import (
 )
 from .drivers import Driver
 from .drivers import permit as _permit_driver
+from .drivers import postgres as _postgres_wire
 from .drivers import tcp as _tcp_driver
 from .drivers import unix as _unix_driver
 from .errors import (
@@ -120,4 +121,4 @@ __all__ = [
 
 __version__ = "0.1.0.dev0"
 
-del _permit_driver, _tcp_driver, _unix_driver
+del _permit_driver, _postgres_wire, _tcp_driver, _unix_driver

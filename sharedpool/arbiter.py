@@ -353,7 +353,7 @@ class Arbiter:
             self._reply(client, _refusal(message, refusal))
             self._lost(client)
         elif message.kind in (Kind.REGISTER, Kind.HOLDS):
-            client.pool.unheld(message.slot, message.generation)
+            client.pool.unheld(client.row, message.slot, message.generation, now)
 
     def _carry_out(self, client: Client, data: bytes, descriptor: int | None) -> None:
         """One message; its descriptor, if any, is wrapped and closed again unless somebody keeps it."""
@@ -368,9 +368,11 @@ class Arbiter:
         if sock is not None and kind is Kind.HELLO and client.pool is None:
             self._hello(client, message, sock)
         elif sock is not None and kind is Kind.REGISTER and client.pool is not None:
-            client.pool.register(client.row, message.slot, message.generation, sock)
+            driver, state = wire.driver_of(message), wire.state_of(message)
+            client.pool.register(client.row, message.slot, message.generation, sock, driver, state)
         elif sock is not None and kind is Kind.HOLDS and client.pool is not None:
-            client.pool.holds(client.row, message.slot, message.generation, sock)
+            driver, state = wire.driver_of(message), wire.state_of(message)
+            client.pool.holds(client.row, message.slot, message.generation, sock, driver, state)
         elif sock is not None:
             sock.close()
             raise WireError(f"a descriptor with a {kind.name}")
@@ -420,8 +422,9 @@ class Arbiter:
             self._unanswered[client] = message  # a worker asks one thing at a time
             return
         kind = Kind.GONE if found is None else Kind.CONNECTION
-        answer = Message(kind, message.request, message.slot, message.generation)
-        self._reply(client, answer, None if found is None else found.fileno())
+        body = {} if found is None else wire.with_state(found.driver, found.state)
+        answer = Message(kind, message.request, message.slot, message.generation, body)
+        self._reply(client, answer, None if found is None else found.sock.fileno())
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from threading import get_ident
 from time import monotonic_ns
 from typing import Any, Final
 
-from . import drivers, events, fdpass, launch, segment, view, wire
+from . import drivers, events, fdpass, held, launch, segment, view, wire
 from .channel import Channel
 from .counting import SUM, Durations, bucket_of
 from .drivers.sockets import end, shut
@@ -99,13 +99,14 @@ from .layout import (
 )
 from .lease import Lease
 from .lines import CLOSES, COUNTS, Lines
-from .native import FILENO, Call
+from .native import FILENO, Call, patched
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats, from_closes
 from .table import BUSY, DONE, LEFT
-from .waiting import OutOfTime, WaitingRoom
+from .waiting import OutOfTime, Waiter, WaitingRoom
 from .warming import Opening, Warmer
+from .watching import Watch
 from .wire import LONGEST_NAME, Kind, Message
 
 log = logging.getLogger("sharedpool")
@@ -129,6 +130,8 @@ _CROWDED: Final = GATE_FLAGS & ~RESERVING
 _TO_LEASED: Final = 1 + SERIAL_ONE
 #: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
 _GIVE_BACK: Final = 50_000_000
+#: ... but where others wait for the thread only as long as a holder may be off its processor, ns.
+_MOMENT: Final = 1_000_000
 
 
 class Attachment:
@@ -156,7 +159,7 @@ class Attachment:
             directory, name, given, declares=declares, update=update, holdings=lambda: _holdings(self),
             defaults=defaults,
         )  # fmt: skip
-        self.opening: dict[int, tuple[int, socket.socket]] = {}
+        self.opening: dict[int, tuple[int, socket.socket, str]] = {}
         self._beat = 0
         self._sweep_at = self._sweeps = 0
         try:
@@ -178,7 +181,7 @@ class Attachment:
         self.table = self.segment.table(self.row)
         self.words = self._words = self.table.words
         self.gate = self.words[GATE] & ~GATE_FLAGS  # the value under which nothing is in the way
-        self.routes: dict[tuple[str, str, int], Route] = {}
+        self.routes: dict[tuple[drivers.Driver[Any], str, str, int], Route] = {}
         self.entries: dict[int, Entry] = {}
         self.permits: dict[int, int] = {}
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
@@ -196,11 +199,17 @@ class Attachment:
         self.on_abandoned = self.hooks.of("abandoned")
         self._on_checkin = self.hooks.of("checkin")
         self._warmer: Warmer | None = None
+        self.watch: Watch | None = None
         self.room = WaitingRoom(
             self.table, self.segment, name, self.lines, self._tell_close, self._tell_watch, self.hooks
         )
         self.returns = Returns(self.table, self.segment, self._tell_close, self.lines, self.room.longest_for)
         self.room.returns = self.returns
+        if patched():
+            from . import green
+
+            self.watch = Watch(self, self.segment, self.returns, name, green.start_thread)
+            self.room.pause = green.Pause(self.watch)
         _attachments.add(self)
         self._note_places()
         channel = self.channel.events
@@ -251,15 +260,15 @@ class Attachment:
         with contextlib.suppress(SharedPoolError):
             self.channel.tell(Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}))
 
-    def route(self, transport: str, host: str, port: int) -> Route:
-        """The route for an address; equal addresses give the same one.
+    def route(self, transport: str | drivers.Driver[Any], host: str, port: int) -> Route:
+        """The route for an address; equal addresses of one driver give the same one.
 
         Raises:
             OptionError: It is no address.
         """
         driver = drivers.find(transport)
-        address = (transport, *driver.address(host, port))
-        known = self.routes.get(address)
+        address = (driver.name, *driver.address(host, port))
+        known = self.routes.get((driver, *address))
         if known is None:
             rules = self.words[RULES]
             moves = driver.moves and bool(rules & CAN_MOVE)
@@ -267,10 +276,21 @@ class Attachment:
             key = segment.key_of(self.segment.secret, address)
             checks = getattr(driver, "check", None) if rules & ACTIVE else None
             counts = self.lines.place(key)
-            known = Route(driver, address[1], address[2], key, moves=moves, sticky=sticky, counts=counts, checks=checks)
-            known = self.routes.setdefault(address, known)
+            known = Route(
+                driver, address[1], address[2], key, moves=moves, sticky=sticky, counts=counts, checks=checks,
+                strict=bool(rules & STRICT),
+            )  # fmt: skip
+            known = self.routes.setdefault((driver, *address), known)
             self._tell_name(known)
         return known
+
+    def watching(self) -> Watch:
+        """Who looks after those that wait without a thread; from the first on."""
+        watch = self.watch
+        if watch is None:
+            with _watches:
+                watch = self.watch = self.watch or Watch(self, self.segment, self.returns, self.name)
+        return watch
 
     def urgent(self, route: Route) -> Route:
         """The same route for checkouts with high priority."""
@@ -286,15 +306,27 @@ class Attachment:
             patience: Seconds for all of it; None: no limit.
             connect_timeout: Seconds for opening a connection, within `patience`.
         """
+        lease = self.take_own(route)
+        if lease is None:
+            return self._checkout_slowly(route, _limit(patience), connect_timeout)
+        if lease.conn is None:
+            return self._renew_or_anew(route, lease, _limit(patience), connect_timeout)
+        return lease
+
+    def take_own(self, route: Route) -> Lease[Any] | None:
+        """Lease the connection that this process left idle last, without waiting; None: there is none.
+
+        Its conn is None if it has ended, and is to be renewed by `furnish`.
+        """
         # Written out in one piece: pop, take, poll, unpark; five calls less make a warm pair 0.5 us faster.
         if self.chores:
             self.tidy()
         stack = route.stack
-        if stack and route.checks is None:
+        if stack and route.direct:
             try:
                 entry = stack.pop()
             except IndexError:  # another thread was faster
-                return self._checkout_slowly(route, _limit(patience), connect_timeout)
+                return None
             entry.stacked = False
             seen = entry.word
             at = entry.at
@@ -314,61 +346,159 @@ class Attachment:
                     counter = route.reuses
                     w[counter] = w[counter] + 1
                     return lease
-                return self._renew(route, lease, entry, _limit(patience), connect_timeout, "ended")
+                lease.conn = None
+                return lease
             if w[at] == seen:
                 route.push(entry)
-        return self._checkout_slowly(route, _limit(patience), connect_timeout)
+        return None
 
     def _checkout_slowly(self, route: Route, limit: int, connect_timeout: float) -> Lease[Any]:
         refused: set[int] = set()
         while True:
-            lease: Lease[Any] = Lease.__new__(Lease)
-            lease.word = 0
-            lease._owner = self
-            lease._entry = None
+            lease = self.blank()
             try:
                 counter, idle = self._acquire(route, lease, limit, refused)
             except OutOfTime:
-                self.count("timeouts", route.counts)
-                raise self._timeout(route) from None
+                raise self.timed_out(route) from None
             except (IndexError, ValueError, OverflowError) as error:
-                raise self._damaged(error) from error
-            word, at = lease.word, lease.place
-            if word & STATE == OPENING:
-                return self._open(route, lease, limit, connect_timeout)
-            if not route.driver.connects:
-                self.permits[at] = get_ident()
-                lease.conn = None
-                self.count("opens", route.counts)
+                raise self.damaged(error) from error
+            if self.equip(route, lease, counter, idle):
                 return lease
-            entry = self.entries.get(at)
-            if entry is None or entry.generation != generation_of(word) or entry.version != self._words[at + VERSION]:
-                entry = self._fetch(route, lease, limit, refused)
-                if entry is None:
-                    continue
-            elif len(self.entries) >= self._words[MAX_FOREIGN] and self.entries.pop(at, None) is entry:
-                self.entries[at] = entry  # the most recently used is the last
-            lease._entry = entry
-            gate = entry.gate
-            reason = "ended"
-            if not (self._polls and gate.quiet(0)) and FILENO[entry.conn] == entry.number and +gate >= 0:
-                if route.checks is None or idle <= self.words[CHECK_AFTER] or self._passes(route, lease, entry):
-                    entry.thread = get_ident()
-                    lease.conn = entry.conn
-                    w = self._words
-                    w[counter] = w[counter] + 1
-                    return lease
-                reason = "check_failed"
-            return self._renew(route, lease, entry, limit, connect_timeout, reason)
+            found = self.furnish(route, lease, limit, connect_timeout, refused, counter, idle)
+            if found is not None:
+                return found
 
-    def _passes(self, route: Route, lease: Lease[Any], entry: Entry) -> bool:
-        """The driver's active check of a connection that was idle for long; an error is a refusal."""
-        assert route.checks is not None
+    def blank(self) -> Lease[Any]:
+        """A lease of nothing yet."""
+        lease: Lease[Any] = Lease.__new__(Lease)
+        lease.word = 0
+        lease._owner = self
+        lease._entry = None
+        return lease
+
+    def equip(self, route: Route, lease: Lease[Any], counter: int, idle: int) -> bool:
+        """What a lease of a slot needs to be used, where it is at hand and well: nothing here waits. Else `furnish`.
+
+        Args:
+            route: Where it leads.
+            lease: It has a slot.
+            counter: Where it is counted.
+            idle: How long the connection was idle, ns.
+        """
+        if lease.word & STATE == OPENING:
+            return False
+        if not route.driver.connects:
+            self.permits[lease.place] = get_ident()
+            lease.conn = None
+            self.count("opens", route.counts)
+            return True
+        entry = self._at_hand(route, lease)
+        if entry is None or (route.checks is not None and idle > self.words[CHECK_AFTER]):
+            return False
+        if route.resets is not None and (route.always or entry.version != self._words[lease.place + VERSION]):
+            return False
+        if not self._unpark(entry):
+            return False
+        self._lend(lease, entry, counter)
+        return True
+
+    def furnish(
+        self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float, refused: set[int], counter: int,
+        idle: int, opening: Opening | None = None,
+    ) -> Lease[Any] | None:  # fmt: skip
+        """The same with everything that may take its time: opens, fetches, checks, resets, closes what has ended.
+
+        Args:
+            route: Where it leads.
+            lease: It has a slot, and `equip` said no.
+            limit: Until when, monotonic ns.
+            connect_timeout: Seconds for opening.
+            refused: Slots that could not be fetched; one more may be added.
+            counter: Where it is counted.
+            idle: How long the connection was idle, ns.
+            opening: May break an opening off.
+
+        Returns:
+            The lease; or None if its slot has gone, and another is to be looked for.
+        """
+        if lease.word & STATE == OPENING:
+            return self._open(route, lease, limit, connect_timeout, opening=opening)
+        entry = self._at_hand(route, lease)
+        if entry is None:
+            other = self.entries.get(lease.place)
+            if lease.word & STAYS and other is not None:  # another driver's object, and no other can be made
+                return self._renew(route, lease, other, limit, connect_timeout, "ended", opening)
+            entry = self._fetch(route, lease, limit, refused)
+            if entry is None:
+                return None
+        lease._entry = entry
+        reason = "ended"
+        if self._unpark(entry):
+            checks = route.checks is not None and idle > self.words[CHECK_AFTER]
+            if (not checks and route.resets is None) or self._passes(route, lease, entry, checks):
+                self._lend(lease, entry, counter)
+                return lease
+            reason = "check_failed"
+        return self._renew(route, lease, entry, limit, connect_timeout, reason, opening)
+
+    def _at_hand(self, route: Route, lease: Lease[Any]) -> Entry | None:
+        """What this process has of the connection just leased, if it is that very one."""
+        at = lease.place
+        entry = self.entries.get(at)
+        if entry is None or entry.generation != generation_of(lease.word) or entry.route.driver is not route.driver:
+            return None
+        if len(self.entries) >= self._words[MAX_FOREIGN] and self.entries.pop(at, None) is entry:
+            self.entries[at] = entry  # the most recently used is the last
+        return entry
+
+    def _unpark(self, entry: Entry) -> bool:
+        """Make an idle connection usable; False: it has ended, or says what nobody asked."""
+        gate = entry.gate
+        return not (self._polls and gate.quiet(0)) and FILENO[entry.conn] == entry.number and +gate >= 0
+
+    def _lend(self, lease: Lease[Any], entry: Entry, counter: int) -> None:
+        w = self._words
+        lease._entry = entry
+        entry.thread = get_ident()
+        lease.conn = entry.conn
+        w[counter] = w[counter] + 1
+
+    def unwanted(self, route: Route, lease: Lease[Any]) -> None:
+        """A slot was got, and whoever wanted it has gone before it was furnished."""
+        if lease.word & STATE == OPENING:
+            self._give_up(lease, refused=True, registered=False)
+        else:
+            self._give_on(lease, route)
+
+    def _passes(self, route: Route, lease: Lease[Any], entry: Entry, checks: bool) -> bool:
+        """The driver's active check of a connection that was idle for long, then its reset of one that others used.
+
+        An error is a refusal. VERSION counts those resets, and is changed by who leases the connection only: an object
+        that knows the latest is the last that was used.
+        """
+        w, at = self.words, entry.at
+        version = w[at + VERSION]
         try:
-            return bool(route.checks(entry.conn))
+            if checks and route.checks is not None and not route.checks(entry.conn):
+                return False
+            if route.resets is not None and (route.always or entry.version != version):
+                if not route.resets(entry.conn):
+                    return False
+                entry.version = w[at + VERSION] = version + 1 & MASK64 >> 1
+            return True
         except Exception as error:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
             self.hooks.log.debug("the check of a connection to %s failed: %r", route.where, error)
             return False
+        except BaseException:  # a signal's handler, a greenlet's end
+            self._break_off(lease)
+            raise
+
+    def _break_off(self, lease: Lease[Any]) -> None:
+        """A lease that its user will never see ends with its connection, which is in an unknown state."""
+        word, entry = lease.word, lease._entry
+        lease.word = 0
+        if entry is not None:
+            self._close(entry, word, "unclean")
 
     def _acquire(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> tuple[int, int]:
         """Get a slot into the lease: LEASED with a connection or as a permit, or OPENING.
@@ -379,41 +509,52 @@ class Attachment:
         Raises:
             OutOfTime, PoolStopped, TooManyWaiting.
         """
-        w = self._words
-        table = self.table
         patience: Patience | None = None
         while True:
-            gate, ver, now = w[GATE], w[VER], monotonic_ns()
-            counter, idle = route.handoffs, 0
-            if gate & STOPPED:
-                raise PoolStopped(f"pool {self.name!r} was stopped")
-            straight = not gate & GATE_FLAGS
-            if straight:
-                self.gate = gate
-            at = 0
-            if straight or (route.sticky and not gate & RESERVING and self._may_stick(gate, now)):
-                at, seen = self._find_idle(route, refused, own_only=not straight)
-            if at:
-                counter = route.reuses if holder_of(seen) == self.row else route.takeovers
-                idle = now - self.words[at + SINCE]
-                lease.place = at
-                result = table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, self._scrap, now)
-            elif gate & RESERVING:
-                result, counter, idle = self._acquire_counted(route, lease, gate, ver, limit, now, refused)
-            elif straight and w[USED] < w[MAX]:
-                result = self._take_free(route, lease, gate, now)
-            else:
-                result = self.room.wait(route, lease, gate, ver, limit, now)
+            result, counter, idle = self.attempt(route, lease, limit, refused)
             if result == DONE:
                 return counter, idle
             if result == BUSY:
-                patience = patience or Patience(limit or now + _GIVE_BACK)
+                patience = patience or Patience(limit or _soon())
                 if not patience.wait():
                     raise OutOfTime
 
-    def _acquire_counted(
-        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, refused: set[int]
+    def attempt(
+        self, route: Route, lease: Lease[Any], limit: int, refused: set[int], line: list[Waiter] | None = None
     ) -> tuple[int, int, int]:
+        """The same, once; with `line` nobody waits here, as in `WaitingRoom.wait`.
+
+        Returns:
+            DONE, JOINED, STALE or BUSY, then as `_acquire`.
+        """
+        w = self._words
+        gate, ver, now = w[GATE], w[VER], monotonic_ns()
+        counter, idle = route.handoffs, 0
+        if gate & STOPPED:
+            raise PoolStopped(f"pool {self.name!r} was stopped")
+        straight = not gate & GATE_FLAGS
+        if straight:
+            self.gate = gate
+        at = 0
+        if straight or (route.sticky and not gate & RESERVING and self._may_stick(gate, now)):
+            at, seen = self._find_idle(route, refused, own_only=not straight)
+        if at:
+            counter = route.reuses if holder_of(seen) == self.row else route.takeovers
+            idle = now - self.words[at + SINCE]
+            lease.place = at
+            result = self.table.take_idle(at, seen, leased_word(seen, self.row), gate, lease, self._scrap, now)
+        elif gate & RESERVING:
+            return self._attempt_counted(route, lease, gate, ver, limit, now, refused, line)
+        elif straight and w[USED] < w[MAX]:
+            result = self._take_free(route, lease, gate, now)
+        else:
+            result = self.room.wait(route, lease, gate, ver, limit, now, False, 0, line)
+        return result, counter, idle
+
+    def _attempt_counted(
+        self, route: Route, lease: Lease[Any], gate: int, ver: int, limit: int, now: int, refused: set[int],
+        line: list[Waiter] | None,
+    ) -> tuple[int, int, int]:  # fmt: skip
         """The same in a pool with a reserve or a limit per key, once.
 
         With a reserve high priority is behind its like only, and normal has its share. With a limit per key one is
@@ -447,7 +588,7 @@ class Attachment:
             if w[USED] < w[MAX] and not (keyed and self._is_full(route)):
                 return self._take_free(route, lease, gate, now, first, waits, most, keyed), route.handoffs, 0
         behind = behind and not keyed  # KEYED says whether they have gone
-        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed), route.handoffs, 0
+        return self.room.wait(route, lease, gate, ver, limit, now, behind, keyed, line), route.handoffs, 0
 
     def _is_full(self, route: Route) -> bool:
         """Whether the key has as many slots as it may."""
@@ -499,9 +640,17 @@ class Attachment:
             seen = w[at]
             if seen & STATE != IDLE or w[at + KEY] != route.key or index in refused:
                 continue
-            if holder_of(seen) == self.row or not (own_only or seen & STAYS):
+            if holder_of(seen) == self.row:
+                if not seen & STAYS or self._made_by(route, at):
+                    return at, seen
+            elif not (own_only or seen & STAYS):
                 return at, seen
         return 0, 0
+
+    def _made_by(self, route: Route, at: int) -> bool:
+        """Whether this process's connection in a slot was made by the route's driver."""
+        entry = self.entries.get(at)
+        return entry is not None and entry.route.driver is route.driver
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -510,7 +659,7 @@ class Attachment:
         at, word = lease.place, lease.word
         index = self.table.slot_index(at)
         try:
-            descriptor = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
+            found = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
         except FileLimit:
             self._give_on(lease, route)
             raise
@@ -520,25 +669,31 @@ class Attachment:
                 raise
             refused.add(index)
             return None
-        if descriptor is None:
+        if found is None:
             self._give_up(lease, refused=False, registered=False, reason="gone")
             return None
         self.count("fetches", route.counts)
-        conn = route.driver.adopt(descriptor, b"")
+        descriptor, state = found
+        conn = None
         try:
-            return self._keep(route, at, word, conn)
-        except FileLimit:
-            os.close(conn.detach())  # the connection itself is alive, and may be somebody else's next
+            conn = route.driver.adopt(descriptor, state)
+            entry = self._keep(route, at, word, conn, state)
+        except BaseException:
+            if conn is not None:  # the connection itself is alive, and may be somebody else's next
+                os.dup2(self._dead.fileno(), route.driver.fileno(conn), inheritable=False)
+                route.driver.close(conn)
             self._give_on(lease, route)
             raise
+        entry.version = MASK64  # others have used it
+        return entry
 
-    def _keep(self, route: Route, at: int, word: int, conn: Any) -> Entry:
+    def _keep(self, route: Route, at: int, word: int, conn: Any, state: bytes | None) -> Entry:
         """Hold a connection that this process has just opened or fetched."""
         try:
             real = os.dup(route.driver.fileno(conn))
         except OSError as error:
             raise file_limit(error, f"hold a connection to {route.where}") from error
-        entry = Entry(at, generation_of(word), self.words[at + VERSION], route, conn, real, self._dead.fileno())
+        entry = Entry(at, generation_of(word), self.words[at + VERSION], route, conn, real, self._dead.fileno(), state)
         old = self.entries.get(at)
         self.entries[at] = entry
         if old is not None:
@@ -597,15 +752,19 @@ class Attachment:
         at = lease.place
         index, generation = self.table.slot_index(at), generation_of(lease.word)
         registered = False
+        stateful = route.stateful
+
+        def deliver(kind: Kind, sock: socket.socket, body: dict[str, Any]) -> None:
+            until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
+            self.channel.deliver(Message(kind, 0, index, generation, body), sock.fileno(), until)
 
         def register(sock: socket.socket) -> None:
             nonlocal registered
             registered = True
             if opening is not None:
                 opening.begin(sock)
-            self.opening[index] = (generation, sock)
-            until = _NEVER if limit == _NEVER else max(limit, monotonic_ns() + _REGISTER)
-            self.channel.deliver(Message(Kind.REGISTER, 0, index, generation), sock.fileno(), until)
+            self.opening[index] = (generation, sock, stateful)
+            deliver(Kind.REGISTER, sock, wire.with_state(stateful, None))
 
         began = monotonic_ns()
         try:
@@ -614,7 +773,13 @@ class Attachment:
             if opening is not None:
                 opening.end()
             try:
-                entry = self._keep(route, at, lease.word, conn)
+                state = route.driver.export(conn)
+                entry = self._keep(route, at, lease.word, conn, state)
+                if state is None:
+                    route.stay()
+                elif stateful:
+                    with socket.socket(fileno=os.dup(entry.real)) as sock:
+                        deliver(Kind.HOLDS, sock, wire.with_state(stateful, state))
             except BaseException:
                 route.driver.close(conn)
                 raise
@@ -661,9 +826,9 @@ class Attachment:
             if refused:
                 if registered:
                     self._tell(Kind.FORGET, self.table.slot_index(at), generation_of(word))
-                result = self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK)
+                result = self.returns.permit(at, word, _soon())
             else:
-                result = self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason)
+                result = self.returns.closed(at, word, _soon(), reason)
         except LeaseError:  # it was taken away
             result = CLOSED
         finally:
@@ -676,7 +841,7 @@ class Attachment:
         result = LATER
         lease.word = 0
         try:
-            result = self.returns.connection(at, word, route, monotonic_ns() + _GIVE_BACK)
+            result = self.returns.connection(at, word, route, _soon())
         finally:
             if result == LATER:
                 self.chores.append((at, word, None, False))
@@ -687,24 +852,46 @@ class Attachment:
         known = w[CONNECT_TIME]
         w[CONNECT_TIME] = known + (took - known) // 8 if known else took
 
+    def _revives(self, route: Route, entry: Entry) -> bool:
+        """An idle connection has said something: whether its driver knows it as harmless, and has heard it all."""
+        harmless = getattr(route.driver, "idle_readable", None)
+        if harmless is None or entry.route.driver is not route.driver or FILENO[entry.conn] != entry.number:
+            return False
+        if +entry.gate < 0:
+            return False
+        try:
+            return bool(harmless(entry.conn)) and not entry.gate.quiet(0)
+        except Exception as error:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
+            self.hooks.log.debug("what an idle connection to %s said is not known: %r", route.where, error)
+            return False
+
     def _renew(
-        self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float, reason: str
-    ) -> Lease[Any]:
-        """The connection just leased has ended, or says what nobody asked: end it, and open anew on the same permit."""
+        self, route: Route, lease: Lease[Any], entry: Entry, limit: int, connect_timeout: float, reason: str,
+        opening: Opening | None = None,
+    ) -> Lease[Any] | None:  # fmt: skip
+        """The connection just leased has ended, or says what nobody asked: end it, and open anew on the same permit.
+
+        None: the remote did not close in time, and the permit has gone.
+        """
         w, at = self.words, lease.place
+        if reason == "ended" and self._revives(route, entry):
+            entry.thread = get_ident()
+            lease.conn = entry.conn
+            self.count("reuses", route.counts)
+            return lease
         if self.entries.get(at) is entry:
             del self.entries[at]
         sock = socket.socket(fileno=entry.real)
         entry.real = -1
         try:
+            entry.let_go()  # first: of what never moves, the end is seen only after its object has been closed
             left = max(0.05, (limit - monotonic_ns()) / 1e9)
             confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9))
         finally:
-            entry.let_go()
             sock.close()
             self._was_closed(route, reason)
         closes, replaced = route.counts + CLOSES[reason], route.counts + COUNTS["replaced"]
-        patience = Patience(limit or monotonic_ns() + _GIVE_BACK)
+        patience = Patience(limit or _soon())
         while confirmed:
             seen, word = w[at], lease.word
             if (seen ^ word) & ~DOOMED:
@@ -713,11 +900,15 @@ class Attachment:
             result = self.table.reopen(at, seen, new, lease, word, closes, replaced, monotonic_ns())
             if result == DONE:
                 self.count("attempts", route.counts)
-                return self._open(route, lease, limit, connect_timeout)
+                return self._open(route, lease, limit, connect_timeout, opening=opening)
             if result == BUSY and not patience.wait():
                 break
         self._give_up(lease, refused=False, registered=True, reason=reason)
-        return self._checkout_slowly(route, limit, connect_timeout)
+        return None
+
+    def _renew_or_anew(self, route: Route, lease: Lease[Any], limit: int, connect_timeout: float) -> Lease[Any]:
+        renewed = self._renew(route, lease, lease._entry, limit, connect_timeout, "ended")
+        return self._checkout_slowly(route, limit, connect_timeout) if renewed is None else renewed
 
     # --- giving back --------------------------------------------------------------------------------------------------
 
@@ -773,9 +964,9 @@ class Attachment:
         if not isinstance(error, LeaseError):
             self.chores.append((lease.place, word, entry, False))
         if isinstance(error, IndexError | ValueError | OverflowError):
-            raise self._damaged(error) from error
+            raise self.damaged(error) from error
 
-    def _damaged(self, error: Exception) -> PoolBroken:
+    def damaged(self, error: Exception) -> PoolBroken:
         """A word led out of the memory, or does not fit into one: whatever did that, everything is rebuilt."""
         self.table.suspect()
         return PoolBroken(f"pool {self.name!r}: its shared memory was damaged, and is being mended: {error}")
@@ -786,7 +977,7 @@ class Attachment:
         return self._lease_bucket + bucket_of(took), took
 
     def _return(self, entry: Entry, word: int) -> None:
-        result = self.returns.connection(entry.at, word, entry.route, monotonic_ns() + _GIVE_BACK)
+        result = self.returns.connection(entry.at, word, entry.route, _soon())
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
         elif result == CLOSED:
@@ -797,7 +988,7 @@ class Attachment:
 
     def _return_permit(self, at: int, word: int) -> None:
         self.permits.pop(at, None)
-        if self.returns.permit(at, word, monotonic_ns() + _GIVE_BACK) == LATER:
+        if self.returns.permit(at, word, _soon()) == LATER:
             self.chores.append((at, word, None, False))
 
     def discard(self, lease: Lease[Any]) -> None:
@@ -825,7 +1016,7 @@ class Attachment:
 
     def _close(self, entry: Entry, word: int, reason: str) -> None:
         """Close a leased connection; its permit goes on once the remote has closed, too."""
-        result = self.returns.closed(entry.at, word, monotonic_ns() + _GIVE_BACK, reason)
+        result = self.returns.closed(entry.at, word, _soon(), reason)
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
         self._drop_entry(entry, reason)
@@ -862,7 +1053,7 @@ class Attachment:
                 reason = "dropped" if forgotten else "late"
                 if word & STATE == LEASED and at in self.permits:
                     self._return_permit(at, word)
-                elif self.returns.closed(at, word, monotonic_ns() + _GIVE_BACK, reason) == LATER:
+                elif self.returns.closed(at, word, _soon(), reason) == LATER:
                     self.chores.append((at, word, entry, False))
                 elif entry is not None:
                     self._drop_entry(entry, reason)
@@ -880,7 +1071,9 @@ class Attachment:
             )
         return LeaseError("this lease is not in force: it was checked in or discarded before")
 
-    def _timeout(self, route: Route) -> PoolTimeout:
+    def timed_out(self, route: Route) -> PoolTimeout:
+        """No lease in time: counted, and said with the pool's numbers."""
+        self.count("timeouts", route.counts)
         stats = self.stats()
         stats = dataclasses.replace(stats, waiting=stats.waiting + 1)  # this one has just left the queue
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
@@ -1060,6 +1253,8 @@ class Attachment:
         if self._warmer is not None:
             self._warmer.stop()
         self._leave_table()
+        if self.watch is not None:
+            self.watch.stop()
         for entry in self.entries.values():
             if self._leases(entry):  # there may be no arbiter that could end it
                 with contextlib.suppress(OSError):
@@ -1071,6 +1266,7 @@ class Attachment:
 
     def _leave_table(self) -> None:
         """From now on no thread of this process commits anything: its row may be somebody else's in a moment."""
+        self.room.left = True
         self.table.mutex = Call(lambda: LEFT)
 
     def cut_off(self) -> None:
@@ -1078,6 +1274,8 @@ class Attachment:
         self._leave_table()
         self.inert = self.lost = True
         _attachments.discard(self)
+        if self.watch is not None:
+            self.watch.stop()
         self._let_go()
         self.channel.close()
         self.segment.let_go()
@@ -1104,7 +1302,7 @@ class Attachment:
         self.inert = True
         self.channel.close()
         self.segment.let_go()
-        for _, sock in self.opening.values():
+        for _, sock, _ in self.opening.values():
             sock.close()  # which ends a connection for the process only that opened it
         for entry in self.entries.values():
             if entry.real >= 0:
@@ -1119,11 +1317,12 @@ def _holdings(attachment: Attachment) -> Iterator[tuple[Message, int | None]]:
     for entry in list(attachment.entries.values()):
         copy = _copy(lambda entry=entry: entry.real)  # type: ignore[misc]
         if copy >= 0:
-            yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation), copy
-    for index, (generation, sock) in list(attachment.opening.items()):
+            body = wire.with_state(entry.route.stateful, entry.state)
+            yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation, body), copy
+    for index, (generation, sock, driver) in list(attachment.opening.items()):
         copy = _copy(sock.fileno)
         if copy >= 0:
-            yield Message(Kind.HOLDS, 0, index, generation), copy
+            yield Message(Kind.HOLDS, 0, index, generation, wire.with_state(driver, None)), copy
     for route in list(attachment.routes.values()):
         yield Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}), None
 
@@ -1143,6 +1342,16 @@ def _copy(number: Callable[[], int]) -> int:
         os.close(copy)
         return -1
     return copy
+
+
+def _soon() -> int:
+    """Until when giving back tries to get the mutex; a thread that runs an event loop does not sleep for it."""
+    return monotonic_ns() + (_GIVE_BACK if held.running_loop() is None else _MOMENT)
+
+
+def limit_of(patience: float | None) -> int:
+    """Seconds as a deadline, monotonic ns."""
+    return _limit(patience)
 
 
 def _limit(patience: float | None) -> int:
@@ -1184,10 +1393,14 @@ def _listen(reference: weakref.ref[Attachment], events: socket.socket) -> None:
 
 
 _attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+#: Held while a Watch is made.
+_watches = threading.Lock()
 
 
 def forked() -> None:
     """In a forked child: everything inherited becomes inert."""
+    global _watches
+    _watches = threading.Lock()
     for attachment in list(_attachments):
         attachment.forked()
     _attachments.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import struct
 import threading
@@ -84,7 +85,9 @@ def _connect(address: str, *, authkey: bytes) -> Any:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         _limit(sock, left)
         sock.connect(address)
-        connection = multiprocess.connection.Connection(sock.detach())
+        number = sock.detach()
+        os.set_blocking(number, True)  # gevent's sockets are not, and `multiprocess` reads the bare descriptor
+        connection = multiprocess.connection.Connection(number)
     try:
         multiprocess.connection.answer_challenge(connection, authkey)
         multiprocess.connection.deliver_challenge(connection, authkey)

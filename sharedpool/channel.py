@@ -211,8 +211,8 @@ class Channel:
             raise _refusal(answer)
         return list(answer.body.get("warnings") or [])
 
-    def fetch(self, slot: int, generation: int, limit: int) -> int | None:
-        """The descriptor of a leased connection, or None if the arbiter has none.
+    def fetch(self, slot: int, generation: int, limit: int) -> tuple[int, bytes] | None:
+        """The descriptor of a leased connection and its session's state, or None if the arbiter has none.
 
         Args:
             slot: The slot's number.
@@ -237,7 +237,7 @@ class Channel:
                     raise
                 time.sleep(_PAUSE / 1e9)
 
-    def _fetch(self, slot: int, generation: int, limit: int) -> int | None:
+    def _fetch(self, slot: int, generation: int, limit: int) -> tuple[int, bytes] | None:
         self._request = self._request + 1 & 0xFFFF_FFFF
         message = Message(Kind.FETCH, self._request, slot, generation)
         channel = self._socket or self._reopen(limit)
@@ -255,7 +255,7 @@ class Channel:
             if lost is not None and answer.request == message.request:
                 raise FileLimit(f"a connection could not be taken over: {lost}") from lost
             if (answer.request, answer.slot, answer.generation) == (message.request, slot, generation):
-                return descriptor
+                return None if descriptor is None else (descriptor, wire.state_of(answer) or b"")
             if descriptor is not None:  # of a request that was given up
                 os.close(descriptor)
 

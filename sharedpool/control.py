@@ -421,7 +421,7 @@ def stop_pool(name: str = "default") -> None:
 
 # --- operations, from any process of the scope ------------------------------------------------------------------------
 
-Key = tuple[str, int] | tuple[str, int, str] | str
+Key = tuple[str, int] | tuple[str, int, Any] | str
 
 
 def pause(name: str = "default", *, app: str | None = None) -> None:
@@ -552,7 +552,8 @@ def _address(key: Key | None) -> tuple[str, str, int] | None:
         transport, host, port = parse_url(key, 0, None)
     else:
         transport, host, port = _parts(key)
-    return (transport, *drivers.find(transport).address(host, port))
+    driver = drivers.find(transport)
+    return (driver.name, *driver.address(host, port))
 
 
 def _parts(key: Any) -> tuple[str, str, int]:

@@ -9,10 +9,18 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any, Final
 
-from .drivers import Driver, named
+from .drivers import STATELESS, Driver, named
 from .layout import STAYS, tag_of
 from .lines import COUNTS
 from .native import FILENO, Gate, heed
+
+
+def _none() -> object | None:
+    return None
+
+
+#: The event loop that this thread runs, or None; asyncio's own function, once there is something asynchronous.
+running_loop: Callable[[], object | None] = _none
 
 
 class Entry:
@@ -29,12 +37,18 @@ class Entry:
         number: The descriptor's number in `conn`; another one there means that the user closed or replaced it.
         word: The slot's word when this process left it idle.
         stacked: Whether it is on its route's stack.
+        state: What another process needs to adopt it, besides the descriptor; None: it cannot.
         thread: Who leased it last.
     """
 
-    __slots__ = ("at", "conn", "gate", "generation", "number", "real", "route", "stacked", "thread", "version", "word")
+    __slots__ = (
+        "at", "conn", "gate", "generation", "number", "real", "route", "stacked", "state", "thread", "version", "word",
+    )  # fmt: skip
 
-    def __init__(self, at: int, generation: int, version: int, route: Route, conn: Any, real: int, dead: int) -> None:
+    def __init__(
+        self, at: int, generation: int, version: int, route: Route, conn: Any, real: int, dead: int,
+        state: bytes | None = b"",
+    ) -> None:  # fmt: skip
         self.at = at
         self.generation = generation
         self.version = version
@@ -42,7 +56,8 @@ class Entry:
         self.conn = conn
         self.real = real
         self.number: int = FILENO[conn]
-        self.gate = Gate(real, self.number, dead)
+        self.gate = Gate(real, self.number, dead if route.parks else -1)
+        self.state = state
         self.word = 0
         self.stacked = False
         self.thread = 0
@@ -59,19 +74,20 @@ class Entry:
 class Route:
     """A key as this process knows it: where to, by which driver, and which connections were left idle here (LIFO).
 
-    `checks` is the driver's active check, where the pool wants it asked; `high` says that its checkouts have high
-    priority. What this process does with the key is counted behind the place `counts`: `reuses`, `takeovers` and
-    `handoffs` are places there.
+    `checks` is the driver's active check, where the pool wants it asked; `resets` what it does with a connection that
+    others have used, `always` with every one; `direct`: neither is for one's own idle connection. `high` says that its
+    checkouts have high priority. What this process does with the key is counted behind the place `counts`: `reuses`,
+    `takeovers` and `handoffs` are places there.
     """
 
     __slots__ = (
-        "checks", "clean", "counts", "driver", "handoffs", "high", "host", "key", "port", "reuses", "stack", "stays",
-        "sticky", "tag", "takeovers", "urgent", "where",
+        "always", "checks", "clean", "counts", "direct", "driver", "handoffs", "high", "host", "key", "parks", "port",
+        "resets", "reuses", "stack", "stateful", "stays", "sticky", "strict", "tag", "takeovers", "urgent", "where",
     )  # fmt: skip
 
     def __init__(
         self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool, counts: int,
-        checks: Callable[[Any], bool] | None = None,
+        checks: Callable[[Any], bool] | None = None, strict: bool = False,
     ) -> None:  # fmt: skip
         self.counts = counts
         self.reuses = counts + COUNTS["reuses"]
@@ -86,7 +102,13 @@ class Route:
         self.clean = driver.clean
         self.stays = 0 if moves else STAYS
         self.sticky = sticky
+        self.strict = strict
         self.checks = checks
+        self.resets: Callable[[Any], bool] | None = getattr(driver, "reset", None)
+        self.always: bool = self.resets is not None and getattr(driver, "always", False)
+        self.direct = checks is None and not self.always
+        self.parks: bool = getattr(driver, "parks", True)
+        self.stateful = "" if driver.name in STATELESS else driver.name
         self.high = False
         self.urgent: Route | None = None
         self.where = named(driver.name, host, port)
@@ -96,11 +118,18 @@ class Route:
         if self.urgent is None:
             urgent = Route(
                 self.driver, self.host, self.port, self.key,
-                moves=not self.stays, sticky=self.sticky, counts=self.counts, checks=self.checks,
+                moves=not self.stays, sticky=self.sticky, counts=self.counts, checks=self.checks, strict=self.strict,
             )  # fmt: skip
             urgent.stack, urgent.high = self.stack, True
             self.urgent = urgent
         return self.urgent
+
+    def stay(self) -> None:
+        """A connection turned out not to be one that moves, and so will the next: from now on none does."""
+        for route in (self, self.urgent):
+            if route is not None:
+                route.stays = STAYS
+                route.sticky = not self.strict
 
     def push(self, entry: Entry) -> None:
         """Remember an idle connection; on the stack once, however often it comes and goes."""

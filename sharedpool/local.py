@@ -88,7 +88,7 @@ class _Slot:
 
     `state` is named as in the stats. `watch` is the pool's own descriptor of the connection, which the user cannot
     close; `number` is the one in `conn`. `word` is the lease's, while in force. `doomed`: the lease outlived its pool.
-    `way`: how its lease was counted. `idle`: for how long it was idle before, s.
+    `way`: how its lease was counted. `idle`: for how long it was idle before, s. `session`: what the driver exports.
     """
 
     route: LocalRoute
@@ -108,6 +108,7 @@ class _Slot:
     look: float = 0.0
     idle: float = 0.0
     way: str = ""
+    session: bytes | None = None
 
     def move(self, state: str) -> None:
         self.state, self.since = state, monotonic()
@@ -119,6 +120,7 @@ class _Slot:
         try:
             self.number = driver.fileno(conn)
             self.watch = socket.fromfd(self.number, -1, -1)  # -1: of the family and type that it is
+            self.session = driver.export(conn)
             self.conn = conn
             self.opened = monotonic()
         except OSError as error:
@@ -259,7 +261,7 @@ class LocalPool:
                 closes[where] = dict(closed)
             return {where: KeyStats(**count, closes=closes.get(where, {})) for where, count in counts.items()}
 
-    def route(self, transport: str, host: str, port: int) -> LocalRoute:
+    def route(self, transport: str | drivers.Driver[Any], host: str, port: int) -> LocalRoute:
         """The route for an address; equal addresses give equal ones."""
         driver = drivers.find(transport)
         return LocalRoute(driver, *driver.address(host, port))
@@ -285,6 +287,9 @@ class LocalPool:
                 self.name, self.options.max_connections, states, self.counters, len(self._queue), 1, self.closes, **more
             )
 
+    def take_own(self, route: LocalRoute) -> None:
+        """Nothing here is leased without the pool's lock."""
+
     def checkout(self, route: LocalRoute, patience: float | None, connect_timeout: float) -> Lease[Any]:
         """A lease, in the order of asking: an idle connection, else a new one. Patience 0 is: not in the queue."""
         limit = None if patience is None else monotonic() + patience
@@ -301,7 +306,7 @@ class LocalPool:
         if slot.state == OPENING:
             left = limit - monotonic() if limit and patience else connect_timeout
             self._open(slot, lease, min(connect_timeout, left))
-        elif slot.idle > self.options.check_after and not self._passes(slot):
+        elif not self._passes(slot):
             with self._lock:
                 if slot.word == lease.word:  # else the pool was closed meanwhile, and the connection with it
                     slot.word = 0
@@ -314,12 +319,16 @@ class LocalPool:
         return lease
 
     def _passes(self, slot: _Slot) -> bool:
-        """The driver's active check, where the pool wants it and there is one; an error is a refusal."""
-        check = getattr(slot.route.driver, "check", None) if self.options.check == "active" else None
-        if check is None:
-            return True
+        """The driver's active check after a long rest, where the pool wants it and there is one; and its reset.
+
+        An error is a refusal. With one process, only a driver that always resets does.
+        """
+        driver = slot.route.driver
+        checks = self.options.check == "active" and slot.idle > self.options.check_after
+        check = getattr(driver, "check", None) if checks else None
+        reset = getattr(driver, "reset", None) if getattr(driver, "always", False) else None
         try:
-            return bool(check(slot.conn))
+            return (check is None or bool(check(slot.conn))) and (reset is None or bool(reset(slot.conn)))
         except Exception as error:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
             self.hooks.log.debug("the check of a connection to %s failed: %r", slot.route.where, error)
             return False
@@ -594,9 +603,10 @@ class LocalPool:
         self._of_key(slot.route)[1][reason] += 1
         self.hooks.log.debug("closed a connection to %s: %s", slot.route.where, reason)
         self.hooks.tell("close", reason)
-        slot.ending = Ending(slot.watch)
+        driver = slot.route.driver
+        slot.ending = Ending(slot.watch, drivers.abort_of(driver.name, slot.watch, slot.session))
         slot.ending.begin()
-        slot.route.driver.close(slot.conn)
+        driver.close(slot.conn)
         slot.conn = None
         slot.move(CLOSING)
         slot.give_up = slot.since + self.options.close_timeout

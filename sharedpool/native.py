@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import importlib
+import operator
 import os
 import platform
 import select
-import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from .errors import NotSupported
@@ -29,6 +31,9 @@ _released = ctypes.CDLL(None)
 _FUTEX_NUMBERS: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _FUTEX_WAIT: Final = 0
 _FUTEX_WAKE: Final = 1
+#: The same number on every machine; it takes the clock as an argument.
+_FUTEX_WAITV: Final = 449
+_FUTEX2_SIZE_U32: Final = 2
 
 Nullary = Callable[[], int]
 
@@ -55,14 +60,30 @@ class Call:
 
 
 class Subscript:
-    """`FILENO[sock]`: a C function of one argument, run by subscription."""
+    """`FILENO[conn]` is conn.fileno(), by subscription: for a socket nothing but C."""
 
     __slots__ = ()
 
-    __getitem__ = staticmethod(socket.socket.fileno)
+    __getitem__ = staticmethod(operator.methodcaller("fileno"))
 
 
 FILENO: Final = Subscript()
+
+
+def original(module: str, name: str) -> Any:
+    """What a module of the standard library has under a name, whatever gevent's monkey patching has put there."""
+    monkey = sys.modules.get("gevent.monkey")
+    return getattr(importlib.import_module(module), name) if monkey is None else monkey.get_original(module, name)
+
+
+def patched() -> bool:
+    """Whether gevent has patched sockets or threads: who waits then waits as a greenlet."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and (monkey.is_module_patched("socket") or monkey.is_module_patched("threading"))
+
+
+#: The liveness poll switches no greenlets.
+_poll: Final = original("select", "poll")
 
 
 def bound(name: str, *arguments: Any) -> Nullary:
@@ -121,6 +142,57 @@ class Sleeper:
         self._call()
 
 
+class _Watched(ctypes.Structure):
+    """struct futex_waitv."""
+
+    _fields_ = (
+        ("value", ctypes.c_uint64), ("address", ctypes.c_uint64), ("flags", ctypes.c_uint32), ("none", ctypes.c_uint32),
+    )  # fmt: skip
+
+
+class ManySleeper:
+    """Sleeps on many 32-bit words at once: FUTEX_WAITV, of Linux 5.16 and later. One thread at a time.
+
+    Raises:
+        NotSupported: The kernel has no such call, or forbids it.
+    """
+
+    #: So many words at most (FUTEX_WAITV_MAX).
+    MOST: Final = 128
+
+    def __init__(self) -> None:
+        self._call = ctypes.CDLL(None, use_errno=True).syscall
+        self._words = (_Watched * self.MOST)()
+        for word in self._words:
+            word.flags = _FUTEX2_SIZE_U32
+        self._until = _Timespec(0, 0)
+        own = ctypes.c_uint(0)
+        self.sleep([(ctypes.addressof(own), 1)], 0)  # another value than that: it returns at once
+
+    def sleep(self, words: Sequence[tuple[int, int]], nanoseconds: int) -> int:
+        """Sleep until one of the words is woken, or the time is over.
+
+        Args:
+            words: Address and value of each; if one has another value, this returns at once.
+            nanoseconds: How long at most.
+
+        Returns:
+            The index of the word that was woken; -1: something else.
+        """
+        table = self._words
+        for index, (address, value) in enumerate(words):
+            word = table[index]
+            word.address, word.value = address, value
+        until = time.monotonic_ns() + nanoseconds
+        self._until.seconds, self._until.nanoseconds = divmod(until, 1_000_000_000)
+        woken = self._call(
+            ctypes.c_long(_FUTEX_WAITV), table, len(words), 0, ctypes.byref(self._until), time.CLOCK_MONOTONIC
+        )
+        if woken < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
+            raise NotSupported(f"FUTEX_WAITV: {os.strerror(ctypes.get_errno())}")
+        return int(woken)
+
+
 def any_set(address: int, words: int) -> Call:
     """`-any_set(...)` is 0 while all of the 32-bit words at `address` are 0. 4 kB cost 0.06 us."""
     zeros = ctypes.create_string_buffer(4 * words)
@@ -155,7 +227,7 @@ class Gate:
     Args:
         real: The connection's own descriptor, which stays with the pool.
         number: The descriptor that the user's object holds.
-        dead: A descriptor at which nothing can happen.
+        dead: A descriptor at which nothing can happen; -1: the object is not parked.
 
     `quiet(0)` is empty while the connection is open and has said nothing. It lets go of the GIL for a moment, which is
     harmless: the lease is held already; through ctypes it would cost 0.9 us instead of 0.5. The other two give
@@ -165,9 +237,12 @@ class Gate:
     __slots__ = ("__neg__", "__pos__", "quiet")
 
     def __init__(self, real: int, number: int, dead: int) -> None:
-        poller = select.poll()
+        poller = _poll()
         poller.register(real, select.POLLIN)
         self.quiet = poller.poll
+        if dead < 0:
+            self.__pos__ = self.__neg__ = functools.partial(int, number)
+            return
         self.__pos__ = functools.partial(_held.dup3, real, number, os.O_CLOEXEC)
         self.__neg__ = functools.partial(_held.dup3, dead, number, os.O_CLOEXEC)
 

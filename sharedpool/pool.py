@@ -30,6 +30,7 @@ from .stats import KeyStats, PoolStats
 
 if TYPE_CHECKING:
     from .attachment import Attachment
+    from .drivers import Driver
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -52,8 +53,9 @@ class Attached(Protocol):
     @property
     def welcome(self) -> Mapping[str, Any]: ...
 
-    def route(self, transport: str, host: str, port: int) -> Any: ...
+    def route(self, transport: Any, host: str, port: int) -> Any: ...
     def urgent(self, route: Any) -> Any: ...
+    def take_own(self, route: Any) -> Lease[Any] | None: ...
     def checkout(self, route: Any, patience: float | None, connect_timeout: float) -> Lease[Any]: ...
     def stats(self) -> PoolStats: ...
     def own_counters(self) -> dict[str, int]: ...
@@ -152,8 +154,9 @@ class _Handle(Generic[T]):
     """What a Pool is made of; compiled, it is a class that cannot be changed."""
 
     def __init__(
-        self, name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True, transport: str = "tcp"
-    ) -> None:
+        self, name: str, given: dict[str, Any], *, app: str | None = None, update: bool = True,
+        transport: str | Driver[Any] = "tcp",
+    ) -> None:  # fmt: skip
         self.name = name
         self.transport = transport
         self._given = given
@@ -165,10 +168,10 @@ class _Handle(Generic[T]):
         self._patience = made.checkout_timeout if self._limited else made.connect_timeout
         self._lock = threading.Lock()
         self._attached: Attached | None = None
-        self._routes: dict[tuple[str, str, int], Any] = {}
+        self._routes: dict[tuple[Any, str, int], Any] = {}
         self._notices: Callbacks = {}
         self._callbacks: list[tuple[str, Callback]] = []
-        self._warm: dict[tuple[str, str, int], int | None] = {}
+        self._warm: dict[tuple[Any, str, int], int | None] = {}
         _pools.add(self)
 
     @property
@@ -192,6 +195,8 @@ class _Handle(Generic[T]):
         Raises:
             StartFailed, AttachRefused, PoolNotFound, PoolOptionsDiffer, NotSupported.
         """
+        if threading.Lock is not _made_of:
+            _locks_anew()
         with self._lock:
             if self._attached is None:
                 self._routes = {}
@@ -285,7 +290,7 @@ class _Handle(Generic[T]):
         self,
         host: str,
         port: int = 0,
-        transport: str | None = None,
+        transport: str | Driver[Any] | None = None,
         *,
         checkout_timeout: float | NotGiven | None = NOT_GIVEN,
         connect_timeout: float | NotGiven = NOT_GIVEN,
@@ -296,7 +301,7 @@ class _Handle(Generic[T]):
         Args:
             host: A host name or address; for `transport="unix"` the socket's path, port 0. Or a URL, `tcp://h:p`.
             port: The port.
-            transport: "tcp" (the default), "unix", "permit".
+            transport: "tcp" (the default), "unix", "permit", or a driver.
             checkout_timeout: Seconds for all of it. None: no limit. Not given: the pool's, else connect_timeout.
             connect_timeout: Seconds for opening a connection. Not given: the pool's, 8.0 by default.
             priority: "normal", or "high": if it has to wait, it is served before those of normal priority, and in the
@@ -311,28 +316,14 @@ class _Handle(Generic[T]):
         return self._take(host, port, transport, checkout_timeout, connect_timeout, priority)
 
     def _take(
-        self, host: str, port: int, transport: str | None,
+        self, host: str, port: int, transport: str | Driver[Any] | None,
         checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> Lease[T]:  # fmt: skip
         attached = self._attached or self.open()._attached
         assert attached is not None
-        try:
-            route = self._routes[transport or self.transport, host, port]
-        except (KeyError, TypeError):
-            route = None
-        if route is None:  # not in the handler: what is wrong has nothing to do with this dictionary
-            route = self._route(attached, transport, host, port)
-        if priority != "normal":
-            options.check_priority(priority)
-            route = attached.urgent(route)
-        connect: Any = self._connect
-        patience: Any = self._patience
-        if connect_timeout is not NOT_GIVEN:
-            connect = options.check("connect_timeout", connect_timeout)
-            if not self._limited:
-                patience = connect
-        if checkout_timeout is not NOT_GIVEN:
-            patience = options.check("checkout_timeout", checkout_timeout)
+        route, patience, connect = self.plan(
+            attached, host, port, transport, checkout_timeout, connect_timeout, priority
+        )
         try:
             lease: Lease[T] = attached.checkout(route, patience, connect)
         except PoolStopped as error:
@@ -351,7 +342,35 @@ class _Handle(Generic[T]):
             attached.hooks.tell("checkout", lease)
         return lease
 
-    def _route(self, attached: Attached, transport: str | None, host: str, port: int) -> Any:
+    def plan(
+        self, attached: Attached, host: str, port: int, transport: str | Driver[Any] | None,
+        checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
+    ) -> tuple[Any, float | None, float]:  # fmt: skip
+        """A checkout's arguments as its route, its patience (seconds; None: no limit) and its time-out for connecting.
+
+        Raises:
+            OptionError: One of them is wrong.
+        """
+        try:
+            route = self._routes[transport or self.transport, host, port]
+        except (KeyError, TypeError):
+            route = None
+        if route is None:  # not in the handler: what is wrong has nothing to do with this dictionary
+            route = self._route(attached, transport, host, port)
+        if priority != "normal":
+            options.check_priority(priority)
+            route = attached.urgent(route)
+        connect: Any = self._connect
+        patience: Any = self._patience
+        if connect_timeout is not NOT_GIVEN:
+            connect = options.check("connect_timeout", connect_timeout)
+            if not self._limited:
+                patience = connect
+        if checkout_timeout is not NOT_GIVEN:
+            patience = options.check("checkout_timeout", checkout_timeout)
+        return route, patience, connect
+
+    def _route(self, attached: Attached, transport: str | Driver[Any] | None, host: str, port: int) -> Any:
         kind, where, number = transport or self.transport, host, port
         if "://" in str(host):
             kind, where, number = parse_url(host, port, transport)
@@ -364,7 +383,7 @@ class _Handle(Generic[T]):
         self,
         host: str,
         port: int = 0,
-        transport: str | None = None,
+        transport: str | Driver[Any] | None = None,
         *,
         checkout_timeout: float | NotGiven | None = NOT_GIVEN,
         connect_timeout: float | NotGiven = NOT_GIVEN,
@@ -414,7 +433,9 @@ class _Handle(Generic[T]):
 
     # --- keeping connections ready ------------------------------------------------------------------------------------
 
-    def prewarm(self, host: str, port: int = 0, transport: str | None = None, count: int | None = None) -> None:
+    def prewarm(
+        self, host: str, port: int = 0, transport: str | Driver[Any] | None = None, count: int | None = None
+    ) -> None:
         """Name a key of which so many connections are to exist, over all processes together, whoever leases them.
 
         A background thread of this process opens what is missing, now and whenever one has gone, as long as this
@@ -563,7 +584,7 @@ class _Leasing(Generic[T]):
     _lease: Lease[T]
 
     def __init__(
-        self, pool: _Handle[T], host: str, port: int, transport: str | None,
+        self, pool: _Handle[T], host: str, port: int, transport: str | Driver[Any] | None,
         checkout_timeout: float | NotGiven | None, connect_timeout: float | NotGiven, priority: str,
     ) -> None:  # fmt: skip
         self._pool = pool
@@ -640,7 +661,7 @@ class Permit:
         return permitted
 
 
-def parse_url(url: str, port: int, transport: str | None) -> tuple[str, str, int]:
+def parse_url(url: str, port: int, transport: object) -> tuple[str, str, int]:
     """(transport, host, port) of `tcp://host:port` or `unix:///path`.
 
     Raises:
@@ -690,6 +711,20 @@ def close_all() -> None:
     """Detach every handle of this process, in whatever scope; each attaches anew at its next use."""
     for pool in list(_pools):
         pool.close()
+
+
+#: What locks are: gevent's monkey patching puts something else there.
+_made_of: Any = threading.Lock
+
+
+def _locks_anew() -> None:
+    """Under locks of before the patching two greenlets would wait for each other for ever."""
+    global _sharing, _loading, _made_of
+    _made_of = threading.Lock
+    _sharing = threading.Lock()
+    _loading = threading.RLock()
+    for pool in list(_pools):
+        pool._lock = threading.Lock()
 
 
 def _before_fork() -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from . import counting, view
 from . import options as rules
 from . import segment as segments
+from .drivers import abort_of
 from .drivers.sockets import Ending, break_off
 from .errors import OptionError
 from .layout import (
@@ -150,11 +151,18 @@ class Later(Exception):
 
 @dataclasses.dataclass(slots=True)
 class Held:
-    """The arbiter's duplicate of one connection's descriptor."""
+    """The arbiter's duplicate of one connection's descriptor, and its session's state, if its driver has any."""
 
     generation: int
     sock: socket.socket
     rows: set[int]
+    driver: str = ""
+    state: bytes | None = b""
+
+    @property
+    def usable(self) -> bool:
+        """Whether another process could go on with it."""
+        return self.state is not None
 
 
 @dataclasses.dataclass(slots=True)
@@ -283,6 +291,7 @@ class ServedPool:
         self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
         self.expected: set[int] = set()
         self._unbacked = False
+        self._unheld: dict[int, tuple[int, int]] = {}  # by slot: generation and row of what could not be received
         self._inherited: dict[int, int] | None = None  # generations: connections of which there may be no descriptor
         self.table = self.segment.table(ARBITER_ROW)
         self.words = self.table.words
@@ -531,7 +540,9 @@ class ServedPool:
 
     # --- descriptors --------------------------------------------------------------------------------------------------
 
-    def register(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
+    def register(
+        self, row: int, index: int, generation: int, sock: socket.socket, driver: str = "", state: bytes | None = b""
+    ) -> None:
         """A worker's connection-to-be. Of an older generation: drop it, which ends it."""
         if index >= self.segment.geometry.slots:
             sock.close()
@@ -544,22 +555,36 @@ class ServedPool:
         if old is not None and old.generation != generation:  # opened anew on the same permit
             self._tell_closed(self, old.rows - {row}, index, old.generation, "ended")
         self.forget(index)
-        self.held[index] = Held(generation, sock, {row})
+        self._unheld.pop(index, None)
+        self.held[index] = Held(generation, sock, {row}, driver, state)
         self._watch(self, index, sock)
 
-    def unheld(self, index: int, generation: int) -> None:
-        """A connection whose descriptor could not be received here: it is lent once, as nobody could end it."""
-        if index < self.segment.geometry.slots:
-            self._doom(self.table.slot_at(index), generation)
+    def unheld(self, row: int, index: int, generation: int, now: int) -> None:
+        """A connection whose descriptor could not be received here: it is lent once, as only its process can end it."""
+        if index >= self.segment.geometry.slots:
+            return
+        self._unheld[index] = generation, row
+        at = self.table.slot_at(index)
+        word = self.words[at]
+        idle = generation_of(word) == generation and word & STATE == IDLE
+        if not (idle and self._close(at, word, "doomed", now)):
+            self._doom(at, generation)
 
-    def holds(self, row: int, index: int, generation: int, sock: socket.socket) -> None:
-        """A worker holds this connection, as it tells an heir. Whose slot was given to another connection is ended."""
+    def holds(
+        self, row: int, index: int, generation: int, sock: socket.socket, driver: str = "", state: bytes | None = b""
+    ) -> None:
+        """A worker holds this connection, as it tells an heir, or when its session has begun.
+
+        Whose slot was given to another connection is ended.
+        """
         held = self.held.get(index)
         if held is not None and held.generation == generation:
             held.rows.add(row)
+            if state is not None:
+                held.driver, held.state = driver, state
             sock.close()
         else:
-            self.register(row, index, generation, sock)
+            self.register(row, index, generation, sock, driver, state)
 
     def registered(self, row: int, now: int) -> None:
         """A row (0: none) has told all that it holds, or has gone. After the last one, what nobody holds goes."""
@@ -603,19 +628,21 @@ class ServedPool:
             self._unwatch(held.sock)
             held.sock.close()
 
-    def fetch(self, row: int, index: int, generation: int) -> socket.socket | None:
-        """The descriptor of a connection that the row has leased, or None."""
+    def fetch(self, row: int, index: int, generation: int) -> Held | None:
+        """The connection that the row has leased, or None."""
         if index >= self.segment.geometry.slots:
             return None
         held = self.held.get(index)
-        if held is None or held.generation != generation:
+        if held is None or held.generation != generation or not held.usable:
             self._drain(self)
             held = self.held.get(index)
         word = self.words[self.table.slot_at(index)]
         if held is None or held.generation != generation or word & STATE != LEASED or holder_of(word) != row:
             return None
+        if not held.usable:
+            return None
         held.rows.add(row)
-        return held.sock
+        return held
 
     def remote_ended(self, index: int, now: int) -> None:
         """The remote closed: an idle connection is closed, a leased one marked, so that its checkin closes it.
@@ -720,16 +747,23 @@ class ServedPool:
                 return  # what came in has begun it, or even ended it
             held = self.held.get(index)
         ending = None
+        at = self.table.slot_at(index)
         if held is not None and held.generation == generation:
-            ending = Ending(held.sock)
+            ending = Ending(held.sock, abort_of(held.driver, held.sock, held.state))
             ending.begin()
+            if word & STAYS:  # its object knows how to say goodbye, and may be all that there is
+                reason = view.reason(self.words, self.segment.geometry, at)
+                self._tell_closed(self, held.rows, index, generation, reason)
         elif self.expected:  # somebody may hold it; found again by the sweep
             return
-        at = self.table.slot_at(index)
         opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, self.segment.geometry, at)
         began = self.words[at + SINCE]
         give_up = began + self.words[CLOSE_TIMEOUT]
         unseen = ending is None and self._inherited is not None and self._inherited.get(index) == generation
+        known, opener = self._unheld.get(index, (-1, 0))
+        if ending is None and known == generation:
+            self._tell_closed(self, {opener}, index, generation, reason)
+            unseen = True
         if unseen and now < give_up:
             self.closings[index] = Closing(None, generation, give_up, give_up, opened, reason)
             return
@@ -1050,7 +1084,8 @@ class ServedPool:
 
     def _reap_slot(self, at: int, word: int, now: int) -> None:
         state = word & STATE
-        if state == IDLE and not word & STAYS and self.table.slot_index(at) in self.held:
+        held = self.held.get(self.table.slot_index(at))
+        if state == IDLE and not word & STAYS and held is not None and held.usable:
             new = word & ~HOLDER | ARBITER_ROW << HOLDER_SHIFT
             since = self.words[at + SINCE]
             if self._settle(lambda: self.table.swap(at, word, new, _NOBODY, 0, 1, since)):

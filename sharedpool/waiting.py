@@ -63,12 +63,14 @@ from .lines import CLOSES, COUNTS, Lines
 from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
-from .table import BUSY, DONE, FULL, NoLease, Table
+from .table import BUSY, DONE, FULL, STALE, NoLease, Table
 
 _NEVER: Final = 0x4000_0000_0000_0000
 #: Who sleeps looks up so often, ns, whatever happens.
 _LOOK_UP: Final = 1_000_000_000
 _GIVE_UP: Final = 50_000_000
+#: In the queue, and nothing was granted yet.
+JOINED: Final = 3
 _KEPT: Final = MASK64 & ~(STATE | HOLDER | DOOMED)
 
 
@@ -77,14 +79,22 @@ class OutOfTime(Exception):
 
 
 class Waiter:
-    """A cell of this process: a place in the queue for one thread at a time."""
+    """A cell of this process: a place in the queue for one thread, or one task, at a time.
 
-    __slots__ = ("cell", "kick", "sleeper")
+    Attributes:
+        cell: Its place in the table.
+        kick: Its kick's index among the marks.
+        sleeper: Sleeps there.
+        apart: Whether it is used for waiting without a thread.
+    """
+
+    __slots__ = ("apart", "cell", "kick", "sleeper")
 
     def __init__(self, cell: int, kick: int, sleeper: Sleeper) -> None:
         self.cell = cell
         self.kick = kick
         self.sleeper = sleeper
+        self.apart = False
 
 
 class WaitingRoom:
@@ -123,6 +133,7 @@ class WaitingRoom:
         self._wait_bucket = table.row_at + ROW_WAIT_SECONDS
         self._wait_sum = self._wait_bucket + SUM
         self._free: list[Waiter] = []
+        self._apart: list[Waiter] = []
         self._waiting: set[Waiter] = set()
         self._owned = CELL_OWNED | table.row << CELL_ROW_SHIFT
         self._waits = COUNTS["waits"]
@@ -131,7 +142,10 @@ class WaitingRoom:
         self._looked_at = 0
         self._any_idle = any_set(segment.marks_address, 0)
         self._leased = table.row << HOLDER_SHIFT | LEASED
+        self.left = False
         self.returns: Returns | None = None
+        #: In the place of a thread's sleep: (who, its kick as seen, ns at most).
+        self.pause: Callable[[Waiter, int, int], None] | None = None
 
     def longest_for(self, key: int) -> tuple[int, int]:
         """The cell of this process that has waited longest for a key, not yet granted anything, and its word."""
@@ -156,6 +170,7 @@ class WaitingRoom:
         now: int,
         behind: bool = False,
         keyed: int = 0,
+        line: list[Waiter] | None = None,
     ) -> int:
         """Join the queue and wait until the lease has been given a slot.
 
@@ -168,18 +183,42 @@ class WaitingRoom:
             now: Monotonic ns.
             behind: High priority, in a pool with a reserve: others of high priority waited when it decided to wait.
             keyed: In a pool with a limit per key: KEYED as it was searched.
+            line: Do not wait: the place in the queue is put here and used again; `look` tells how it stands, and in the
+                end it must be left by `leave`.
 
         Returns:
-            DONE; or STALE or BUSY if it did not come to queueing.
+            DONE, with `line` JOINED; or STALE or BUSY if it did not come to queueing.
 
         Raises:
             OutOfTime, PoolStopped, TooManyWaiting: The place in the queue has been left.
         """
-        w = self._words
         if now >= limit:
             raise OutOfTime
+        if line is not None:
+            if not line:
+                line.append(self._apart.pop() if self._apart else self._claim(0))
+            waiter = line[0]
+            waiter.apart = True
+            result = self._enter(waiter, route, gate, ver, limit, now, behind, keyed)
+            return JOINED if result == DONE else result
         waiter = self._free.pop() if self._free else self._claim(limit)
-        cell = waiter.cell
+        joined = False
+        try:
+            result = self._enter(waiter, route, gate, ver, limit, now, behind, keyed)
+            joined = result == DONE
+            if joined:
+                self._sleep_until_granted(waiter, route, lease, limit, now)
+            return result
+        finally:
+            self.leave(waiter, _GIVE_UP)
+            if joined:
+                self.waited(monotonic_ns() - now)
+
+    def _enter(
+        self, waiter: Waiter, route: Route, gate: int, ver: int, limit: int, now: int, behind: bool, keyed: int
+    ) -> int:
+        """Join the queue with a cell, evicting where there is something to evict; DONE, STALE or BUSY."""
+        w = self._words
         sticky = route.sticky and not gate & RESERVING
         if w[HIGH] != self._looked_at:
             self._look_at(w[HIGH])
@@ -188,32 +227,38 @@ class WaitingRoom:
             evict = self._victim(route, gate, keyed)
             seen = w[evict] if evict else 0
             if evict and seen & STATE != IDLE:
-                self._free.append(waiter)
                 return self._table.missed(0)
-        queued = joined = False
-        try:
-            result = self._join(cell, route, gate, ver, evict, seen, limit, now, behind, keyed)
-            if result != DONE:
-                return result
-            queued = joined = True
+        result = self._join(waiter.cell, route, gate, ver, evict, seen, limit, now, behind, keyed)
+        if result == DONE:
             if sticky:
                 self._waiting.add(waiter)
             if evict:
                 self._tell_close(self._table.slot_index(evict), generation_of(seen))
             if w[WATCH]:
                 self._tell_watch()
-            self._sleep_until_granted(waiter, route, lease, limit, now)
-            queued = False
-            return DONE
-        finally:
-            if sticky:
-                self._waiting.discard(waiter)
-            if not queued or self._abandon(waiter, lease):
-                self._free.append(waiter)
-            if joined:
-                self._waited(monotonic_ns() - now)
+        return result
 
-    def _waited(self, took: int) -> None:
+    def leave(self, waiter: Waiter, patience: int) -> bool:
+        """Leave the queue, passing on what was granted and not taken.
+
+        Args:
+            waiter: The place in it; it is of no further use.
+            patience: How long to try, ns.
+
+        Returns:
+            False: the mutex stayed busy. What the place is granted is revoked, until it is left after all.
+        """
+        if self._waiting:
+            self._waiting.discard(waiter)
+        if self._words[waiter.cell] != self._owned and not self._abandon(waiter, patience):
+            return False
+        if waiter.apart:
+            self._apart.append(waiter)
+        else:
+            self._free.append(waiter)
+        return True
+
+    def waited(self, took: int) -> None:
         """A checkout has been in the queue for so long, ns."""
         w = self._words
         at = self._wait_bucket
@@ -308,47 +353,61 @@ class WaitingRoom:
     # --- waiting ------------------------------------------------------------------------------------------------------
 
     def _sleep_until_granted(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int, now: int) -> None:
-        w = self._words
         marks = self._marks
-        cell = waiter.cell
-        grant = cell + GRANT
-        sleeper = waiter.sleeper
         patience: Patience | None = None
         napped = False
         while True:
             kick = marks[waiter.kick]  # before looking: a grant after this changes it, and nobody sleeps
-            if at := w[grant]:
-                result = self._take(at, cell, route, lease, now)
-                if result == DONE:
-                    return
-                if result == BUSY:
-                    patience = patience or Patience(limit + _GIVE_UP)
-                    if not patience.wait():
-                        raise OutOfTime
-                continue
-            if w[GATE] & STOPPED:
-                raise PoolStopped(f"pool {self._name!r} was stopped while this checkout waited", waited=True)
-            word = w[cell]
-            if now >= limit:
-                result = self._table.leave(cell, word, self._owned)
-                patience = patience or Patience(limit + _GIVE_UP)
-                if result == DONE or (result == BUSY and not patience.wait()):
-                    raise OutOfTime
-                continue
-            if word & 15 != CELL_WAITING:
-                self._rejoin(cell, word)
+            result = self.look(waiter, route, lease, limit, now)
+            if result == DONE:
+                return
+            if result == JOINED:
+                nap = self.nap(waiter, route, limit - now, now)
+                if napped:  # who was granted something is back in Python in a moment, where signals are looked for
+                    heed()
+                napped = True
+                if self.pause is None:
+                    waiter.sleeper.sleep(kick, nap)
+                else:
+                    self.pause(waiter, kick, nap)
                 now = monotonic_ns()
-                continue
-            nap = self._nap(cell, route, limit - now, now)
-            if napped:  # who was granted something is back in Python in a moment, where signals are looked for
-                heed()
-            napped = True
-            sleeper.sleep(kick, nap)
-            now = monotonic_ns()
+            elif result == BUSY:
+                patience = patience or Patience(limit + _GIVE_UP)
+                if not patience.wait():
+                    raise OutOfTime
+            else:
+                now = monotonic_ns()
 
-    def _nap(self, cell: int, route: Route, left: int, now: int) -> int:
+    def look(self, waiter: Waiter, route: Route, lease: Lease[Any], limit: int, now: int) -> int:
+        """How it stands with a place in the queue: DONE, the lease has a slot; JOINED, nothing yet; or STALE or BUSY.
+
+        Raises:
+            OutOfTime: The deadline has passed, and the place has been left.
+            PoolStopped.
+        """
+        w = self._words
+        cell = waiter.cell
+        if self.left:  # its cell may be somebody else's in a moment
+            raise PoolStopped(f"this process left pool {self._name!r} while this checkout waited", waited=True)
+        if at := w[cell + GRANT]:
+            return self._take(at, cell, route, lease, now)
+        if w[GATE] & STOPPED:
+            raise PoolStopped(f"pool {self._name!r} was stopped while this checkout waited", waited=True)
+        word = w[cell]
+        if now >= limit:
+            result = self._table.leave(cell, word, self._owned)
+            if result == DONE:
+                raise OutOfTime
+            return result
+        if word & 15 != CELL_WAITING:
+            self._rejoin(cell, word)
+            return STALE
+        return JOINED
+
+    def nap(self, waiter: Waiter, route: Route, left: int, now: int) -> int:
+        """How long to sleep at most until the next look, ns."""
         nap = left if left < _LOOK_UP else _LOOK_UP
-        return min(nap, self._steal(cell, now)) if route.sticky else nap
+        return min(nap, self._steal(waiter.cell, now)) if route.sticky else nap
 
     def _take(self, at: int, cell: int, route: Route, lease: Lease[Any], now: int) -> int:
         """Take what was granted: a connection becomes LEASED, a bare permit OPENING (or LEASED, where that is all)."""
@@ -395,11 +454,11 @@ class WaitingRoom:
                 self.returns.evict(victim)
         return 5_000_000
 
-    def _abandon(self, waiter: Waiter, lease: Lease[Any]) -> bool:
+    def _abandon(self, waiter: Waiter, seconds: int) -> bool:
         """Leave the queue after an exception, passing on what was granted meanwhile; False: the cell is not free."""
         w = self.words
         cell = waiter.cell
-        patience = Patience(monotonic_ns() + _GIVE_UP)
+        patience = Patience(monotonic_ns() + seconds)
         while w[cell] != self._owned:
             word, at = w[cell], w[cell + GRANT]
             if not at:

@@ -33,9 +33,10 @@ class Kind(enum.IntEnum):
     HELLO = 1  # worker: facts about itself, the pool and its options [its event channel]
     WELCOME = 2  # arbiter: row, options [the segment]
     REFUSED = 3  # arbiter: an error's name and text
-    REGISTER = 4  # worker: a connection is about to be opened in this slot [the socket]; no reply
+    REGISTER = 4  # worker: a connection is about to be opened in this slot [the socket]; by which driver, if it has a
+    #               session state: that comes with a HOLDS; no reply
     FETCH = 5  # worker: the connection in this slot, please
-    CONNECTION = 6  # arbiter: here [the socket]
+    CONNECTION = 6  # arbiter: here, and its session's state [the socket]
     GONE = 7  # arbiter: there is none
     CLOSE = 8  # worker: this slot is CLOSING; no reply
     FORGET = 9  # worker: what was registered here never became a connection; no reply
@@ -51,7 +52,7 @@ class Kind(enum.IntEnum):
     ABANDONED = 20  # arbiter, on the event channel: this lease of yours has lasted longer than lease_timeout
     LOG = 21  # arbiter, on the event channel: a record for your logging
     OPTIONS = 22  # arbiter, on the event channel: the pool's options have changed
-    HOLDS = 26  # worker, to a successor: it holds this connection [the socket]; no reply
+    HOLDS = 26  # worker, to a successor: it holds this connection, of this state [the socket]; no reply
     REGISTERED = 27  # worker, to a successor: it has told all that it holds; no reply
     KEY_NAME = 23  # worker: what a key (in the place of the generation) stands for; no reply
 
@@ -103,3 +104,36 @@ def unpack(data: bytes) -> Message:
         if not isinstance(body, dict):
             raise WireError(f"the body of a message {kind.name} is a {type(body).__name__}, not an object")
     return Message(kind, request, slot, generation, body)
+
+
+def with_state(driver: str, state: bytes | None) -> dict[str, Any]:
+    """A body that says which driver a connection is of, if it is one that has session states, and the state.
+
+    None: it has none yet, or never will that could be told.
+    """
+    if not driver:
+        return {}
+    return {"driver": driver} if state is None else {"driver": driver, "state": state.decode("latin-1")}
+
+
+def state_of(message: Message) -> bytes | None:
+    """The session state in a message; None if there is to be one, which is not known.
+
+    Raises:
+        WireError: It is none.
+    """
+    state = message.body.get("state", None if "driver" in message.body else "")
+    if state is None:
+        return None
+    try:
+        return bytes(state, "latin-1")
+    except (TypeError, UnicodeEncodeError) as error:
+        raise WireError(f"a {message.kind.name} with a session state that is none") from error
+
+
+def driver_of(message: Message) -> str:
+    """The driver's name in a message; empty if there is none."""
+    name = message.body.get("driver", "")
+    if not isinstance(name, str) or len(name) > LONGEST_NAME:
+        raise WireError(f"a {message.kind.name} with a driver that is none")
+    return name

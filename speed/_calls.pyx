@@ -1,6 +1,6 @@
 """What native.py does through ctypes, as C calls. They keep the GIL, as there, except to sleep."""
 
-import socket
+import _socket as plain
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_SetFromErrno
@@ -153,32 +153,33 @@ cdef class Gate:
         return poll(&self.place, 1, timeout)
 
     def __pos__(self):
-        return dup3(self.place.fd, self.number, O_CLOEXEC)
+        return self.number if self.dead < 0 else dup3(self.place.fd, self.number, O_CLOEXEC)
 
     def __neg__(self):
-        return dup3(self.dead, self.number, O_CLOEXEC)
+        return self.number if self.dead < 0 else dup3(self.dead, self.number, O_CLOEXEC)
 
 
-_fileno = socket.socket.fileno
-cdef PyTypeObject *_socket = <PyTypeObject *> socket.socket
+cdef PyTypeObject *_socket = <PyTypeObject *> plain.socket
 
 
 cdef class FileNumber:
-    """`FILENO[sock]`: the number in a socket object, read where it lies."""
+    """`FILENO[conn]`: conn.fileno(); the number in a socket object is read where it lies."""
 
     cdef bint there
 
     def __cinit__(self):
-        with socket.socket() as probe:
-            self.there = sharedpool_number(<void *> probe) == probe.fileno()
+        probe = plain.socket()
+        self.there = sharedpool_number(<void *> probe) == probe.fileno()
+        probe.close()
 
     def __getitem__(self, sock):
         if self.there and PyObject_TypeCheck(sock, _socket):
             return sharedpool_number(<void *> sock)
-        return _fileno(sock)
+        return sock.fileno()
 
 
-_sendall = socket.socket.sendall
+_fileno = plain.socket.fileno
+_sendall = plain.socket.sendall
 
 
 def sendall(self, data, int flags=0):

@@ -1,6 +1,7 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
+from sharedpool._calls cimport Gate
 from sharedpool.clock cimport get_ident, monotonic_ns
 from sharedpool.memory cimport Mark, Word
 from sharedpool.held cimport Entry, Patience, Route
@@ -12,6 +13,7 @@ from sharedpool.waiting cimport WaitingRoom
 
 
 cdef class Attachment:
+    cdef public object watch
     cdef public object channel, chores, name, segment, welcome, words
     cdef public object lines, _dead, _tidying, _connect_seconds, _lease_seconds, _warmer
     cdef public object hooks, notices
@@ -26,16 +28,37 @@ cdef class Attachment:
     cdef Word[::1] _words
     cdef object __weakref__
 
-    @cython.locals(w=Word[::1], stack=list, entry=Entry, seen=uint64_t, at=uint64_t, lease=Lease, new=uint64_t,
-                   counter=uint64_t)
+    @cython.locals(lease=Lease)
     cpdef checkout(self, Route route, patience, connect_timeout)
 
-    @cython.locals(w=Word[::1], lease=Lease, entry=Entry, word=uint64_t, at=uint64_t, counter=uint64_t)
+    @cython.locals(w=Word[::1], stack=list, entry=Entry, seen=uint64_t, at=uint64_t, lease=Lease, new=uint64_t,
+                   counter=uint64_t)
+    cpdef take_own(self, Route route)
+
+    @cython.locals(lease=Lease, counter=uint64_t)
     cdef _checkout_slowly(self, Route route, long long limit, connect_timeout)
 
-    @cython.locals(w=Word[::1], table=Table, gate=uint64_t, ver=uint64_t, at=uint64_t, seen=uint64_t,
-                   result=int, straight=bint, counter=uint64_t)
+    @cython.locals(lease=Lease)
+    cpdef Lease blank(self)
+
+    @cython.locals(entry=Entry)
+    cpdef bint equip(self, Route route, Lease lease, uint64_t counter, long long idle) except *
+
+    @cython.locals(entry=Entry, at=uint64_t)
+    cdef Entry _at_hand(self, Route route, Lease lease)
+
+    @cython.locals(gate=Gate)
+    cdef bint _unpark(self, Entry entry) except *
+
+    @cython.locals(w=Word[::1])
+    cdef _lend(self, Lease lease, Entry entry, uint64_t counter)
+
+    @cython.locals(counter=uint64_t, result=int)
     cdef _acquire(self, Route route, Lease lease, long long limit, set refused)
+
+    @cython.locals(w=Word[::1], gate=uint64_t, ver=uint64_t, at=uint64_t, seen=uint64_t, result=int, straight=bint,
+                   counter=uint64_t)
+    cpdef attempt(self, Route route, Lease lease, long long limit, set refused, list line=*)
 
     @cython.locals(w=Word[::1], word=uint64_t, entry=Entry, route=Route, gate=uint64_t, new=uint64_t,
                    now=cython.longlong, took=cython.longlong, bucket=uint64_t)

@@ -6,7 +6,7 @@ from sharedpool.layout cimport tag_of
 
 
 cdef class Entry:
-    cdef public object conn, route
+    cdef public object conn, route, state
     cdef public Gate gate
     cdef public uint64_t at, generation, version, word, thread
     cdef public int number, real
@@ -15,11 +15,11 @@ cdef class Entry:
 
 
 cdef class Route:
-    cdef public object checks, clean, driver, host, urgent, where
+    cdef public object checks, clean, driver, host, resets, stateful, urgent, where
     cdef public list stack
     cdef public uint64_t counts, handoffs, key, reuses, stays, tag, takeovers
     cdef public int port
-    cdef public bint high, sticky
+    cdef public bint always, direct, high, parks, sticky, strict
     cpdef void push(self, Entry entry)
     cpdef Entry pop(self)
 

@@ -13,6 +13,8 @@ cdef class _Handle:
     @cython.locals(lease=Lease)
     cdef _take(self, host, port, transport, checkout_timeout, connect_timeout, priority)
 
+    cpdef tuple plan(self, attached, host, port, transport, checkout_timeout, connect_timeout, priority)
+
     cpdef checkin(self, Lease lease)
 
 

@@ -6,9 +6,11 @@ order, parking and processes is decided elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from ..errors import OptionError
 
@@ -21,10 +23,21 @@ Register = Callable[[socket.socket], None]
 class Driver(Protocol[T]):
     """What sharedpool needs to know about one kind of connection.
 
+    A driver is known by its name (`register`), or an object of its own goes into `checkout(transport=...)`. Those with
+    equal names and addresses share slots; but a connection's object is lent only through the driver that made it.
+
     Attributes:
         name: The transport's name, part of every key.
         moves: Whether another process may use an open connection.
         connects: False for permits, which have no connection at all.
+
+    A driver may also have:
+        parks: False: an idle connection's object keeps its descriptor. Only where connections do not move.
+        check(conn) -> bool: The active check, see the option `check`.
+        reset(conn) -> bool: Called when a lease begins on a connection that somebody else has used since this object
+            did. False, or an error, and the connection is closed; the same permit opens another.
+        always: True: `reset` is called at the beginning of every lease but the one that opened the connection.
+        idle_readable(conn) -> bool: An idle connection has said something: whether it may be lent all the same.
     """
 
     name: str
@@ -44,7 +57,7 @@ class Driver(Protocol[T]):
         ...
 
     def fileno(self, conn: T) -> int:
-        """The number of the connection's descriptor, or -1 once it is closed."""
+        """The number of the connection's descriptor, or -1 once it is closed; so says `conn.fileno()`, too."""
         ...
 
     def clean(self, conn: T) -> bool:
@@ -55,8 +68,12 @@ class Driver(Protocol[T]):
         """A connection of another process becomes an object here; takes over the descriptor."""
         ...
 
-    def export(self, conn: T) -> bytes:
-        """The session state that `adopt` needs elsewhere."""
+    def export(self, conn: T) -> bytes | None:
+        """The session state that `adopt` needs elsewhere, up to 40,000 bytes; None: this one cannot move.
+
+        Asked once, of an opened connection. Whatever users may change of it is back at this baseline when a connection
+        is clean.
+        """
         ...
 
     def close(self, conn: T) -> None:
@@ -66,6 +83,31 @@ class Driver(Protocol[T]):
 
 _known: dict[str, Driver[Any]] = {}
 
+#: Transports whose connections have no state but their descriptor.
+STATELESS: Final = ("tcp", "unix", "permit")
+
+#: By a driver's name: how work that is under way is called off, so that the remote closes; see `abort_of`. Called with
+#: the remote's address, the address family and the connection's state. Needs nothing but this library: the arbiter
+#: calls it for processes that have died.
+aborts: dict[str, Callable[[Any, int, bytes], None]] = {}
+
+
+def abort_of(name: str, sock: socket.socket, state: bytes | None) -> Callable[[], None] | None:
+    """What calls off the work on a connection, in a thread of its own; None where there is no such thing."""
+    abort = aborts.get(name)
+    if abort is None or not state:
+        return None
+    try:
+        peer, family = sock.getpeername(), sock.family
+    except OSError:
+        return None
+
+    def call_off() -> None:
+        with contextlib.suppress(Exception):
+            abort(peer, family, state)
+
+    return threading.Thread(target=call_off, name="sharedpool-abort", daemon=True).start
+
 
 def register(driver: Driver[Any]) -> None:
     """Make a driver known under its name."""
@@ -73,16 +115,19 @@ def register(driver: Driver[Any]) -> None:
 
 
 def find(name: object) -> Driver[Any]:
-    """The driver of that name.
+    """The driver of that name; a driver is its own.
 
     Raises:
         OptionError: There is none; the message lists those there are.
     """
     driver = _known.get(name) if isinstance(name, str) else None
+    if driver is None and not isinstance(name, str) and hasattr(name, "open") and hasattr(name, "address"):
+        own: Driver[Any] = name  # type: ignore[assignment]
+        return own
     if driver is None:
         known = ", ".join(sorted(_known))
         raise OptionError(
-            f"option 'transport' has the value {name!r} (from the call); allowed is one of {known}",
+            f"option 'transport' has the value {name!r} (from the call); allowed is one of {known}, or a driver",
             option="transport", value=name, source="the call", allowed=known,
         )  # fmt: skip
     return driver

@@ -6,12 +6,15 @@ otherwise read the next user's bytes. "No timeout" is a very long one.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
+import functools
 import importlib
 import os
 import socket
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..errors import ConnectFailed, ConnectTimeout
 from ..options import LONGEST
@@ -23,20 +26,25 @@ _READS: Final = 16
 _DRAIN: Final = 1 << 16
 #: The answer of a peer that has been said goodbye to is awaited up to so many bytes.
 _LONG_ANSWER: Final = 1 << 20
+#: A peer that has not closed after so many looks, 7.5 ms, is busy.
+_PATIENT: Final = 5
 #: What a user did to a socket: set a timeout, made a file of it, closed or detached it.
 _TIMED: Final = 1
 _FILED: Final = 2
 _GONE: Final = 4
 
 
-class PooledSocket(socket.socket):
-    """A connected socket that a pool lends.
+if TYPE_CHECKING:
+    _Socket = socket.socket
+else:
+    _Socket = object
 
-    `close()` ends the connection for everybody, as the user means it, although the pool has descriptors of its own.
-    `settimeout(None)` and `setblocking(True)` wait "for ever", which is 23 days.
-    """
 
-    __slots__ = ("_owner", "_touched")
+class _Pooled(_Socket):
+    """What a pooled socket does beyond its class."""
+
+    if not TYPE_CHECKING:
+        __slots__ = ()
 
     _owner: int
     _touched: int
@@ -85,9 +93,38 @@ class PooledSocket(socket.socket):
         super().settimeout(LONGEST)
         self._touched = 0
 
+    def limit(self, seconds: float) -> None:
+        """As socket.settimeout, which the user has not done."""
+        super().settimeout(seconds)
 
+
+class PooledSocket(_Pooled, socket.socket):
+    """A connected socket that a pool lends.
+
+    `close()` ends the connection for everybody, as the user means it, although the pool has descriptors of its own.
+    `settimeout(None)` and `setblocking(True)` wait "for ever", which is 23 days.
+    """
+
+    __slots__ = ("_owner", "_touched")
+
+
+@functools.cache
+def _pooled(base: type[socket.socket]) -> type[PooledSocket]:
+    """The same on another class of sockets, as gevent puts in the place of Python's."""
+    return cast("type[PooledSocket]", type("PooledSocket", (_Pooled, base), {"__slots__": ("_owner", "_touched")}))
+
+
+def fresh(*args: Any, **kwargs: Any) -> PooledSocket:
+    """A pooled socket of the class that `socket.socket` is by now."""
+    if socket.socket is _BASE:
+        return PooledSocket(*args, **kwargs)
+    return _pooled(socket.socket)(*args, **kwargs)
+
+
+_BASE: Final = socket.socket
 with contextlib.suppress(ImportError):  # 0.5 us less for each; only where the hot path is compiled
-    PooledSocket.sendall = importlib.import_module("sharedpool._calls").sendall  # type: ignore[method-assign]
+    if issubclass(_BASE, _socket.socket):
+        PooledSocket.sendall = importlib.import_module("sharedpool._calls").sendall  # type: ignore[method-assign]
 
 
 class StreamDriver:
@@ -114,7 +151,7 @@ class StreamDriver:
 
     def adopt(self, descriptor: int, state: bytes) -> PooledSocket:
         """The same connection under another process's descriptor; there is no state to carry."""
-        conn = PooledSocket(fileno=descriptor)
+        conn = fresh(fileno=descriptor)
         conn.rest()
         return conn
 
@@ -140,7 +177,7 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
     try:
         if seconds <= 0:
             raise TimeoutError
-        socket.socket.settimeout(conn, min(seconds, LONGEST))
+        conn.limit(min(seconds, LONGEST))
         conn.connect(address)
     except TimeoutError as error:
         conn.close()
@@ -177,12 +214,17 @@ class Ending:
     is reset, and then we could no longer see when it closes. Only one that goes on and on is reset all the same.
     With TCP the kernel says when the peer has our end and we have its; a Unix socket has no such state, and the end of
     what comes is the peer's.
+
+    Args:
+        sock: The connection.
+        abort: Calls off what the peer is doing; used where it has not closed after some milliseconds.
     """
 
-    __slots__ = ("_left", "_sock", "_tcp", "asked")
+    __slots__ = ("_abort", "_left", "_sock", "_tcp", "asked")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, abort: Callable[[], None] | None = None) -> None:
         self._sock = sock
+        self._abort = abort
         self._tcp = not is_unix(sock)
         self._left = _LONG_ANSWER
         self.asked = 0
@@ -198,6 +240,8 @@ class Ending:
     def ended(self) -> bool:
         """Whether the peer has closed as well; never blocks."""
         self.asked += 1
+        if self.asked == _PATIENT and self._abort is not None:
+            self._abort()
         try:
             end = self._read_away()
             if self._tcp:

@@ -8,7 +8,7 @@ import time
 
 from ..errors import NO_DESCRIPTOR, ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, named, register
-from .sockets import PooledSocket, StreamDriver, connect
+from .sockets import PooledSocket, StreamDriver, connect, fresh
 
 
 class TcpDriver(StreamDriver):
@@ -36,7 +36,7 @@ class TcpDriver(StreamDriver):
         last: ConnectFailed | ConnectTimeout = ConnectFailed(f"{where} has no address")
         for family, kind, protocol, _, address in found:
             try:
-                conn = PooledSocket(family, kind, protocol)
+                conn = fresh(family, kind, protocol)
             except OSError as error:
                 raise file_limit(error, f"open {where}") from error
             try:

@@ -7,7 +7,7 @@ import struct
 
 from ..errors import ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, register
-from .sockets import PooledSocket, StreamDriver
+from .sockets import PooledSocket, StreamDriver, fresh
 
 
 class UnixDriver(StreamDriver):
@@ -27,7 +27,7 @@ class UnixDriver(StreamDriver):
         """
         where = f"unix:{host}"
         try:
-            conn = PooledSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+            conn = fresh(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
             raise file_limit(error, f"open {where}") from error
         try:

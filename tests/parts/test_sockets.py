@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
 import time
 from collections.abc import Iterator
@@ -235,6 +236,28 @@ def test_a_connection_has_ended_when_the_peer_has_closed_too(both: Both) -> None
     assert peer.recv(1) == b""
     peer.close()
     wait_until(ending.ended, 5)
+
+
+def test_a_peer_that_is_busy_has_its_work_called_off_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        conn = PooledSocket(fileno=socket.create_connection(server.getsockname()).detach())
+        peer, _ = server.accept()
+        called: queue.Queue[tuple[object, int, bytes]] = queue.Queue()
+        drivers.aborts["busy"] = lambda *facts: called.put(facts)
+        try:
+            ending = Ending(conn, drivers.abort_of("busy", conn, b"state"))
+            ending.begin()
+            for _ in range(20):
+                assert not ending.ended()
+            assert called.get(timeout=20) == (server.getsockname(), socket.AF_INET, b"state")
+            peer.close()
+            wait_until(ending.ended, 5)
+            assert called.empty()
+            assert drivers.abort_of("busy", conn, b"") is None, "without a state there is nothing to say"
+            assert drivers.abort_of("tcp", conn, b"state") is None
+        finally:
+            del drivers.aborts["busy"]
+            conn.close()
 
 
 def test_a_peer_that_closed_first_has_ended_at_once(both: Both) -> None:

@@ -350,3 +350,22 @@ def test_an_heir_of_an_arbiter_killed_between_cap_and_reserve_has_options_that_f
     assert (found.max_connections, found.reserve) == (3, 2)
     pool.apply(found)
     assert (pool.words[MAX], pool.words[RESERVE]) == (3, 2)
+
+
+def test_one_that_was_idle_before_the_arbiter_learned_that_it_has_no_descriptor_is_closed_by_its_process(
+    arbiter: SteppedArbiter,
+) -> None:
+    pool = arbiter.pool(close_timeout=1)
+    worker = arbiter.worker(pool)
+    at = worker.open()
+    index, generation = pool.table.slot_index(at), generation_of(pool.words[at])
+    worker.leave_idle(at)
+    pool.forget(index)  # no descriptor was left for it, which is found when the message is read at last
+    told: list[tuple[set[int], int, int]] = []
+    pool._tell_closed = lambda _, rows, slot, version, reason: told.append((set(rows), slot, version))  # type: ignore[assignment]
+    pool.unheld(worker.table.row, index, generation, arbiter.clock())
+    assert told == [({worker.table.row}, index, generation)]
+    arbiter.pass_time(0.9)
+    assert (numbers(pool).closing, numbers(pool).used) == (1, 1), "nobody sees its end: the permit waits"
+    arbiter.pass_time(0.2)
+    assert (numbers(pool).closing, numbers(pool).used) == (0, 0)

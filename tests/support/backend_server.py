@@ -266,7 +266,8 @@ class Server:
         listener.listen(0)
         listener.accepting = False
         while not _backlog_is_full(listener):
-            listener.fillers.append(_connect_nowait(listener))
+            if listener.path is None:
+                listener.fillers.append(_connect_nowait(listener))
 
     def do_counts(self) -> dict[str, Any]:
         self._accept_all()
@@ -353,14 +354,14 @@ def _backlog_is_full(listener: Listener) -> bool:
     """Ask the kernel: on a listening TCP socket tcpi_unacked is the accept queue's length and tcpi_sacked its limit."""
     assert listener.sock is not None
     if listener.path is not None:
-        return bool(listener.fillers) and _unix_queue_is_full(listener)
+        return _unix_queue_is_full(listener)
     info = listener.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     unacked, sacked = struct.unpack_from("II", info, 24)
     return bool(unacked > sacked)
 
 
 def _unix_queue_is_full(listener: Listener) -> bool:
-    """A Unix socket says so itself: a connect that would wait is refused with EAGAIN."""
+    """Try one more: of a Unix socket a connect that would wait is refused with EAGAIN, whoever has filled the queue."""
     try:
         listener.fillers.append(_connect_nowait(listener))
     except BlockingIOError:

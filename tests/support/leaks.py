@@ -49,7 +49,7 @@ def take_census(directory: Path) -> Census:
         descriptors=processes.descriptors(),
         children=frozenset(processes.children()),
         threads=frozenset(f"{thread.name} {thread.ident}" for thread in threading.enumerate()),
-        shared_memory=frozenset(os.listdir("/dev/shm")),
+        shared_memory=frozenset(name for name in os.listdir("/dev/shm") if not name.startswith("PostgreSQL.")),
         unix_sockets=frozenset(path for path in bound_unix_sockets() if path.startswith(str(directory))),
         scope_files=frozenset(files_below(directory)),
     )

@@ -98,10 +98,10 @@ def run(address: str, token: str) -> None:
     Channel(address, token).serve()
 
 
-def fork_server(control: socket.socket) -> None:
+def fork_server(control: socket.socket, modules: list[str]) -> None:
     """Fork a worker for every line `{"address", "token", "env"}`; end with the control channel."""
-    import tests.support.commands  # noqa: F401  the workers have it, and what it imports, from the start
-
+    for name in ["tests.support.commands", *modules]:  # the workers have them, and what they import, from the start
+        importlib.import_module(name)
     with control.makefile("rb") as lines:
         for line in lines:
             request = json.loads(line)
@@ -131,6 +131,6 @@ if __name__ == "__main__":
     # By its real name, so that what is pickled by reference is the same here and in the test.
     itself = importlib.import_module("tests.support.worker_main")
     if sys.argv[1] == "--fork-server":
-        itself.fork_server(socket.socket(fileno=int(sys.argv[2])))
+        itself.fork_server(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
     else:
         itself.run(sys.argv[1], sys.argv[2])

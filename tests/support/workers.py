@@ -172,13 +172,13 @@ class Worker(processes.Watched):
 
 
 class ForkServer:
-    """The process that has imported everything and forks the workers; one for all tests of a session."""
+    """The process that has imported everything, and these modules, and forks the workers; one for many tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         ours, theirs = socket.socketpair()
         self._control = ours
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.worker_main", "--fork-server", str(theirs.fileno())],
+            [sys.executable, "-m", "tests.support.worker_main", "--fork-server", str(theirs.fileno()), *modules],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             cwd=ROOT,

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.backend import Backend, Target
 from tests.support.leaks import check_nothing_left, take_census
+from tests.support.postgres import Postgres
 from tests.support.processes import adopt_orphans
 from tests.support.scope import Scope
 from tests.support.workers import ForkServer, Harness, Worker
@@ -24,6 +25,23 @@ def fork_server() -> Iterator[ForkServer]:
     server = ForkServer()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(fork_server: ForkServer) -> Iterator[Postgres]:
+    """A real PostgreSQL, one for the whole session."""
+    server = Postgres()
+    try:
+        yield server.begin()
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def postgres(postgres_server: Postgres) -> Postgres:
+    """The session's PostgreSQL, without anybody connected."""
+    postgres_server.wait_until_alone()
+    return postgres_server
 
 
 @pytest.fixture

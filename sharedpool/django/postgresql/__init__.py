@@ -1,0 +1,1 @@
+"""The engine `sharedpool.django.postgresql`."""

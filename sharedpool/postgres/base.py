@@ -1,0 +1,231 @@
+"""What the pool for threads and the one for asyncio have in common: arguments, names, numbers, what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import re
+import time
+from collections import Counter
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq
+
+from .. import control
+from ..errors import ConnectFailed, ConnectTimeout, SharedPoolError, TooManyWaiting
+from ..errors import PoolTimeout as Expired
+from ..options import allows
+from ..pool import Pool
+from .errors import PoolClosed, PoolTimeout, TooManyRequests
+from .psycopg3 import Psycopg3Driver
+from .sessions import RESETS
+
+log = logging.getLogger("sharedpool")
+
+_IDLE: Final = pq.TransactionStatus.IDLE
+_OPEN: Final = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
+#: Seconds between two attempts to connect, doubled each time.
+_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 5.0
+
+
+class BasePool:
+    """The arguments of psycopg_pool's pools, checked as there, and this process's numbers.
+
+    `max_size` is the cap over all processes that use the same `name`. Not given, the name is made of the connection
+    string, without its password.
+    """
+
+    def __init__(
+        self, conninfo: Any, connection_class: Any, kwargs: Any, min_size: int, max_size: int | None,
+        configure: Any, check: Any, reset: Any, name: str | None, close_returns: bool, timeout: float,
+        max_waiting: int, max_lifetime: float, max_idle: float, reconnect_timeout: float, reconnect_failed: Any,
+        app: str | None, move: bool, driver_configure: Any,
+    ) -> None:  # fmt: skip
+        if max_size is None:
+            log.warning(
+                "max_size is not given: %s connections for all processes of the pool together, not for each", min_size
+            )
+        self._min_size, self._max_size = sizes(min_size, max_size)
+        self.conninfo = conninfo
+        self.kwargs = kwargs
+        self.connection_class = connection_class
+        self.timeout = timeout
+        self.max_waiting = max_waiting
+        self.max_lifetime = max_lifetime
+        self.max_idle = max_idle
+        self.reconnect_timeout = reconnect_timeout
+        self.close_returns = close_returns
+        self._configure = configure
+        self._check = check
+        self._reset = None if isinstance(reset, str) else reset
+        self._reconnect_failed = reconnect_failed
+        self._app = app
+        self.driver: Psycopg3Driver[Any] = Psycopg3Driver(
+            conninfo, kwargs, connection_class=connection_class, configure=driver_configure, move=move,
+            reset=reset if isinstance(reset, str) else RESETS[0],
+        )  # fmt: skip
+        self._via: Any = self.driver
+        self.name = name or name_of(self.driver)
+        self._opened = False
+        self._closed = True
+        self._out = 0
+        self._counts: Counter[str] = Counter()
+        self._popped: Counter[str] = Counter()
+        self._failing_since = 0.0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.{type(self).__name__} {self.name!r} at 0x{id(self):x}>"
+
+    @property
+    def min_size(self) -> int:
+        """So many connections are kept ready, over all processes together."""
+        return self._min_size
+
+    @property
+    def max_size(self) -> int:
+        """The cap over all processes together."""
+        return self._max_size
+
+    @property
+    def closed(self) -> bool:
+        """Whether this process has closed it, or not opened it yet."""
+        return self._closed
+
+    def _handle(self) -> Pool[Any]:
+        """A handle on the shared pool; nothing happens yet."""
+        options: dict[str, Any] = {
+            "max_connections": self._max_size, "min_idle": 0, "idle_timeout": self.max_idle,
+            "max_lifetime": self.max_lifetime, "max_waiting": self.max_waiting or None,
+        }  # fmt: skip
+        return control.attach(self.name, app=self._app, **{n: v for n, v in options.items() if allows(n, v)})
+
+    def _begin(self) -> None:
+        if self._opened:
+            raise PoolClosed("pool has already been opened/closed and cannot be reused")
+        self._opened, self._closed = True, False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            state = "already closed" if self._opened else "not open yet"
+            raise PoolClosed(f"the pool {self.name!r} is {state}")
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
+
+    def _stats(self, handle: Any, *, forget: bool) -> dict[str, int]:
+        """Sizes are over all processes, counters this process's."""
+        own = handle.worker_stats() if not self._closed else {}
+        counts = self._counts + Counter(
+            connections_num=own.get("opens", 0) + own.get("replaced", 0) + own.get("open_failures", 0),
+            connections_errors=own.get("open_failures", 0),
+            connections_lost=own.get("replaced", 0),
+        )
+        found = {name: value - self._popped[name] for name, value in counts.items() if value - self._popped[name]}
+        if forget:
+            self._popped = counts
+        if self._closed:
+            return {**found, "pool_min": self._min_size, "pool_max": self._max_size}
+        now = handle.stats()
+        found.update(
+            pool_min=self._min_size, pool_max=now.max_connections, pool_available=now.idle,
+            pool_size=now.in_use + now.idle + now.opening + now.granted, requests_waiting=now.waiting,
+        )  # fmt: skip
+        return found
+
+    def _waited(self, seconds: float) -> None:
+        self._counts["requests_queued"] += 1
+        self._counts["requests_wait_ms"] += int(seconds * 1000)
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    def _lent(self, lease: Any) -> Any:
+        conn = lease.conn
+        conn._pool = self
+        conn._lease = lease
+        self._out += 1
+        return conn
+
+    def _taken_back(self, conn: Any) -> Any:
+        """The lease of a connection that comes back.
+
+        Raises:
+            ValueError: It is not this pool's.
+        """
+        pool = getattr(conn, "_pool", None)
+        if pool is not self:
+            whose = f"it comes from pool {pool.name!r}" if pool else "it doesn't come from any pool"
+            raise ValueError(f"can't return connection to pool {self.name!r}, {whose}: {conn}")
+        lease, conn._lease, conn._pool = conn._lease, None, None
+        self._out -= 1
+        return lease
+
+    def _end(self, lease: Any, *, good: bool) -> None:
+        if not good:
+            self._counts["returns_bad"] += 1
+        if not lease.in_force:  # a forked child's copy, or the process has left the pool
+            return
+        try:
+            lease.checkin() if good else lease.discard()
+        except SharedPoolError as error:
+            log.warning("pool %r: a connection could not be given back: %s", self.name, error)
+
+    # --- failures -----------------------------------------------------------------------------------------------------
+
+    def _translated(self, error: SharedPoolError, timeout: float) -> psycopg.OperationalError:
+        """As psycopg_pool's users know it."""
+        self._counts["requests_errors"] += 1
+        if isinstance(error, TooManyWaiting):
+            return TooManyRequests(f"the pool {self.name!r} has already {self.max_waiting} requests waiting")
+        if isinstance(error, Expired | ConnectFailed | ConnectTimeout):
+            return PoolTimeout(f"couldn't get a connection after {timeout:.2f} sec: {error}")
+        return psycopg.OperationalError(str(error))
+
+    def _may_try_again(self, error: SharedPoolError, until: float, attempt: int) -> float:
+        """Seconds to wait before connecting again; the error, if it is too late."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if now - self._failing_since > self.reconnect_timeout:
+            self._failing_since = now
+            if self._reconnect_failed is not None:
+                self._reconnect_failed(self)
+        pause: float = min(_LONGEST_PAUSE, _PAUSE * 2**attempt) * random.uniform(0.9, 1.1)
+        if now + pause >= until:
+            raise error
+        return pause
+
+
+def status_of(conn: Any) -> pq.TransactionStatus:
+    """Of its transaction; UNKNOWN for a broken one."""
+    return pq.TransactionStatus(conn.pgconn.transaction_status)
+
+
+def is_idle(conn: Any) -> bool:
+    """Whether no transaction is open and nothing under way."""
+    return bool(conn.pgconn.transaction_status == _IDLE)
+
+
+def is_in_transaction(conn: Any) -> bool:
+    """Whether there is one to roll back."""
+    return conn.pgconn.transaction_status in _OPEN
+
+
+def name_of(driver: Psycopg3Driver[Any]) -> str:
+    """A pool's name, made of where it leads; the same in every process, and without any secret."""
+    address = driver.target.address
+    digest = hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?')[0])[:80]}-{digest}"
+
+
+def sizes(low: int, high: int | None) -> tuple[int, int]:
+    """min_size and max_size, checked as psycopg_pool does."""
+    if high is None:
+        high = low
+    if low < 0:
+        raise ValueError("min_size cannot be negative")
+    if high < low:
+        raise ValueError("max_size must be greater or equal than min_size")
+    if high == 0:
+        raise ValueError("if min_size is 0 max_size must be greater than 0")
+    return low, high

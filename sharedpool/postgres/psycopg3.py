@@ -1,0 +1,425 @@
+"""The driver for psycopg 3: its connections, on sessions that move.
+
+libpq connects to a door of this process and is answered by the server (a new session) or with what the server once said
+(one that is there already); then the server's connection is laid over libpq's descriptor. libpq does that without
+blocking, so one thread does both sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import psycopg
+from psycopg import errors as e
+from psycopg import generators, pq, waiting
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from ..drivers import Register
+from ..drivers import postgres as wire
+from ..errors import ConnectFailed, ConnectTimeout, OptionError
+from . import conninfo
+from .connections import OwnNames, shared_class
+from .conninfo import Target
+from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, ended_if_it_fails, lay_over, real_names
+
+C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
+
+#: Keywords of Connection.connect that are not libpq's.
+_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
+#: Seconds for what a pool itself asks the server: resets, checks.
+_PATIENCE = 10.0
+
+_OK = pq.ConnStatus.OK
+_BAD = pq.ConnStatus.BAD
+_IDLE = pq.TransactionStatus.IDLE
+_OFF = pq.PipelineStatus.OFF
+_DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)
+
+
+class Psycopg3Driver(Generic[C]):
+    """`checkout(driver.host, driver.port, transport=driver)` lends psycopg connections.
+
+    Connections are instances of a subclass of `connection_class` whose cancel(), cancel_safe() and info are about the
+    server itself.
+
+    Args:
+        conninfo: As for psycopg.connect, or a callable that gives it, asked at each opening.
+        kwargs: As the keywords of psycopg.connect, or a callable that gives them.
+        connection_class: The class of the connections, sync or async.
+        reset: When DISCARD ALL sets a session back: "handoff": when another process, or another object, has used it;
+            "always": at each lease; "never": not at all, only settings that libpq has to know are set back.
+        configure: Called with each connection that was opened, taken over or set back, before it is lent.
+        move: False: sessions stay in the process that opened them.
+    """
+
+    name = wire.NAME
+    connects = True
+    host = ""
+    port = 0
+
+    def __init__(
+        self,
+        conninfo: str | Callable[[], str] = "",
+        kwargs: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
+        *,
+        connection_class: type[C] = psycopg.Connection,  # type: ignore[assignment]
+        reset: str = "handoff",
+        configure: Callable[[C], object] | None = None,
+        move: bool = True,
+    ) -> None:
+        self._conninfo = conninfo
+        self._kwargs = kwargs
+        kind: Any = connection_class
+        self._class: type[C] = shared_class(kind)
+        self._reset = check_reset(reset)
+        self.always = self._reset == "always"
+        self._configure = configure
+        self._move = move
+        self._target: Target | None = None
+        self._asked: str = ""
+        self._once = Once()
+
+    def __repr__(self) -> str:
+        return f"<Psycopg3Driver {'' if self._target is None else self._target.address}>"
+
+    # --- what it leads to ---------------------------------------------------------------------------------------------
+
+    def resolve(self) -> tuple[Target, dict[str, Any]]:
+        """Where it leads now, and psycopg's own keywords; asks what is callable.
+
+        Raises:
+            OptionError: It is no connection string.
+        """
+        text = self._conninfo() if callable(self._conninfo) else self._conninfo
+        given = self._kwargs() if callable(self._kwargs) else self._kwargs
+        kwargs = dict(given or {})
+        own = {name: kwargs.pop(name) for name in _OF_PSYCOPG if name in kwargs}
+        try:
+            params = conninfo_to_dict(text, **kwargs)
+        except e.ProgrammingError as error:
+            raise OptionError(
+                f"option 'conninfo' is no connection string (from the call): {error}",
+                option="conninfo", value=type(text).__name__, source="the call", allowed="a connection string",
+            ) from None  # fmt: skip
+        found = conninfo.resolve(params, pq.version(), move=self._move)
+        if self._target is None:
+            self._target = found
+        return found, own
+
+    @property
+    def target(self) -> Target:
+        """Where it led when it was first asked; that is its key."""
+        return self._target or self.resolve()[0]
+
+    @property
+    def moves(self) -> bool:
+        """Whether sessions can move, as far as can be said without asking the server."""
+        return not self.target.stays
+
+    def address(self, host: str, port: int) -> tuple[str, int]:
+        """The key: user, host, port, database, and a hash of what else makes sessions differ."""
+        target = self.target
+        return f"{target.address}{'' if self._reset != 'never' else '#never'}", 0
+
+    # --- opening ------------------------------------------------------------------------------------------------------
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> C:
+        """A new session, configured.
+
+        Raises:
+            ConnectFailed, ConnectTimeout: With psycopg's error as the cause.
+        """
+        target, own = self.resolve()
+        until = time.monotonic() + min(timeout, target.connect_timeout or timeout)
+        try:
+            conn = self._open(target, own, until, register)
+        except ConnectFailed as error:
+            raise ConnectFailed(str(error)) from e.OperationalError(str(error))
+        except TimeoutError as error:
+            text = str(error) or f"connection to {target.address} failed: no answer within {timeout:.3g} s"
+            raise ConnectTimeout(text) from e.ConnectionTimeout(text)
+        except e.Error as error:
+            raise ConnectFailed(str(error)) from error
+        try:
+            with ended_if_it_fails(socket.socket(fileno=os.dup(conn.fileno()))):
+                try:
+                    self._configured(conn)
+                except BaseException:
+                    self.close(conn)
+                    raise
+        except e.Error as error:
+            raise ConnectFailed(f"the configure callback failed: {error}") from error
+        return conn
+
+    def _open(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
+        why = target.stays or self._asked
+        if not why:
+            try:
+                return self._open_relayed(target, own, until, register)
+            except wire.CannotMove as error:
+                why = self._asked = str(error)
+            except e.OperationalError:
+                if target.all.get("sslmode") != "allow":
+                    raise
+                why = "the server wants TLS, which sslmode=allow gives it"
+        if self._move:
+            self._once.say(target, why)
+        return self._open_directly(target, own, until, register)
+
+    def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
+        assert target.server is not None
+        with ended_if_it_fails(target.server.connect(until, register)) as far:
+            relay = wire.Relay(far)
+            pgconn = _start(relay, target, target.at, until)
+            try:
+                session = Session.of(target, relay.state(), far)
+                lay_over(far, pgconn.socket)
+                return self._made(pgconn, own, session)
+            except BaseException:
+                pgconn.finish()
+                raise
+
+    def _open_directly(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
+        """As libpq does it; the pool gets a duplicate of each socket that libpq tries."""
+        with contextlib.ExitStack() as duplicates:
+            seen = set()
+            generator = generators.connect(make_conninfo("", **target.given))
+            ready: Any = None
+            try:
+                number, wait = next(generator)
+                while True:
+                    inode = os.fstat(number).st_ino
+                    if inode not in seen:
+                        seen.add(inode)
+                        copy = socket.socket(fileno=os.dup(number))
+                        register(duplicates.enter_context(ended_if_it_fails(copy)))
+                    ready = _wait(number, wait, until)
+                    number, wait = generator.send(ready)
+            except StopIteration as stop:
+                pgconn: pq.abc.PGconn = stop.value
+        return self._made(pgconn, own, None)
+
+    def _made(self, pgconn: pq.abc.PGconn, own: dict[str, Any], session: Session | None) -> C:
+        """The object of psycopg, as its connect() would make it."""
+        conn: Any = self._class(pgconn)
+        conn._pool = None
+        conn._shared = session
+        conn._baseline = _knows(conn)
+        conn._configured = False
+        if self._reset == "never":
+            conn._prepared = OwnNames()
+        conn._autocommit = bool(own.get("autocommit"))
+        conn.prepare_threshold = own.get("prepare_threshold", 5)
+        if own.get("row_factory"):
+            conn.row_factory = own["row_factory"]
+        if own.get("cursor_factory"):
+            conn.cursor_factory = own["cursor_factory"]
+        if own.get("context"):
+            conn._adapters = AdaptersMap(own["context"].adapters)
+        found: C = conn
+        return found
+
+    def _configured(self, conn: C) -> None:
+        """Have the user's callback set the connection up; it must leave no transaction open."""
+        if self._configure is not None:
+            self._configure(conn)
+            if conn.pgconn.transaction_status != _IDLE:
+                status = pq.TransactionStatus(conn.pgconn.transaction_status).name
+                raise e.ProgrammingError(f"connection left in status {status} by configure function: discarded")
+        conn._configured = True  # type: ignore[union-attr]
+        conn._baseline = _knows(conn)  # type: ignore[union-attr]
+
+    # --- moving -------------------------------------------------------------------------------------------------------
+
+    def export(self, conn: C) -> bytes | None:
+        """What the server said at the session's start; None if it stays."""
+        session: Session | None = conn._shared  # type: ignore[union-attr]
+        return session.state if session is not None else None
+
+    def adopt(self, descriptor: int, state: bytes) -> C:
+        """An object for a session that another process has opened; no word goes to the server."""
+        with socket.socket(fileno=descriptor) as far:
+            target, own = self._known()
+            pgconn = _start(wire.Relay(far, state), target, target.again_at, time.monotonic() + _PATIENCE)
+            try:
+                lay_over(far, pgconn.socket)
+                return self._made(pgconn, own, Session.of(target, state, far))
+            except BaseException:
+                pgconn.finish()
+                raise
+
+    def _known(self) -> tuple[Target, dict[str, Any]]:
+        """Where it leads; what is callable is asked for openings only, where secrets are needed."""
+        if self._target is not None and (callable(self._conninfo) or callable(self._kwargs)):
+            kwargs = self._kwargs if isinstance(self._kwargs, dict) else {}
+            return self._target, {name: kwargs[name] for name in _OF_PSYCOPG if name in kwargs}
+        return self.resolve()
+
+    def reset(self, conn: C) -> bool:
+        """Somebody else has used the session: set it back, and configure it again."""
+        if self._reset != "never":
+            return self._set_back(conn, DISCARD)
+        if not conn._configured and self._configure is not None:  # type: ignore[union-attr]
+            return self._set_back(conn, SETTINGS)
+        return True
+
+    def _set_back(self, conn: C, command: str) -> bool:
+        """Run a command of reset, and configure again; False if libpq then knows anything else than the server."""
+        execute(conn, command)
+        if command == DISCARD:
+            _forget(conn)
+        if not _agrees(conn):
+            return False
+        self._configured(conn)
+        return True
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    def fileno(self, conn: C) -> int:
+        """The number of libpq's descriptor; -1 once it is closed."""
+        return conn.fileno()
+
+    def clean(self, conn: C) -> bool:
+        """No transaction, no COPY, no pipeline; settings that libpq knows are as at the start."""
+        pgconn = conn.pgconn
+        if pgconn.status != _OK or pgconn.transaction_status != _IDLE or pgconn.pipeline_status != _OFF:
+            return False
+        if not self.talks(conn):
+            return True
+        try:
+            heard = conn._notifies_backlog or conn._notify_handlers
+            return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
+        except (e.Error, e._WaitTimeout):
+            return False
+
+    def talks(self, conn: C) -> bool:
+        """Whether `clean` will have to talk to the server: settings were changed, or something was listened to."""
+        if conn._shared is None:  # type: ignore[union-attr]
+            return False
+        if conn._notifies_backlog or conn._notify_handlers:
+            return True
+        status = conn.pgconn.parameter_status
+        return any(status(name) != value for name, value in conn._baseline)  # type: ignore[union-attr]
+
+    def check(self, conn: C) -> bool:
+        """Whether the server answers."""
+        execute(conn, "")
+        return True
+
+    def close(self, conn: C) -> None:
+        """End the session (a word of goodbye) and the object, whatever it is doing."""
+        with contextlib.suppress(Exception):
+            conn._closed = True
+            conn.pgconn.finish()
+
+
+def execute(conn: Any, command: str) -> None:
+    """Have the server do something for the pool itself, whatever the connection's modes are.
+
+    Raises:
+        psycopg.Error: It did not.
+    """
+    waiting.wait(_executing(conn.pgconn, command), conn.pgconn.socket, interval=0.1, timeout=_PATIENCE)
+
+
+def _executing(pgconn: pq.abc.PGconn, command: str) -> Any:
+    pgconn.send_query(command.encode())
+    for result in (yield from generators.execute(pgconn)):
+        if result.status not in _DONE:
+            raise e.error_from_result(result)
+
+
+def _knows(conn: Any) -> tuple[tuple[bytes, bytes | None], ...]:
+    """What libpq knows of the settings that a server reports."""
+    session: Session | None = conn._shared
+    return tuple((name, conn.pgconn.parameter_status(name)) for name, _ in session.baseline) if session else ()
+
+
+def _agrees(conn: Any) -> bool:
+    """After a reset: make libpq know what the server has.
+
+    A server tells of a change only, and only whoever has the session then. What another process has set back is unknown
+    here: set to what is believed here, and back again, it is told.
+    """
+    session: Session | None = conn._shared
+    if session is None:
+        return True
+    differs = [
+        (name, value)
+        for (name, value), (_, there) in zip(_knows(conn), session.baseline, strict=True)
+        if value != there
+    ]
+    if not differs:
+        return True
+    for name, value in differs:
+        if value is None:
+            return False
+        execute(conn, f"SELECT set_config({_quoted(name)}, {_quoted(value)}, false)")
+    execute(conn, SETTINGS)
+    return _knows(conn) == session.baseline
+
+
+def _quoted(value: bytes) -> str:
+    return "'" + value.decode().replace("'", "''") + "'"
+
+
+def _forget(conn: Any) -> None:
+    """After DISCARD ALL: what psycopg believed to be prepared is not; handlers were somebody else's."""
+    prepared = conn._prepared
+    prepared._names.clear()
+    prepared._counts.clear()
+    prepared._to_flush.clear()
+    conn._notice_handlers.clear()
+    conn._notify_handlers.clear()
+    if conn._notifies_backlog:
+        conn._notifies_backlog.clear()
+
+
+def _start(
+    relay: wire.Relay, target: Target, parameters: Callable[[str], dict[str, str]], until: float
+) -> pq.abc.PGconn:
+    """The connection of libpq at the near end of a relay, ready."""
+    door = wire.Door()
+    try:
+        text = make_conninfo("", **parameters(door.name))
+        pgconn = pq.PGconn.connect_start(text.encode())
+        if pgconn.status == _BAD:
+            raise _failure(pgconn, door.name, target)
+        near = relay.near = door.accept(until)
+    finally:
+        door.close()
+    with near:
+        while (status := pgconn.connect_poll()) != pq.PollingStatus.OK:
+            if status == pq.PollingStatus.FAILED:
+                raise _failure(pgconn, door.name, target)
+            if status == pq.PollingStatus.READING:
+                with contextlib.suppress(EOFError):  # libpq says what that means
+                    relay.step(until)
+    pgconn.nonblocking = 1
+    return pgconn
+
+
+def _failure(pgconn: pq.abc.PGconn, door: str, target: Target) -> e.OperationalError:
+    text = real_names(pgconn.get_error_message("utf-8"), door, target)
+    return e.OperationalError(f"connection failed: {text}", pgconn=e.finish_pgconn(pgconn))
+
+
+def _wait(number: int, wait: Any, until: float) -> Any:
+    """Wait for a descriptor as a generator of psycopg asks."""
+    poll = select.poll()
+    poll.register(
+        number, (select.POLLIN if wait & waiting.Wait.R else 0) | (select.POLLOUT if wait & waiting.Wait.W else 0)
+    )
+    if not (found := poll.poll(max(0.0, until - time.monotonic()) * 1000)):
+        raise TimeoutError
+    events = found[0][1]
+    failed = events & (select.POLLERR | select.POLLHUP | select.POLLNVAL)
+    ready = (waiting.Ready.R if events & select.POLLIN else 0) | (waiting.Ready.W if events & select.POLLOUT else 0)
+    return waiting.Ready(ready) if ready else waiting.Ready(int(wait)) if failed else waiting.Ready.NONE

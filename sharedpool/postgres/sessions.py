@@ -1,0 +1,133 @@
+"""What the drivers for all client libraries share: which session an object has, and its rules of reset."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+from ..drivers import postgres as wire
+from ..drivers.sockets import end
+from ..errors import OptionError
+from .conninfo import Target
+
+log = logging.getLogger("sharedpool")
+
+RESETS: Final = ("handoff", "never", "always")
+
+#: What `reset="never"` leaves alone are temporary tables, prepared statements and the like; settings that the client
+#: library has to know are set back even then, by the part of DISCARD ALL that does that.
+DISCARD: Final = "DISCARD ALL"
+SETTINGS: Final = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL"
+
+#: Seconds for a server to close a connection that did not become a session.
+_SEEN_OFF: Final = 1.0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Session:
+    """A session that can move, as one object has it.
+
+    Attributes:
+        target: Where it leads.
+        state: What the server said at its start.
+        peer: The server's address.
+        family: Its family.
+        inode: The connection itself, whatever the number of its descriptor.
+        baseline: (name, value) of what the server reported at its start, as the library gives them.
+    """
+
+    target: Target
+    state: bytes
+    peer: Any
+    family: int
+    inode: int
+    baseline: tuple[tuple[bytes, bytes], ...]
+
+    @classmethod
+    def of(cls, target: Target, state: bytes, sock: socket.socket) -> Session:
+        """The session on a connection to the server."""
+        baseline = tuple(wire.parameters(state).items())
+        return cls(target, state, sock.getpeername(), sock.family, os.fstat(sock.fileno()).st_ino, baseline)
+
+    @property
+    def hostaddr(self) -> str:
+        """The server's IP address; "" for a Unix socket."""
+        return "" if self.family == socket.AF_UNIX else str(self.peer[0])
+
+    def is_at(self, number: int) -> bool:
+        """Whether a descriptor is this session's: an object that was given back has a dead one."""
+        try:
+            return os.fstat(number).st_ino == self.inode
+        except OSError:
+            return False
+
+    def cancel(self, number: int, seconds: float) -> None:
+        """Ask the server to cancel what the session does, if it still is the one under that descriptor.
+
+        Raises:
+            OSError: The server cannot be reached, or did not take it in time.
+        """
+        if self.is_at(number):
+            wire.cancel(self.peer, self.family, self.state, seconds)
+
+
+class Once:
+    """Says why sessions do not move, once."""
+
+    def __init__(self) -> None:
+        self._said = False
+        self._lock = threading.Lock()
+
+    def say(self, target: Target, why: str) -> None:
+        """The first reason is a warning, others are for who looks for them."""
+        with self._lock:
+            level, self._said = (logging.DEBUG if self._said else logging.WARNING), True
+        log.log(
+            level, "PostgreSQL sessions of %s stay in the process that opened them: %s; each process that needs one"
+            " opens its own, under the same cap", target.address, why,
+        )  # fmt: skip
+
+
+def check_reset(value: object) -> str:
+    """One of the words, or OptionError."""
+    if value in RESETS:
+        return str(value)
+    raise OptionError(
+        f"option 'reset' has the value {value!r} (from the call); allowed is one of {', '.join(RESETS)}",
+        option="reset", value=value, source="the call", allowed=RESETS,
+    )  # fmt: skip
+
+
+def real_names(text: str, door: str, target: Target) -> str:
+    """A library's message about a door, as it would be about the server itself."""
+    return text.replace(f'server on socket "{door}/.s.PGSQL.5432"', str(target.server)).replace(
+        "\n\tIs the server running locally and accepting connections on that socket?", ""
+    )
+
+
+@contextlib.contextmanager
+def ended_if_it_fails(sock: socket.socket) -> Iterator[socket.socket]:
+    """For the block: the pool's own copy of a connection that is about to become a session.
+
+    If it does not, the server is seen off before the permit goes on: its process counts until it has gone.
+    """
+    try:
+        yield sock
+    except BaseException:
+        with contextlib.suppress(OSError):
+            end(sock, _SEEN_OFF)
+        raise
+    finally:
+        sock.close()
+
+
+def lay_over(sock: socket.socket, number: int) -> None:
+    """Give a library's descriptor number the server's connection; it never blocks, as libpq expects."""
+    sock.setblocking(False)
+    os.dup2(sock.fileno(), number, inheritable=False)
