@@ -141,12 +141,17 @@ class DbapiDriver:
 
     def close(self, conn: Session) -> None:
         """Close the connection, and then show that by its stand-in."""
-        if not conn.ends():
-            return
-        connection, conn.connection = conn.connection, None
+        if conn.ends():
+            if conn.connection is None or conn.foreign:
+                conn.sign_off()
+            else:
+                self.end(conn)
+            conn.connection = conn.note = None
+
+    def end(self, conn: Session) -> None:
+        """Close the library's connection; then sign off."""
         try:
-            if connection is not None and not conn.foreign:
-                self._close(connection)
+            self._close(conn.connection)
         except Exception as error:  # noqa: BLE001 - the library's; whatever it is, the connection is of no more use
             log.debug("closing a connection of %s failed: %r", self.name, error)
         finally:

@@ -14,6 +14,7 @@ QueuePool instead would mean to disarm its queue and its counts.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import functools
@@ -30,8 +31,9 @@ from typing import Any, Final, Protocol, cast
 from sqlalchemy import exc
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 from sqlalchemy.pool.base import ConnectionPoolEntry, _ConnectionRecord
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
-from .. import control
+from .. import aio, control
 from ..drivers import Register
 from ..drivers.dbapi import DbapiDriver, Session
 from ..errors import (
@@ -153,7 +155,7 @@ class _Record(_ConnectionRecord):
         """As SQLAlchemy's; but what was forgotten and collected is closed, because finalizers may run anywhere."""
         fairy = self.fairy_ref
         if fairy is not None and fairy() is None:
-            self.shared._forget(self)
+            self.shared._drop(self)
         super().checkin(_fairy_was_created)
 
 
@@ -277,7 +279,7 @@ class SharedQueuePool(Pool):
     def _lease(self) -> Lease[Any]:
         handle, library = self._started or self._start()
         try:
-            return handle.checkout(library.host, library.port, cast(Any, library), checkout_timeout=self._timeout)
+            return self._checkout(handle, library)
         except (PoolTimeout, TooManyWaiting) as error:
             raise exc.TimeoutError(str(error), code=_LIMIT) from error
         except (ConnectFailed, ConnectTimeout) as error:
@@ -289,6 +291,9 @@ class SharedQueuePool(Pool):
             raise
         except SharedPoolError as error:
             raise self._operational(error) from error
+
+    def _checkout(self, handle: Handle[Any], library: _Library) -> Lease[Any]:
+        return handle.checkout(library.host, library.port, cast(Any, library), checkout_timeout=self._timeout)
 
     def _dbapi_error(self, name: str) -> type[Exception] | None:
         return getattr(getattr(self._dialect, "dbapi", None), name, None)
@@ -347,6 +352,8 @@ class SharedQueuePool(Pool):
                 record.lease = None
                 with contextlib.suppress(LeaseError):  # it was taken away
                     lease.checkin()
+        elif lease is not None and lease.in_force and self._is_asyncio and not self._dialect.has_terminate:
+            self._drop(record)  # collected: SQLAlchemy only detaches what it cannot close in a finalizer
         # else it was invalidated, and discarded; or detached: the permit is taken until the connection is closed
         self._leave_if_done()
 
@@ -360,10 +367,10 @@ class SharedQueuePool(Pool):
             record.lease.discard()
         self._leave_if_done()
 
-    def _forget(self, record: _Record) -> None:
-        """A finalizer's: the lease is dropped, and ended by another thread."""
-        if record.dbapi_connection is not None:
-            self._leases.pop(id(record.dbapi_connection), None)
+    def _drop(self, record: _Record) -> None:
+        """A finalizer's, which may run anywhere: the lease is dropped, and ended by another thread."""
+        if record.lease is not None and self._started is not None:
+            self._leases.pop(id(self._started[1].connection(record.lease.conn)), None)
         record.lease = None
 
     # --- the pool -----------------------------------------------------------------------------------------------------
@@ -451,9 +458,35 @@ class SharedQueuePool(Pool):
 
 
 class AsyncSharedQueuePool(SharedQueuePool):
-    """The same for asyncio engines."""
+    """The same for asyncio engines: who waits does not block the loop.
+
+    Connections stay with the process and the loop that opened them; only permits go over to others.
+    """
 
     _is_asyncio = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _StayingWithLoop]
+        self._drivers = weakref.WeakKeyDictionary()
+
+    def _checkout(self, handle: Handle[Any], library: _Library) -> Lease[Any]:
+        loop = asyncio.get_running_loop()
+        driver = self._drivers.get(loop)
+        if driver is None:  # what one loop has opened is never lent in another: it is another driver's
+            made = _StayingWithLoop(self, getattr(self._dialect, "driver", ""), library.host, loop)
+            driver = self._drivers.setdefault(loop, made)
+        asked = aio.Pool(handle).checkout(driver.host, driver.port, driver, checkout_timeout=self._timeout)
+        lease: Lease[Any] = await_only(asked)
+        return lease
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        record = self._leases.get(id(connection))
+        if record is not None and record.fairy_ref is None and record.dbapi_connection is None:
+            self._drop(record)  # detached, perhaps by a finalizer
+            self._leave_if_done()
+        else:
+            super()._close_connection(connection, terminate=terminate)
 
 
 def _part(fairy: PoolProxiedConnection) -> None:
@@ -501,6 +534,51 @@ class _Staying(DbapiDriver):
 
     def settle(self, conn: Session) -> None:
         """Nobody else uses it."""
+
+
+class _StayingWithLoop(_Staying):
+    """A library for asyncio: opened and closed by one loop, whichever thread finds out that it is time."""
+
+    def __init__(self, pool: SharedQueuePool, kind: str, host: str, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(pool, kind, host)
+        self._loop = weakref.ref(loop)
+        self._dialect: Any = pool._dialect
+        self._ending: set[asyncio.Task[Any]] = set()
+
+    def _create(self) -> Any:
+        pool, loop = self._pool(), self._loop()
+        assert pool is not None
+        assert loop is not None
+        record = _Record(pool, opened=True)
+        made = asyncio.run_coroutine_threadsafe(greenlet_spawn(pool._create, record), loop)
+        return record, made.result()
+
+    def end(self, conn: Session) -> None:
+        connection, loop = conn.connection, self._loop()
+        try:
+            if loop is None:
+                raise RuntimeError
+            loop.call_soon_threadsafe(self._end_in_loop, conn, connection)
+        except RuntimeError:  # it is closed: nobody can say goodbye, and the library's object is left to be collected
+            conn.sign_off()
+
+    def _end_in_loop(self, conn: Session, connection: Any) -> None:
+        loop = asyncio.get_running_loop()
+        if self._dialect.has_terminate:
+            try:
+                self._dialect.do_terminate(connection)
+            finally:
+                loop.call_soon(conn.sign_off)  # after what the library leaves to the loop
+        else:
+            task = loop.create_task(greenlet_spawn(self._dialect.do_close, connection))
+            self._ending.add(task)  # a loop does not keep its tasks
+            task.add_done_callback(functools.partial(self._ended, conn))
+
+    def _ended(self, conn: Session, task: asyncio.Task[Any]) -> None:
+        self._ending.discard(task)
+        conn.sign_off()
+        if not task.cancelled() and task.exception() is not None:
+            log.debug("closing a connection of %s failed: %r", self.name, task.exception())
 
 
 class _Moving:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 import threading
@@ -519,3 +521,135 @@ def test_options_are_the_keywords_of_create_engine() -> None:
     assert isinstance(pool, SharedQueuePool)
     assert pool._given == {"max_connections": 20, "idle_timeout": None}
     assert pool.timeout() == 30.0
+
+
+# --- asyncio ----------------------------------------------------------------------------------------------------------
+
+
+def make_async(state: State, address: str, **given: Any) -> None:
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    loop = state.things["loop"] = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="loop").start()
+    state.things["engine"] = create_async_engine(address, poolclass=AsyncSharedQueuePool, **given)
+
+
+def in_loop(state: State, work: Any) -> Any:
+    return asyncio.run_coroutine_threadsafe(work, state.things["loop"]).result(30)
+
+
+async def ask_once(engine: Any) -> int:
+    async with engine.connect() as connection:
+        return int((await connection.execute(text("SELECT pg_backend_pid()"))).scalar())
+
+
+def ask_async(state: State, number: int = 1) -> list[int]:
+    """So many tasks at once; the sessions they had."""
+    engine = state.things["engine"]
+
+    async def everybody() -> list[int]:
+        return list(await asyncio.gather(*(ask_once(engine) for _ in range(number))))
+
+    return list(in_loop(state, everybody()))
+
+
+def hold_async(state: State) -> int:
+    engine = state.things["engine"]
+
+    async def hold() -> int:
+        connection = state.things["held"] = await engine.connect()
+        return int((await connection.execute(text("SELECT pg_backend_pid()"))).scalar())
+
+    return int(in_loop(state, hold()))
+
+
+def give_back_async(state: State) -> None:
+    in_loop(state, state.things.pop("held").close())
+
+
+def wait_and_tick(state: State) -> int:
+    """How often another task ran while one waited in vain."""
+    engine, ticks = state.things["engine"], 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.01)
+
+    async def wait() -> None:
+        ticking = asyncio.create_task(tick())
+        try:
+            with pytest.raises(exc.TimeoutError):
+                await ask_once(engine)
+            waiting = asyncio.create_task(ask_once(engine))
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        finally:
+            ticking.cancel()
+
+    in_loop(state, wait())
+    return ticks
+
+
+def lose_async(state: State) -> None:
+    """Forget a connection; SQLAlchemy complains of it."""
+    import warnings
+
+    async def lose() -> None:
+        connection = await state.things["engine"].connect()
+        await connection.execute(text("SELECT 1"))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        in_loop(state, lose())
+        gc.collect()
+
+
+def dispose_async(state: State) -> None:
+    in_loop(state, state.things["engine"].dispose())
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+def aiolib(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_tasks_of_two_processes_share_the_cap(two: list[Worker], postgres: Postgres, aiolib: str) -> None:
+    for worker in two:
+        worker.call(make_async, url(postgres, aiolib).partition("?")[0], pool_size=3, steal_after=0.05)
+    done = [worker.begin(ask_async, 100) for worker in two]
+    peak = 0
+    while not all(pending.done for pending in done):
+        peak = max(peak, len(postgres.backends()))
+    assert [len(pending.result()) for pending in done] == [100, 100]
+    assert peak <= 5, "a library that makes its own sockets does not wait for the server's end of them"
+    assert len(two[0].call(ask_async, 20)) == 20
+    wait_until(lambda: len(postgres.backends()) <= 3)
+
+
+def test_who_waits_does_not_block_the_loop_and_may_be_cancelled(
+    two: list[Worker], postgres: Postgres, aiolib: str
+) -> None:
+    for worker in two:
+        worker.call(
+            make_async, url(postgres, aiolib).partition("?")[0], pool_size=1, pool_timeout=0.3, steal_after=0.02
+        )
+    kept = two[0].call(hold_async)
+    assert two[1].call(wait_and_tick) > 5
+    two[0].call(give_back_async)
+    assert two[0].call(ask_async) == [kept]
+    wait_until(lambda: two[1].begin(ask_async).result() != [kept])
+
+
+def test_what_a_task_forgets_is_closed_and_dispose_closes_the_rest(
+    worker: Worker, postgres: Postgres, aiolib: str
+) -> None:
+    worker.call(make_async, url(postgres, aiolib).partition("?")[0], pool_size=1, pool_pre_ping=True)
+    worker.call(lose_async)
+    worker.call(ask_async)
+    worker.call(dispose_async)
+    wait_until(lambda: postgres.backends() == [])
+    worker.call(ask_async)
