@@ -36,10 +36,8 @@ _OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cur
 #: Seconds for what a pool itself asks the server: resets, checks.
 _PATIENCE = 10.0
 
-_OK = pq.ConnStatus.OK
 _BAD = pq.ConnStatus.BAD
-_IDLE = pq.TransactionStatus.IDLE
-_OFF = pq.PipelineStatus.OFF
+_IDLE = int(pq.TransactionStatus.IDLE)
 _DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)
 
 
@@ -289,12 +287,17 @@ class Psycopg3Driver(Generic[C]):
     def clean(self, conn: C) -> bool:
         """No transaction, no COPY, no pipeline; settings that libpq knows are as at the start."""
         pgconn = conn.pgconn
-        if pgconn.status != _OK or pgconn.transaction_status != _IDLE or pgconn.pipeline_status != _OFF:
+        if pgconn.transaction_status != _IDLE or pgconn.pipeline_status:  # UNKNOWN for one that is closed
             return False
-        if not self.talks(conn):
-            return True
+        heard = conn._shared is not None and (conn._notifies_backlog or conn._notify_handlers)  # type: ignore[union-attr]
+        if not heard:
+            status = pgconn.parameter_status  # written out here: it is done at each checkin
+            for name, value in conn._baseline:  # type: ignore[union-attr]
+                if status(name) != value:
+                    break
+            else:
+                return True
         try:
-            heard = conn._notifies_backlog or conn._notify_handlers
             return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
         except (e.Error, e._WaitTimeout):
             return False

@@ -25,6 +25,10 @@ RESETS: Final = ("handoff", "never", "always")
 DISCARD: Final = "DISCARD ALL"
 SETTINGS: Final = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL"
 
+#: What a session cannot change, or not by itself: nothing to look at after each lease.
+_FIXED: Final = frozenset(
+    {b"server_version", b"server_encoding", b"integer_datetimes", b"is_superuser", b"in_hot_standby"}
+)
 #: Seconds for a server to close a connection that did not become a session.
 _SEEN_OFF: Final = 1.0
 
@@ -52,7 +56,7 @@ class Session:
     @classmethod
     def of(cls, target: Target, state: bytes, sock: socket.socket) -> Session:
         """The session on a connection to the server."""
-        baseline = tuple(wire.parameters(state).items())
+        baseline = tuple(item for item in wire.parameters(state).items() if item[0] not in _FIXED)
         return cls(target, state, sock.getpeername(), sock.family, os.fstat(sock.fileno()).st_ino, baseline)
 
     @property
