@@ -10,7 +10,19 @@ import traceback
 
 from benchmarks.harness import Report, Row, say, table
 
-GROUPS = ("pairs", "throughput", "neighbours", "scale", "deaths", "rest", "start", "policies", "postgres", "django")
+GROUPS = (
+    "pairs",
+    "throughput",
+    "neighbours",
+    "scale",
+    "deaths",
+    "rest",
+    "start",
+    "policies",
+    "aio",
+    "postgres",
+    "django",
+)
 
 
 def run(group: str, quick: bool) -> tuple[list[Row], bool]:

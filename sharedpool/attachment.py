@@ -1266,6 +1266,7 @@ class Attachment:
 
     def _leave_table(self) -> None:
         """From now on no thread of this process commits anything: its row may be somebody else's in a moment."""
+        self.room.left = True
         self.table.mutex = Call(lambda: LEFT)
 
     def cut_off(self) -> None:

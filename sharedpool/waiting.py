@@ -142,6 +142,7 @@ class WaitingRoom:
         self._looked_at = 0
         self._any_idle = any_set(segment.marks_address, 0)
         self._leased = table.row << HOLDER_SHIFT | LEASED
+        self.left = False
         self.returns: Returns | None = None
         #: In the place of a thread's sleep: (who, its kick as seen, ns at most).
         self.pause: Callable[[Waiter, int, int], None] | None = None
@@ -386,6 +387,8 @@ class WaitingRoom:
         """
         w = self._words
         cell = waiter.cell
+        if self.left:  # its cell may be somebody else's in a moment
+            raise PoolStopped(f"this process left pool {self._name!r} while this checkout waited", waited=True)
         if at := w[cell + GRANT]:
             return self._take(at, cell, route, lease, now)
         if w[GATE] & STOPPED:

@@ -21,6 +21,7 @@ cdef class WaitingRoom:
     cdef public list _apart, _free, _on_wait
     cdef public set _waiting
     cdef public uint64_t _looked_at, _owned, _waits, _attempts, _scrap, _leased, _wait_bucket, _wait_sum
+    cdef public bint left
     cdef public object pause, returns
     cdef public Table _table
     cdef Word[::1] _words

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from .. import held
 from ..attachment import Attachment, limit_of
-from ..errors import PoolStopped
+from ..errors import SharedPoolError
 from ..lease import Lease
 from ..table import BUSY, DONE
 from ..waiting import JOINED, OutOfTime, Waiter
@@ -28,6 +28,9 @@ _AGAIN: Final = 0.0005
 _PATIENCE: Final = 50_000_000
 #: A timer is set for what is sooner than this, ns.
 _SOON: Final = 3_600_000_000_000
+
+#: What a word that led out of the memory, or does not fit into one, raises.
+DAMAGE: Final = (IndexError, ValueError, OverflowError)
 
 # From now on a thread that runs a loop does not sleep for the mutex.
 held.running_loop = asyncio._get_running_loop
@@ -47,7 +50,7 @@ async def take_slowly(
                 counter, idle = await _acquire(attached, route, lease, limit, refused)
             except OutOfTime:
                 raise attached.timed_out(route) from None
-            except (IndexError, ValueError, OverflowError) as error:
+            except DAMAGE as error:
                 raise attached.damaged(error) from error
             if attached.equip(route, lease, counter, idle):
                 return lease
@@ -62,6 +65,7 @@ async def _acquire(
 ) -> tuple[int, int]:
     """Get a slot into the lease; as Attachment._acquire, and the loop goes on meanwhile."""
     line: list[Waiter] = []
+    place: _Place | None = None
     give_up = (limit or monotonic_ns()) + _PATIENCE
     try:
         while True:
@@ -71,8 +75,10 @@ async def _acquire(
                 if monotonic_ns() >= limit:
                     raise
                 result, counter, idle = BUSY, 0, 0  # no cell was to be had
-            if result == JOINED:
-                await _wait(attached, route, lease, limit, line.pop())
+            if line and place is None:
+                place = _Place(attached, line[0])
+            if result == JOINED and place is not None:
+                await _wait(attached, route, lease, limit, place)
                 result = DONE
             if result == DONE:
                 return counter, idle
@@ -82,17 +88,16 @@ async def _acquire(
                 await asyncio.sleep(_AGAIN)
     finally:
         if line:
-            _Place(attached, line[0]).end()
+            (place or _Place(attached, line[0])).end()
 
 
-async def _wait(attached: Attachment, route: Any, lease: Lease[Any], limit: int, waiter: Waiter) -> None:
+async def _wait(attached: Attachment, route: Any, lease: Lease[Any], limit: int, place: _Place) -> None:
     """Wait in the queue until the lease has been given a slot.
 
     Raises:
-        OutOfTime, PoolStopped: The place in the queue has been left.
+        OutOfTime, PoolStopped.
     """
-    room = attached.room
-    place = _Place(attached, waiter)
+    room, waiter = attached.room, place.waiter
     began = monotonic_ns()
     try:
         while True:
@@ -102,8 +107,6 @@ async def _wait(attached: Attachment, route: Any, lease: Lease[Any], limit: int,
             result = room.look(waiter, route, lease, limit, now)
             if result == DONE:
                 return
-            if attached.inert:
-                raise PoolStopped(f"this process left pool {attached.name!r} while a checkout waited", waited=True)
             if result == JOINED:
                 await place.rest(room.nap(waiter, route, limit - now, now) if route.sticky else limit - now)
             elif result == BUSY:
@@ -118,11 +121,11 @@ async def _wait(attached: Attachment, route: Any, lease: Lease[Any], limit: int,
 class _Place:
     """A task's place in the queue; rung from whatever thread."""
 
-    __slots__ = ("_attached", "_future", "_here", "_loop", "_waiter", "_watch", "cell", "kick", "rung", "seen")
+    __slots__ = ("_attached", "_future", "_here", "_loop", "_watch", "cell", "kick", "rung", "seen", "waiter")
 
     def __init__(self, attached: Attachment, waiter: Waiter) -> None:
         self._attached = attached
-        self._waiter = waiter
+        self.waiter = waiter
         self._watch: Watch = attached.watching()
         self._loop = get_running_loop()
         self._future: asyncio.Future[None] | None = None
@@ -167,7 +170,7 @@ class _Place:
             return True
         try:
             left = self._attached.room.leave(waiter, 0)
-        except PoolStopped:  # this process has left the pool
+        except (SharedPoolError, *DAMAGE):  # this process has left the pool, or the place is no longer one
             return True
         if not left:
             self._here.append(waiter)

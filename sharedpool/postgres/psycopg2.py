@@ -24,7 +24,7 @@ from ..drivers import postgres as wire
 from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
+from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, ended_if_it_fails, lay_over, real_names
 
 Conn = Any
 
@@ -139,13 +139,14 @@ class Psycopg2Driver:
         except psycopg2.Error as error:
             raise ConnectFailed(str(error)) from error
         try:
-            self._configured(conn)
+            with ended_if_it_fails(socket.socket(fileno=os.dup(conn.fileno()))):
+                try:
+                    self._configured(conn)
+                except BaseException:
+                    self.close(conn)
+                    raise
         except psycopg2.Error as error:
-            self.close(conn)
             raise ConnectFailed(f"the configure callback failed: {error}") from error
-        except BaseException:
-            self.close(conn)
-            raise
         return conn
 
     def _open(self, target: Target, own: dict[str, Any], until: float, register: Register) -> Conn:
@@ -168,7 +169,7 @@ class Psycopg2Driver:
 
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> Conn:
         assert target.server is not None
-        with target.server.connect(until, register) as far:
+        with ended_if_it_fails(target.server.connect(until, register)) as far:
             return self._connect(wire.Relay(far), target, target.at, own, until)
 
     def _connect(

@@ -27,7 +27,7 @@ from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .connections import OwnNames, shared_class
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
+from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, ended_if_it_fails, lay_over, real_names
 
 C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 
@@ -36,10 +36,8 @@ _OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cur
 #: Seconds for what a pool itself asks the server: resets, checks.
 _PATIENCE = 10.0
 
-_OK = pq.ConnStatus.OK
 _BAD = pq.ConnStatus.BAD
-_IDLE = pq.TransactionStatus.IDLE
-_OFF = pq.PipelineStatus.OFF
+_IDLE = int(pq.TransactionStatus.IDLE)
 _DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)
 
 
@@ -148,15 +146,14 @@ class Psycopg3Driver(Generic[C]):
         except e.Error as error:
             raise ConnectFailed(str(error)) from error
         try:
-            self._configured(conn)
-        except Exception as error:
-            self.close(conn)
-            if isinstance(error, e.Error):
-                raise ConnectFailed(f"the configure callback failed: {error}") from error
-            raise
-        except BaseException:
-            self.close(conn)
-            raise
+            with ended_if_it_fails(socket.socket(fileno=os.dup(conn.fileno()))):
+                try:
+                    self._configured(conn)
+                except BaseException:
+                    self.close(conn)
+                    raise
+        except e.Error as error:
+            raise ConnectFailed(f"the configure callback failed: {error}") from error
         return conn
 
     def _open(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
@@ -176,8 +173,7 @@ class Psycopg3Driver(Generic[C]):
 
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
         assert target.server is not None
-        far = target.server.connect(until, register)
-        try:
+        with ended_if_it_fails(target.server.connect(until, register)) as far:
             relay = wire.Relay(far)
             pgconn = _start(relay, target, target.at, until)
             try:
@@ -187,8 +183,6 @@ class Psycopg3Driver(Generic[C]):
             except BaseException:
                 pgconn.finish()
                 raise
-        finally:
-            far.close()
 
     def _open_directly(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
         """As libpq does it; the pool gets a duplicate of each socket that libpq tries."""
@@ -202,7 +196,8 @@ class Psycopg3Driver(Generic[C]):
                     inode = os.fstat(number).st_ino
                     if inode not in seen:
                         seen.add(inode)
-                        register(duplicates.enter_context(socket.socket(fileno=os.dup(number))))
+                        copy = socket.socket(fileno=os.dup(number))
+                        register(duplicates.enter_context(ended_if_it_fails(copy)))
                     ready = _wait(number, wait, until)
                     number, wait = generator.send(ready)
             except StopIteration as stop:
@@ -292,12 +287,17 @@ class Psycopg3Driver(Generic[C]):
     def clean(self, conn: C) -> bool:
         """No transaction, no COPY, no pipeline; settings that libpq knows are as at the start."""
         pgconn = conn.pgconn
-        if pgconn.status != _OK or pgconn.transaction_status != _IDLE or pgconn.pipeline_status != _OFF:
+        if pgconn.transaction_status != _IDLE or pgconn.pipeline_status:  # UNKNOWN for one that is closed
             return False
-        if not self.talks(conn):
-            return True
+        heard = conn._shared is not None and (conn._notifies_backlog or conn._notify_handlers)  # type: ignore[union-attr]
+        if not heard:
+            status = pgconn.parameter_status  # written out here: it is done at each checkin
+            for name, value in conn._baseline:  # type: ignore[union-attr]
+                if status(name) != value:
+                    break
+            else:
+                return True
         try:
-            heard = conn._notifies_backlog or conn._notify_handlers
             return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
         except (e.Error, e._WaitTimeout):
             return False

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from typing import Any, Final
 
 from ..drivers import postgres as wire
+from ..drivers.sockets import end
 from ..errors import OptionError
 from .conninfo import Target
 
@@ -21,6 +24,13 @@ RESETS: Final = ("handoff", "never", "always")
 #: library has to know are set back even then, by the part of DISCARD ALL that does that.
 DISCARD: Final = "DISCARD ALL"
 SETTINGS: Final = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL"
+
+#: What a session cannot change, or not by itself: nothing to look at after each lease.
+_FIXED: Final = frozenset(
+    {b"server_version", b"server_encoding", b"integer_datetimes", b"is_superuser", b"in_hot_standby"}
+)
+#: Seconds for a server to close a connection that did not become a session.
+_SEEN_OFF: Final = 1.0
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -46,7 +56,7 @@ class Session:
     @classmethod
     def of(cls, target: Target, state: bytes, sock: socket.socket) -> Session:
         """The session on a connection to the server."""
-        baseline = tuple(wire.parameters(state).items())
+        baseline = tuple(item for item in wire.parameters(state).items() if item[0] not in _FIXED)
         return cls(target, state, sock.getpeername(), sock.family, os.fstat(sock.fileno()).st_ino, baseline)
 
     @property
@@ -103,6 +113,22 @@ def real_names(text: str, door: str, target: Target) -> str:
     return text.replace(f'server on socket "{door}/.s.PGSQL.5432"', str(target.server)).replace(
         "\n\tIs the server running locally and accepting connections on that socket?", ""
     )
+
+
+@contextlib.contextmanager
+def ended_if_it_fails(sock: socket.socket) -> Iterator[socket.socket]:
+    """For the block: the pool's own copy of a connection that is about to become a session.
+
+    If it does not, the server is seen off before the permit goes on: its process counts until it has gone.
+    """
+    try:
+        yield sock
+    except BaseException:
+        with contextlib.suppress(OSError):
+            end(sock, _SEEN_OFF)
+        raise
+    finally:
+        sock.close()
 
 
 def lay_over(sock: socket.socket, number: int) -> None:

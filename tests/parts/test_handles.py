@@ -54,7 +54,7 @@ def test_a_configuration_makes_a_pool_and_changes_none() -> None:
         configure("configured", {"max_connections": 4})
         assert sharedpool.attach("configured").stats().max_connections == 3
         with pytest.raises(sharedpool.PoolNotFound):
-            sharedpool.attach("configured", app="of another scope").stats()
+            sharedpool.attach("configured", app="other").stats()
     with testing.local_mode():
         assert sharedpool.attach("configured", max_connections=5).stats().max_connections == 5
 

@@ -313,8 +313,10 @@ def test_cancelled_at_every_await_nothing_is_lost(harness: Harness, backend: Bac
     beside = backend.listen("beside")
     other.attach(max_connections=2)
     other.use(tcp)
-    for thread in ("one", "two"):
+    loads = [
         other.begin(commands.requests_until_told, [tcp], checkout_timeout=30, thread=thread)
+        for thread in ("one", "two")
+    ]
     for k in range(1, 200):
         if player.call(cancelled_at, tcp, beside, k, late):
             break
@@ -322,6 +324,7 @@ def test_cancelled_at_every_await_nothing_is_lost(harness: Harness, backend: Bac
         pytest.fail("the scenario never came to its end")
     assert k > 8
     other.call(commands.tell_to_stop)
+    assert [load.result().errors for load in loads] == [[], []]
     stats = other.wait_stats(in_use=0, waiting=0, opening=0, granted=0, closing=0)
     backend.wait_open(stats.connections)
     assert backend.peak <= 2
@@ -480,7 +483,7 @@ def by_stream(state: State, target: Target, texts: list[str]) -> list[str]:
         loop: Any = asyncio.get_running_loop()
         before = len(loop._selector.get_map()), len(os.listdir("/proc/self/fd"))
         for text in texts:
-            async with pool.stream(target.host, target.port, checkout_timeout=20) as (reader, writer):
+            async with pool.stream(target.host, target.port, target.transport, checkout_timeout=20) as (reader, writer):
                 writer.write(text.encode() + b"\n")
                 answers.append((await reader.readline()).decode().strip())
             assert len(loop._selector.get_map()) == before[0]
@@ -491,14 +494,15 @@ def by_stream(state: State, target: Target, texts: list[str]) -> list[str]:
 
 
 def test_streams_are_made_per_lease_and_leave_the_connection_behind(
-    two: list[Worker], backend: Backend, tcp: Target
+    two: list[Worker], backend: Backend, tcp: Target, unix: Target
 ) -> None:
     one, other = two
-    one.call(tasks.attach, max_connections=1)
+    one.call(tasks.attach, max_connections=2)
     assert one.call(by_stream, tcp, ["a", "b"]) == ["1 a", "1 b"]
     assert other.call(by_stream, tcp, ["c"]) == ["1 c"]
     assert other.use(tcp) == one.use(tcp) == 1
-    assert backend.accepted == 1
+    assert one.call(by_stream, unix, ["d"]) == ["2 d"]
+    assert backend.accepted == 2
 
 
 def leave_it_dirty(state: State, target: Target, how: str) -> None:

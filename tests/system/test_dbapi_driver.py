@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import socket
-import time
 from typing import Any
 
 import pytest
@@ -87,15 +86,7 @@ def test_it_never_goes_to_another_process_and_its_owner_closes_it_first(
     assert [pair[i // 2 % 2].call(take, tcp) for i in range(8)] == [1, 1, 2, 2, 3, 3, 4, 4]
     stats = pair[0].stats()
     assert (backend.peak, stats.takeovers, stats.closed_unconfirmed) == (1, 0, 0)
-    assert stats.closes["evicted"] == 3
-
-
-def test_an_owner_closes_within_milliseconds(pair: list[Worker], backend: Backend, tcp: Target) -> None:
-    pair[0].call(take, tcp)
-    pair[1].call(commands.stats)
-    began = time.monotonic()
-    pair[1].call(take, tcp)
-    assert time.monotonic() - began < 0.5
+    assert stats.closes["evicted"] == 3, stats.closes
 
 
 def test_while_it_is_used_others_wait_and_then_get_the_permit(

@@ -161,8 +161,8 @@ def test_with_no_connection_to_spare_nobody_is_refused_while_workers_are_killed(
         server.ask("CREATE USER plain")
         server.wait_until_alone()
         workers = harness.start_many(8)
-        workers[0].attach(max_connections=cap)
         for worker in workers:
+            worker.attach(max_connections=cap)
             worker.call(sessions.make, kind, as_plain(server))
         with server.judge() as ask:  # the one beyond the cap
             working = {worker: worker.begin(sessions.work, 3.0, query="SELECT pg_sleep(0.02)") for worker in workers}
@@ -175,6 +175,26 @@ def test_with_no_connection_to_spare_nobody_is_refused_while_workers_are_killed(
                 assert len(ask(CLIENTS)) <= cap
             errors = [error for pending in working.values() for error in pending.result()]
         assert errors == []
+        assert too_many(server.log()) == []
+    finally:
+        server.end()
+
+
+def test_the_permit_of_an_opening_that_failed_goes_on_when_the_server_has_closed(harness: Harness, kind: str) -> None:
+    server = Postgres(max_connections="5", superuser_reserved_connections="3")
+    try:
+        server.begin()
+        server.ask("CREATE USER plain")
+        server.wait_until_alone()
+        workers = harness.start_many(3)
+        with server.judge():  # room for one more
+            for worker in workers:
+                worker.attach(max_connections=1)
+                worker.call(sessions.make, kind, as_plain(server), settings="SELECT 1 / 0")
+            working = [worker.begin(sessions.work, 1.5) for worker in workers]
+            errors = [error for pending in working for error in pending.result()]
+        assert len(errors) > 10
+        assert {error for error in errors if "division by zero" not in error} == set()
         assert too_many(server.log()) == []
     finally:
         server.end()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import sharedpool
 from tests.support.scope import Scope
 from tests.support.waiting import wait_until
 from tests.support.workers import ROOT, clean_environment
@@ -32,8 +37,10 @@ class Celery(Server):
         assert self.first.poll() is None, self.log
 
     def stop(self) -> None:
-        if self.first.poll() is None:
-            self.first.send_signal(signal.SIGQUIT)  # at SIGTERM Celery takes 5 s with an empty queue
+        """Kill it: the lock of its processes' queue may have died with one that was over its time."""
+        for pid in (self.first.pid, *self.workers()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.first.wait(40)
 
     def fetch(self, path: str, number: int, *limits: float) -> dict[str, int]:
@@ -50,14 +57,35 @@ class Celery(Server):
 
 
 def test_its_processes_keep_the_cap_when_they_are_recycled_told_to_stop_and_killed(
-    directory: Path, scope: Scope, web: Web
+    directory: Path, scope: Scope, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SHAREDPOOL_DIR", str(scope.directory))
     with Celery(directory, scope, web) as celery:
         assert celery.fetch("/page", TASKS) == {GOOD: TASKS}
         opened, recycled = web.opened(CAP), TASKS // RECYCLE
         assert opened < recycled / 2
         # Two of three in a lease, one in a checkout.
         assert celery.fetch("/never", 3, 0.5) == {STOPPED: 3}
-        assert celery.fetch("/never", 3, 0, 1) == {KILLED: 3}
         assert celery.fetch("/page", 10) == {GOOD: 10}
+        assert celery.fetch("/never", 3, 0, 1) == {KILLED: 3}
+        wait_until(lambda: not busy(sharedpool.pool_stats()), what="what the killed ones had is free")
+        wait_until(lambda: web.numbers()["open"] == 1 + sharedpool.pool_stats().idle, what="and closed")
         print(f"{recycled} processes recycled, {opened} connections; in the end {web.opened(CAP)}")
+
+
+def busy(stats: sharedpool.PoolStats) -> int:
+    return stats.in_use + stats.opening + stats.granted + stats.closing + stats.waiting
+
+
+def test_with_the_integration_a_process_leaves_its_pools_as_celery_says_that_it_ends(scope: Scope) -> None:
+    code = """
+import os, sharedpool, sharedpool.integrations.celery
+from celery.signals import worker_process_shutdown
+pool = sharedpool.attach("default", max_connections=1).open()
+worker_process_shutdown.send(sender="", pid=os.getpid(), exitcode=0)
+print(sharedpool.pool_stats().processes, flush=True)
+os._exit(0)
+"""
+    environment = clean_environment(scope.env)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"0\n"

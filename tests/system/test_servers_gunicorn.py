@@ -14,7 +14,7 @@ from tests.support import processes
 from tests.support.scope import Scope
 from tests.support.waiting import wait_until
 from tests.support.workers import ROOT, clean_environment
-from tests.system.servers import CAP, Gunicorn, Load, Web
+from tests.system.servers import CAP, CLIENTS, Gunicorn, Load, Web
 
 ASGI = "examples.fastapi_app:app"
 KINDS = {
@@ -33,7 +33,7 @@ def test_workers_of_every_kind_keep_the_cap_when_they_are_recycled_reloaded_and_
     options = [*KINDS[kind], "--max-requests", str(recycle), "--timeout", "3"]
     with Gunicorn(directory, scope, web, *options, app=app, workers=3) as server:
         with Load(server.get) as load:
-            load.wait_more(6 * recycle)
+            load.wait_more(250)
             server.new_workers()
             load.wait_more(50)
         # uvicorn ends connections that are there and have not asked yet; those that have are answered.
@@ -42,13 +42,15 @@ def test_workers_of_every_kind_keep_the_cap_when_they_are_recycled_reloaded_and_
         recycled = load.statuses[200] // recycle
         opened = web.opened()
         assert opened < recycled / 2 + 2 * CAP
-        with Load(server.get) as load:
-            server.kill_a_hanging_worker()
-            load.wait_more(50)
-        assert len(load.wrong) <= 3 * CAP  # what the killed one was at
+        if kind != "uvicorn, preloaded":
+            with Load(server.get) as load:
+                server.kill_a_hanging_worker()
+                load.wait_more(50)
+            assert not load.failed
+            assert len(load.wrong) <= CLIENTS  # what the killed one was at
         stats = server.stats()
         assert (stats["in_use"], stats["waiting"], stats["max_connections"]) == (0, 0, CAP)
-        print(f"{recycled} workers recycled, {opened} connections; with one killed {web.opened()}")
+        print(f"{recycled} workers recycled, {opened} connections; in the end {web.opened()}")
 
 
 # --- pools declared in the configuration ------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_workers_keep_the_cap_when_they_are_recycled_reloaded_and_killed_for_han
 ) -> None:
     with Uvicorn(directory, scope, web) as server:
         with Load(server.get) as load:
-            load.wait_more(4 * RECYCLE)
+            load.wait_more(2 * RECYCLE + 50)
             server.new_workers()
             load.wait_more(50)
         # uvicorn ends connections that are there and have not asked yet; those that have are answered.

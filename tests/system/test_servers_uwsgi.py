@@ -19,7 +19,7 @@ UWSGI = shutil.which("uwsgi", path=f"{Path(sys.executable).parent}{os.pathsep}{o
 
 
 class Uwsgi(Server):
-    """A master and its workers."""
+    """A master and its workers. One that is told to end while it loads the application goes on: mercy has an end."""
 
     def __init__(self, directory: Path, scope: Scope, web: Web, *options: str, **env: str) -> None:
         assert UWSGI is not None
@@ -27,6 +27,7 @@ class Uwsgi(Server):
             directory, scope, web, UWSGI, "--ini", "examples/uwsgi.ini",
             "--http-socket", str(directory / "server.sock"), "--processes", "3", "--max-requests", str(RECYCLE),
             "--min-worker-lifetime", "0", "--harakiri", "3", "--binary-path", sys.executable,
+            "--reload-mercy", "3", "--worker-reload-mercy", "3",
             "--disable-logging", *options, workers=3, **env,
         )  # fmt: skip
 
@@ -47,12 +48,13 @@ def test_workers_keep_the_cap_when_they_are_recycled_reloaded_and_killed_for_han
         recycled = load.statuses[200] // RECYCLE
         opened = web.opened()
         assert opened < recycled / 2 + 2 * CAP
-        assert server.get("/never")[0] == 0  # harakiri: SIGKILL, in the midst of a lease
-        wait_until(lambda: len(server.workers()) == server.count, what="there is another")
-        wait_until(lambda: server.stats()["in_use"] == 0, what="the killed one's connection is closed")
+        if not options:
+            assert server.get("/never")[0] == 0  # harakiri: SIGKILL, in the midst of a lease
+            wait_until(lambda: len(server.workers()) == server.count, what="there is another")
+            wait_until(lambda: server.stats()["in_use"] == 0, what="the killed one's connection is closed")
         stats = server.stats()
         assert (stats["in_use"], stats["waiting"], stats["max_connections"]) == (0, 0, CAP)
-        print(f"{recycled} workers recycled, {opened} connections; with one killed {web.opened()}")
+        print(f"{recycled} workers recycled, {opened} connections; in the end {web.opened()}")
 
 
 def test_a_pool_that_is_used_before_the_fork_is_refused_with_a_sentence(
