@@ -13,6 +13,7 @@ import ast
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -21,6 +22,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+#: The C compiler's. -O2 takes 80 s of a processor, -O0 30: enough to see on one more Python that everything works.
+LEVEL = os.environ.get("SHAREDPOOL_BUILD_LEVEL", "-O2")
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "sharedpool"
 DIRECTIVES = {
@@ -162,7 +165,7 @@ def build(target: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        options = ["-O2", "-g0", "-Wno-sign-compare", "-Wno-discarded-qualifiers"]  # Cython: a volatile local variable
+        options = [LEVEL, "-g0", "-Wno-sign-compare", "-Wno-discarded-qualifiers"]  # Cython: a volatile local variable
         extensions = [
             Extension(f"sharedpool.{name}", [str(source)], extra_compile_args=options)
             for name, source in _lay_out(scratch).items()
@@ -178,9 +181,10 @@ def build(target: Path) -> list[Path]:
 
 
 def state() -> str:
-    """A hash of everything that is compiled."""
+    """A hash of everything that is compiled, and of how."""
     paths = [*HERE.glob("*.p*"), PACKAGE / "layout.py", *(PACKAGE / f"{name}.py" for name in modules())]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(set(paths)) if path.exists())).hexdigest()
+    parts = [LEVEL.encode(), *(path.read_bytes() for path in sorted(set(paths)) if path.exists())]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def main() -> None:
