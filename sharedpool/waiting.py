@@ -248,6 +248,8 @@ class WaitingRoom:
         Returns:
             False: the mutex stayed busy. What the place is granted is revoked, until it is left after all.
         """
+        if self.left:
+            return True
         if self._waiting:
             self._waiting.discard(waiter)
         if self._words[waiter.cell] != self._owned and not self._abandon(waiter, patience):
