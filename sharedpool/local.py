@@ -290,8 +290,14 @@ class LocalPool:
     def take_own(self, route: LocalRoute) -> None:
         """Nothing here is leased without the pool's lock."""
 
-    def checkout(self, route: LocalRoute, patience: float | None, connect_timeout: float) -> Lease[Any]:
-        """A lease, in the order of asking: an idle connection, else a new one. Patience 0 is: not in the queue."""
+    def checkout(
+        self, route: LocalRoute, patience: float | None, connect_timeout: float,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Lease[Any]:  # fmt: skip
+        """A lease, in the order of asking: an idle connection, else a new one. Patience 0 is: not in the queue.
+
+        Where `given_up` turns true the queue is left, as at the end of the patience.
+        """
         limit = None if patience is None else monotonic() + patience
         lease: Lease[Any] = Lease(self, None, 0)
         with self._lock:
@@ -301,7 +307,7 @@ class LocalPool:
             if self.stopped:
                 raise PoolStopped(f"pool {self.name!r} was stopped")
             slot = None if self._is_behind(route) else self._find(route)
-            self._begin(slot or self._wait(route, limit), lease)
+            self._begin(slot or self._wait(route, limit, given_up), lease)
         slot = lease._entry
         if slot.state == OPENING:
             left = limit - monotonic() if limit and patience else connect_timeout
@@ -314,7 +320,8 @@ class LocalPool:
                 lease.word = 0
                 self._count(slot.way, route, -1)
                 self._serve()
-            return self.checkout(route, None if limit is None else max(0.0, limit - monotonic()), connect_timeout)
+            rest = None if limit is None else max(0.0, limit - monotonic())
+            return self.checkout(route, rest, connect_timeout, given_up)
         lease.conn = slot.conn
         return lease
 
@@ -440,7 +447,7 @@ class LocalPool:
             self._count(way, slot.route)
         self.hooks.tell("open", slot.route.where)
 
-    def _wait(self, route: LocalRoute, limit: float | None) -> _Slot:
+    def _wait(self, route: LocalRoute, limit: float | None, given_up: Callable[[], bool]) -> _Slot:
         """Queue until something is granted; whatever is raised, the place in the queue has been left."""
         if limit is not None and monotonic() >= limit:
             raise self._timeout(route)
@@ -452,6 +459,8 @@ class LocalPool:
         try:
             self._serve()
             while waiter.slot is None and not waiter.stopped and (limit is None or monotonic() < limit):
+                if given_up():
+                    break
                 self._nap(waiter, limit)
         except BaseException:
             self._leave(waiter)

@@ -42,7 +42,7 @@ cdef class Attachment:
     cpdef Lease blank(self)
 
     @cython.locals(entry=Entry)
-    cpdef bint equip(self, Route route, Lease lease, uint64_t counter, long long idle) except *
+    cpdef bint equip(self, Route route, Lease lease, uint64_t counter, idle) except *
 
     @cython.locals(entry=Entry, at=uint64_t)
     cdef Entry _at_hand(self, Route route, Lease lease)

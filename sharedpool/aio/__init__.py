@@ -260,8 +260,9 @@ async def _take_slowly(
     attached: Any, route: Any, lease: Lease[Any] | None, patience: float | None, connect: float
 ) -> Lease[Any]:
     if not hasattr(attached, "attempt"):  # local mode: its lock and conditions are waited for in a thread
-        work = functools.partial(attached.checkout, route, patience, connect)
-        return await in_thread(work, undo=give_back)
+        gone: list[Any] = []
+        work = functools.partial(attached.checkout, route, patience, connect, given_up=lambda: bool(gone))
+        return await in_thread(work, undo=give_back, stop=gone.append)
     from ._queueing import take_slowly
 
     return await take_slowly(attached, route, lease, patience, connect)

@@ -598,6 +598,10 @@ def test_a_permit_decorates_coroutine_functions_only() -> None:
 # --- local mode -------------------------------------------------------------------------------------------------------
 
 
+def wait_for_waiters(state: State, number: int) -> None:
+    wait_until(lambda: tasks.pool_of(state).stats().waiting == number)
+
+
 def test_local_mode_serves_tasks_too(harness: Harness, backend: Backend, tcp: Target) -> None:
     worker = harness.start(SHAREDPOOL_MODE="local")
     worker.call(tasks.attach, max_connections=2)
@@ -605,3 +609,9 @@ def test_local_mode_serves_tasks_too(harness: Harness, backend: Backend, tcp: Ta
     assert numbers == [1, 2]
     assert worker.call(by_stream, tcp, ["a"]) == ["2 a"] or backend.accepted == 2
     assert worker.call(most_at_once, 10) == (3, 2, 0)
+    for label in ("one", "two"):
+        worker.call(tasks.checkout, tcp, label=label)
+    worker.call(tasks.begin, tcp, "waiting", checkout_timeout=None)
+    worker.call(wait_for_waiters, 1)
+    worker.call(tasks.cancel, "waiting")
+    worker.call(wait_for_waiters, 0)

@@ -104,7 +104,7 @@ def test_its_own_process_goes_on_with_it_until_others_have_waited_long(
     two: list[Worker], backend: Backend, tcp: Target
 ) -> None:
     for worker in two:
-        worker.attach(max_connections=1, close_timeout=60, steal_after=60, checkout_timeout=10)
+        worker.attach(max_connections=1, close_timeout=60, steal_after=60, checkout_timeout=1)
     two[0].call(take, tcp, lease="held")
     waits = two[1].begin(take, tcp)
     two[0].wait_stats(waiting=1)

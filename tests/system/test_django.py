@@ -386,20 +386,29 @@ def test_a_server_that_is_not_there_is_an_operational_error(worker: Worker, shop
     assert "port 1 failed" in str(worker.fails(OperationalError, djangos.query))
 
 
-@pytest.mark.parametrize(
-    ("pool", "given", "match"),
-    [
-        ({"max_size": 1}, {"CONN_MAX_AGE": 60}, "persistent connections"),
-        ({"max_size": 1, "lease": "statement"}, {}, "allowed is one of request, transaction"),
-        ({"max_size": 1, "maximum": 3}, {}, "maximum"),
-        ({"max_size": 1, "min_size": 2}, {}, "max_size"),
-    ],
-)
-def test_wrong_settings_are_improper(
-    worker: Worker, shop: Postgres, pool: Any, given: dict[str, Any], match: str
-) -> None:
-    worker.call(djangos.setup, database(shop, pool=pool, **given))
-    assert match in str(worker.fails(ImproperlyConfigured, djangos.query))
+WRONG: list[tuple[Any, dict[str, Any], str]] = [
+    ({"max_size": 1}, {"CONN_MAX_AGE": 60}, "persistent connections"),
+    ({"max_size": 1, "lease": "statement"}, {}, "allowed is one of request, transaction"),
+    ({"max_size": 1, "maximum": 3}, {}, "maximum"),
+    ({"max_size": 1, "min_size": 2}, {}, "max_size"),
+    ({"max_size": 1, "reset": "sometimes"}, {}, "reset"),
+]
+
+
+def test_wrong_settings_are_improper(worker: Worker, shop: Postgres) -> None:
+    set_up([worker], shop)
+    for pool, given, match in WRONG:
+        error = worker.fails(ImproperlyConfigured, query_with, database(shop, pool=pool, **given))
+        assert match in str(error)
+
+
+def query_with(state: State, settings: str) -> None:
+    from django.db import connections
+
+    connection = connections["default"].copy()
+    connection.settings_dict.update(json.loads(settings))
+    connection.alias = settings
+    connection.cursor()
 
 
 def test_true_is_a_pool_with_the_defaults_and_none_is_no_pool(two: list[Worker], shop: Postgres) -> None:

@@ -20,6 +20,7 @@ ASGI = "examples.fastapi_app:app"
 KINDS = {
     "sync": ["--worker-class", "sync"],
     "gthread, preloaded": ["--worker-class", "gthread", "--threads", "3", "--preload"],
+    "gevent": ["--worker-class", "gevent", "--worker-connections", "20", "--graceful-timeout", "3"],
     "uvicorn": ["--worker-class", "uvicorn.workers.UvicornWorker"],
     "uvicorn, preloaded": ["--worker-class", "uvicorn.workers.UvicornWorker", "--preload"],
 }

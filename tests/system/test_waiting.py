@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sharedpool import PoolTimeout
+from sharedpool import PoolStopped, PoolTimeout
 from tests.support import commands
 from tests.support.backend import Backend, Target
 from tests.support.state import State
@@ -309,3 +309,16 @@ def test_a_long_queue_is_served_to_its_end(holder: Worker, harness: Harness, bac
     holder.checkin("held")
     assert {pending.result() for pending in begun} == {1}
     holder.wait_stats(waiting=0, in_use=0, granted=0, idle=1)
+
+
+def close_pool(state: State) -> None:
+    state.pools["default"].close()
+
+
+def test_closing_a_pool_sends_the_threads_away_that_wait_in_it(holder: Worker, harness: Harness, tcp: Target) -> None:
+    """Their cells have been given up by the arbiter when they look up, and that is no damage."""
+    (other,) = harness.start_many(1)
+    (waiting,) = line_up(holder, [(other, tcp)])
+    other.call(close_pool)
+    holder.wait_stats(waiting=0, processes=1)
+    assert waiting.error(PoolStopped).waited
