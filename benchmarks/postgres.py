@@ -67,6 +67,7 @@ class Client:
         pool, driver = self.pools[way]
         if fresh:  # an object of another driver has to be made anew, as in a process that never had the session
             driver = type(driver)(driver._conninfo, driver._kwargs, reset=driver._reset)
+            assert driver.target  # such a process knows where it leads
         start = time.perf_counter()
         lease = pool.checkout("", 0, driver)
         took = time.perf_counter() - start
@@ -201,10 +202,10 @@ def _takeovers(postgres: Any, rounds: int) -> list[Row]:
         for _ in range(rounds):
             times.setdefault("connect", []).append(other.call("connect", postgres.conninfo))
             for reset in ("never", "handoff"):
-                for fresh in (True, False, False):
+                for kind in ("first", "", "again", "again"):  # after the first its own object is made anew, untimed
                     one.call("use", f"take-{reset}")
-                    took = other.call("use", f"take-{reset}", fresh)
-                    times.setdefault(f"{reset} {'first' if fresh else 'again'}", []).append(took)
+                    took = other.call("use", f"take-{reset}", kind == "first")
+                    times.setdefault(f"{reset} {kind}", []).append(took)
         assert other.call("takeovers", "take-never") >= rounds
     connect = times.pop("connect")
     limits = {"never first": Limit("<=", 0.1, 0.1), "never again": Limit("<=", 0.02, 0.02)}

@@ -72,6 +72,7 @@ class Psycopg2Driver:
         self._configure = configure
         self._move = move
         self._target: Target | None = None
+        self._own: dict[str, Any] = {}
         self._asked = ""
         self._once = Once()
 
@@ -102,7 +103,7 @@ class Psycopg2Driver:
             ) from None  # fmt: skip
         found = conninfo.resolve(params, extensions.libpq_version(), move=self._move)
         if self._target is None:
-            self._target = found
+            self._target, self._own = found, own
         return found, own
 
     @property
@@ -215,11 +216,11 @@ class Psycopg2Driver:
             return self._connect(wire.Relay(far, state), target, target.again_at, own, time.monotonic() + _PATIENCE)
 
     def _known(self) -> tuple[Target, dict[str, Any]]:
-        """Where it leads; what is callable is asked for openings only, where secrets are needed."""
-        if self._target is not None and (callable(self._dsn) or callable(self._kwargs)):
-            kwargs = self._kwargs if isinstance(self._kwargs, dict) else {}
-            return self._target, {name: kwargs[name] for name in _OF_PSYCOPG2 if name in kwargs}
-        return self.resolve()
+        """Where it leads, as it was asked first: secrets, and so what is callable, are for openings only."""
+        if self._target is None:
+            self.resolve()
+        assert self._target is not None
+        return self._target, self._own
 
     def reset(self, conn: Conn) -> bool:
         """Somebody else has used the session: set it back, and configure it again."""

@@ -81,6 +81,7 @@ class Psycopg3Driver(Generic[C]):
         self._configure = configure
         self._move = move
         self._target: Target | None = None
+        self._own: dict[str, Any] = {}
         self._asked: str = ""
         self._once = Once()
 
@@ -108,7 +109,7 @@ class Psycopg3Driver(Generic[C]):
             ) from None  # fmt: skip
         found = conninfo.resolve(params, pq.version(), move=self._move)
         if self._target is None:
-            self._target = found
+            self._target, self._own = found, own
         return found, own
 
     @property
@@ -254,11 +255,11 @@ class Psycopg3Driver(Generic[C]):
                 raise
 
     def _known(self) -> tuple[Target, dict[str, Any]]:
-        """Where it leads; what is callable is asked for openings only, where secrets are needed."""
-        if self._target is not None and (callable(self._conninfo) or callable(self._kwargs)):
-            kwargs = self._kwargs if isinstance(self._kwargs, dict) else {}
-            return self._target, {name: kwargs[name] for name in _OF_PSYCOPG if name in kwargs}
-        return self.resolve()
+        """Where it leads, as it was asked first: secrets, and so what is callable, are for openings only."""
+        if self._target is None:
+            self.resolve()
+        assert self._target is not None
+        return self._target, self._own
 
     def reset(self, conn: C) -> bool:
         """Somebody else has used the session: set it back, and configure it again."""
