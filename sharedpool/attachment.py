@@ -783,7 +783,11 @@ class Attachment:
             except BaseException:
                 route.driver.close(conn)
                 raise
-            self._opened(route, lease)
+            try:
+                self._opened(route, lease)
+            except BaseException:  # this process has left the pool, or the slot was taken away: nobody else closes it
+                self._drop_entry(entry, "discarded")
+                raise
         except BaseException as error:
             self.count("open_failures", route.counts)
             self._give_up(lease, refused=isinstance(error, ConnectFailed), registered=registered)
@@ -1255,6 +1259,9 @@ class Attachment:
         self._leave_table()
         if self.watch is not None:
             self.watch.stop()
+        for _, sock, _ in list(self.opening.values()):  # it might connect after the arbiter has freed its permit
+            with contextlib.suppress(OSError):
+                sock.close()
         for entry in self.entries.values():
             if self._leases(entry):  # there may be no arbiter that could end it
                 with contextlib.suppress(OSError):
