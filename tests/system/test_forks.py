@@ -116,7 +116,7 @@ def test_a_process_that_forks_while_its_threads_are_in_checkouts_harms_neither_s
     worker, other = harness.execute(PYTHONWARNINGS="ignore"), harness.start()
     worker.attach(max_connections=2)
     busy = other.begin(commands.requests, [tcp], 200, checkout_timeout=20)
-    assert worker.call(fork_beside_threads, tcp, way, 12) == []
+    assert worker.call(fork_beside_threads, tcp, way, 12) == [], worker.stderr()
     assert busy.result().errors == []
     stats = other.wait_stats(in_use=0, waiting=0, opening=0, closing=0, processes=2)
     assert (stats.dropped, stats.timeouts) == (0, 0)
