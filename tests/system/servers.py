@@ -42,10 +42,11 @@ class Web:
         self._process.__exit__(None, None, None)
 
     def numbers(self) -> dict[str, int]:
-        """What it counts; this question is one connection more."""
+        """What it counts; this question is one connection more, which has ended when this returns."""
         connection = http.client.HTTPConnection(self.address, timeout=20)
-        connection.request("GET", "/numbers")
+        connection.request("GET", "/numbers", headers={"Connection": "close"})
         found: dict[str, int] = json.loads(connection.getresponse().read())
+        assert connection.sock.recv(1) == b""
         connection.close()
         return found
 
