@@ -790,7 +790,9 @@ class Attachment:
                 raise
         except BaseException as error:
             self.count("open_failures", route.counts)
-            self._give_up(lease, refused=isinstance(error, ConnectFailed), registered=registered)
+            # A socket that `detach` closed fails, too, but nobody refused it: the arbiter sees its connection off.
+            refused = isinstance(error, ConnectFailed) and not self.inert
+            self._give_up(lease, refused=refused, registered=registered)
             raise
         finally:
             self.opening.pop(index, None)
