@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import Any
 
 from sharedpool.drivers import Register
 from sharedpool.drivers.sockets import PooledSocket
 from sharedpool.drivers.tcp import TcpDriver
+from sharedpool.errors import ConnectFailed
 
 
 class SessionSocket(PooledSocket):
@@ -69,3 +71,32 @@ class HearingDriver(SessionDriver):
     def idle_readable(self, conn: Any) -> bool:
         conn.heard += conn.recv(100)
         return b"!" not in conn.heard
+
+
+class StallingSocket(PooledSocket):
+    """Who closes it waits until `over`: what its opening thread does about that comes first."""
+
+    over: Any = None
+
+    def close(self) -> None:
+        super().close()
+        limit = time.monotonic() + 20
+        while self.over is not None and not self.over() and time.monotonic() < limit:
+            time.sleep(0.001)
+
+
+class StallingDriver(SessionDriver):
+    """Is still opening, with a connection that is there, until its socket is closed under its hands."""
+
+    name = "stalling"
+    over: Any = None
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> Any:
+        conn = StallingSocket(socket.AF_INET, socket.SOCK_STREAM)
+        register(conn)
+        conn.connect((host, port))
+        conn.over = lambda: self.over is None or self.over()
+        limit = time.monotonic() + timeout
+        while conn.fileno() >= 0 and time.monotonic() < limit:
+            time.sleep(0.001)
+        raise ConnectFailed("the socket was closed")

@@ -13,7 +13,7 @@ from sharedpool import OptionError
 from tests.support import commands
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
-from tests.support.session_driver import HearingDriver, SessionDriver
+from tests.support.session_driver import HearingDriver, SessionDriver, StallingDriver
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
@@ -203,6 +203,35 @@ def test_a_dead_workers_session_is_adopted_with_its_state(harness: Harness, back
     second = other.call(take, tcp, checkout_timeout=20)
     assert (second.number, second.session, second.resets) == (first.number, first.session, 1)
     assert other.stats().adopted == 1
+
+
+def leave_pool(state: State) -> None:
+    """Close the pool; the opening that this breaks off comes to its end first."""
+    pool = commands.pool_of(state, "default")
+    attached: Any = pool.attached
+    state.things["driver a"].over = lambda: not attached.opening
+    pool.close()
+
+
+def test_a_process_that_leaves_while_it_opens_keeps_its_permit_until_the_remote_has_closed(
+    two: list[Worker], backend: Backend, tcp: Target
+) -> None:
+    leaver, other = two
+    other.attach(max_connections=1, close_timeout=60)
+    other.stats()
+    leaver.call(make_driver, "a", StallingDriver)
+    backend.do("hold_closes")
+    opening = leaver.begin(take, tcp, connect_timeout=30, thread="opening")
+    wait_until(lambda: backend.open == 1)
+    leaver.call(leave_pool)
+    opening.error()
+    other.wait_stats(processes=1)
+    waits = other.begin(commands.use, tcp, thread="waits")
+    other.wait_stats(waiting=1, closing=1)
+    assert backend.peak == 1
+    backend.do("release_closes")
+    waits.result()
+    assert backend.peak == 1
 
 
 def test_a_transport_that_is_no_driver_is_refused(pair: list[Worker], tcp: Target) -> None:
