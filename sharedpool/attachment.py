@@ -790,8 +790,9 @@ class Attachment:
                 raise
         except BaseException as error:
             self.count("open_failures", route.counts)
-            # A socket that `detach` closed fails, too, but nobody refused it: the arbiter sees its connection off.
-            refused = isinstance(error, ConnectFailed) and not self.inert
+            # What this process broke off itself fails, too, but nobody refused it: the arbiter sees its connection off.
+            broken = self.inert or (opening is not None and opening.broken)
+            refused = isinstance(error, ConnectFailed) and not broken
             self._give_up(lease, refused=refused, registered=registered)
             raise
         finally:
@@ -1261,9 +1262,7 @@ class Attachment:
         self._leave_table()
         if self.watch is not None:
             self.watch.stop()
-        for _, sock, _ in list(self.opening.values()):  # it might connect after the arbiter has freed its permit
-            with contextlib.suppress(OSError):
-                sock.close()
+        self._end_openings()
         for entry in self.entries.values():
             if self._leases(entry):  # there may be no arbiter that could end it
                 with contextlib.suppress(OSError):
@@ -1272,6 +1271,12 @@ class Attachment:
         self._tell(Kind.DETACH)
         self.channel.close()
         self.segment.let_go()
+
+    def _end_openings(self) -> None:
+        """End what is being opened: it might connect after the arbiter has freed its permit."""
+        for _, sock, _ in list(self.opening.values()):
+            with contextlib.suppress(OSError):
+                sock.close()
 
     def _leave_table(self) -> None:
         """From now on no thread of this process commits anything: its row may be somebody else's in a moment."""
@@ -1285,6 +1290,7 @@ class Attachment:
         _attachments.discard(self)
         if self.watch is not None:
             self.watch.stop()
+        self._end_openings()
         self._let_go()
         self.channel.close()
         self.segment.let_go()

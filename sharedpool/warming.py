@@ -164,6 +164,5 @@ class Warmer:
         while thread.is_alive():
             thread.join(_WATCH)
             if self._ended or attached.crowded():
-                opening.break_off()
-                thread.join()
+                opening.break_off()  # again and again: a socket that does not connect yet has nothing to break off
         return opening

@@ -100,3 +100,18 @@ class StallingDriver(SessionDriver):
         while conn.fileno() >= 0 and time.monotonic() < limit:
             time.sleep(0.001)
         raise ConnectFailed("the socket was closed")
+
+
+class HangingDriver(SessionDriver):
+    """Is still opening, with a connection that is there, until somebody breaks it off."""
+
+    name = "hanging"
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> Any:
+        conn = SessionSocket(socket.AF_INET, socket.SOCK_STREAM)
+        register(conn)
+        conn.connect((host, port))
+        conn.settimeout(timeout)
+        conn.recv(1)
+        conn.close()
+        raise ConnectFailed("broken off")

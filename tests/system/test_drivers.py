@@ -13,7 +13,7 @@ from sharedpool import OptionError
 from tests.support import commands
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
-from tests.support.session_driver import HearingDriver, SessionDriver, StallingDriver
+from tests.support.session_driver import HangingDriver, HearingDriver, SessionDriver, StallingDriver
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
@@ -226,6 +226,27 @@ def test_a_process_that_leaves_while_it_opens_keeps_its_permit_until_the_remote_
     leaver.call(leave_pool)
     opening.error()
     other.wait_stats(processes=1)
+    waits = other.begin(commands.use, tcp, thread="waits")
+    other.wait_stats(waiting=1, closing=1)
+    assert backend.peak == 1
+    backend.do("release_closes")
+    waits.result()
+    assert backend.peak == 1
+
+
+def prewarm(state: State, target: Target, label: str) -> None:
+    commands.pool_of(state, "default").prewarm(target.host, target.port, driver_of(state, label), count=1)
+
+
+def test_an_opening_that_is_broken_off_for_a_waiter_keeps_its_permit_until_the_remote_has_closed(
+    two: list[Worker], backend: Backend, tcp: Target
+) -> None:
+    warmer, other = two
+    other.attach(max_connections=1, close_timeout=60)
+    warmer.call(make_driver, "a", HangingDriver)
+    backend.do("hold_closes")
+    warmer.call(prewarm, tcp, "a")
+    wait_until(lambda: backend.open == 1)
     waits = other.begin(commands.use, tcp, thread="waits")
     other.wait_stats(waiting=1, closing=1)
     assert backend.peak == 1
