@@ -289,6 +289,41 @@ class _Leasing(Generic[T]):
         self._lease.__exit__(kind, error, trace)
 
 
+async def streams_over(conn: socket.socket, limit: int = 65536) -> tuple[StreamReader, StreamWriter]:
+    """A reader and a writer on a duplicate of a leased socket, for this lease: abort their transport before it ends.
+
+    Raises:
+        FileLimit: No descriptor is left.
+    """
+    try:
+        copy = socket.socket(fileno=os.dup(conn.fileno()))
+    except OSError as error:
+        raise file_limit(error, "make streams of a connection") from error
+    loop = get_running_loop()
+    try:
+        copy.setblocking(False)
+        reader = StreamReader(limit=limit, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport, _ = await loop.create_connection(lambda: protocol, sock=copy)
+    except BaseException:
+        copy.close()
+        raise
+    return reader, StreamWriter(transport, protocol, reader, loop)
+
+
+def all_said(reader: StreamReader, writer: StreamWriter) -> bool:
+    """Take such streams away, at once: out of the loop's epoll, whoever has the connection next; nothing more is sent.
+
+    Returns:
+        Whether nothing received was left unread, nothing written unsent, and the connection open.
+    """
+    transport = writer.transport
+    unread = bool(reader._buffer) or reader.at_eof() or reader.exception() is not None  # type: ignore[attr-defined]
+    said = not unread and not transport.is_closing() and not transport.get_write_buffer_size()
+    transport.abort()
+    return said
+
+
 class _Streaming:
     """`async with pool.stream(...)`; may be entered once.
 
@@ -306,38 +341,20 @@ class _Streaming:
     async def __aenter__(self) -> tuple[StreamReader, StreamWriter]:
         lease = self._lease = await self._pool._take(*self._arguments)
         try:
-            await self._make(lease.conn)
+            self._reader, self._writer = await streams_over(lease.conn, self._limit)
         except BaseException:
             lease.discard()
             raise
         return self._reader, self._writer
 
-    async def _make(self, conn: socket.socket) -> None:
-        try:
-            copy = socket.socket(fileno=os.dup(conn.fileno()))
-        except OSError as error:
-            raise file_limit(error, "make streams of a connection") from error
-        loop = get_running_loop()
-        try:
-            copy.setblocking(False)
-            self._reader = StreamReader(limit=self._limit, loop=loop)
-            protocol = asyncio.StreamReaderProtocol(self._reader, loop=loop)
-            transport, _ = await loop.create_connection(lambda: protocol, sock=copy)
-        except BaseException:
-            copy.close()
-            raise
-        self._writer = StreamWriter(transport, protocol, self._reader, loop)
-
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._lease is not None
-        lease, transport, reader = self._lease, self._writer.transport, self._reader
-        unread = bool(reader._buffer) or reader.at_eof() or reader.exception() is not None  # type: ignore[attr-defined]
-        clean = kind is None and not unread and not transport.is_closing() and not transport.get_write_buffer_size()
-        transport.abort()  # at once out of the loop's epoll, whoever has the connection next; nothing more is sent
+        lease = self._lease
+        said = all_said(self._reader, self._writer)
         if lease.in_force:
-            if clean:
+            if kind is None and said:
                 lease.checkin()
             else:
                 lease.discard()

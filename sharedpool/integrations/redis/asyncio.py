@@ -1,0 +1,287 @@
+"""The same for redis.asyncio: connections are leased as sockets, and become streams for one lease and one loop.
+
+They move between processes, loops and threads, and are the same ones as `SharedConnectionPool`'s for threads. A
+connection is opened, and greeted, by redis-py's synchronous half in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from typing import Any, Self
+
+import redis
+from redis import connection as blocking
+from redis.asyncio.connection import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
+
+from ... import aio, control
+from ...errors import OptionError, SharedPoolError
+from ...lease import Lease
+from .driver import greeting_of
+from .leasing import NO_NOTIFICATIONS, Leasing, Packed, User, give_back
+from .session import Session
+
+#: redis.asyncio's own, which the synchronous half has by other names.
+_ASYNCHRONOUS = ("parser_class", "encoder_class")
+
+
+class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
+    """`redis.asyncio.BlockingConnectionPool` for all processes together; docs/redis.md has what differs.
+
+    Tasks and loops may share it; it is lazy, and may stand before a fork.
+
+        client = redis.asyncio.Redis(connection_pool=SharedConnectionPool("cache", max_connections=20))
+
+    Args:
+        pool: The shared pool's name.
+        app: The scope's name, as for sharedpool.attach.
+        max_connections: The cap over all processes. None: the environment's, else 50.
+        timeout: Seconds to wait for a connection; None: no limit.
+        connection_class: redis.asyncio's Connection or UnixDomainSocketConnection, or one of your own.
+        **given: Options of the pool (idle_timeout, max_lifetime, …; see PoolOptions), and the keywords of redis-py's
+            connections.
+
+    Raises:
+        OptionError: An option is wrong, or needs a connection of one's own; or TLS is asked for.
+    """
+
+    def __init__(
+        self, pool: str = "default", *, app: str | None = None, max_connections: int | None = None,
+        timeout: float | None = 20.0, connection_class: type[Any] = Connection, **given: Any,
+    ) -> None:  # fmt: skip
+        unix = issubclass(connection_class, UnixDomainSocketConnection)
+        _refuse(connection_class, given)
+        arguments = {name: value for name, value in given.items() if name not in _ASYNCHRONOUS}
+        twin = blocking.UnixDomainSocketConnection if unix else blocking.Connection
+        self._prepare(pool, app, max_connections, timeout, twin, arguments)
+        given = {name: value for name, value in given.items() if name in arguments or name in _ASYNCHRONOUS}
+        self._users = type(connection_class.__name__, (_User, connection_class), {})
+        self._out: set[Any] = set()
+        self._async = aio.Pool(self._handle)
+        ConnectionPool.__init__(
+            self, connection_class, max_connections, maint_notifications_config=NO_NOTIFICATIONS, **given
+        )
+
+    @classmethod
+    def from_url(cls, url: str, **kwargs: Any) -> Self:
+        """As redis-py's; the URL's query may have the pool's name and options: `redis://host/0?pool=cache`."""
+        return super().from_url(url, **kwargs)
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    async def _lease(self) -> Lease[Session]:
+        try:
+            return await self._async.checkout(self._transport.host, 0, self._via, checkout_timeout=self.timeout)
+        except SharedPoolError as error:
+            raise self._translated(error) from error
+
+    async def get_connection(self, command_name: Any = None, *keys: Any, **options: Any) -> Any:
+        """A connection, ready for a command; `release` gives it back.
+
+        Raises:
+            redis.exceptions.MaxConnectionsError: None became free within `timeout`.
+            redis.TimeoutError: The server did not answer in time.
+            redis.ConnectionError: It cannot be reached.
+        """
+        lease = await self._lease()
+        user = self._make()
+        await user._bind(lease)
+        user._out = True
+        self._out.add(user)
+        return user
+
+    def _make(self) -> Any:
+        user = self._users(**self.connection_kwargs)
+        user._sharedpool = self
+        return user
+
+    async def release(self, connection: Any) -> None:
+        """Give a connection back; others may have it if it is as it was at its start, else it is closed."""
+        if connection not in self._out:
+            return
+        self._out.discard(connection)
+        connection._out = False
+        connection._give_back()
+
+    # --- the pool -----------------------------------------------------------------------------------------------------
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        """End what this process has lent; what is idle is everybody's, and stays (`drain` ends that, too)."""
+        if inuse_connections:
+            for user in list(self._out):
+                await user.disconnect(nowait=True)
+
+    async def aclose(self) -> None:
+        """This process leaves the pool, until its next connection; what it has lent ends."""
+        await self.disconnect()
+        self._handle.close()
+
+    def reset(self) -> None:
+        """Forget what is lent: it is ended, and its objects take no other connection."""
+        for user in list(self._out):
+            self._out.discard(user)
+            user._out = False
+            user._unbind()
+            user._discard()
+
+    async def drain(self, wait: float | None = None) -> int:
+        """Close the connections of all processes, as `sharedpool.drain`: idle ones now, others as they come back."""
+        await self._async.open()
+        return await asyncio.to_thread(control.drain, self.name, wait=wait, app=self._handle.app)
+
+    def set_retry(self, retry: Any) -> None:
+        """As redis-py's."""
+        self.connection_kwargs["retry"] = retry
+        for user in list(self._out):
+            user.retry = retry
+
+    async def re_auth_callback(self, token: Any) -> None:
+        """A new token: every connection is closed once nobody uses it, and opened anew with it."""
+        await self.drain()
+
+    def get_connection_count(self) -> list[tuple[int, dict[str, Any]]]:
+        """Idle ones of all processes, and those that this process has lent, as redis-py's."""
+        (_, free), (_, used) = super().get_connection_count()
+        idle = 0 if self._handle.attached is None else self._handle.stats().idle
+        return [(idle, free), (len(self._out), used)]
+
+    def can_get_connection(self) -> bool:
+        """Whether one is to be had without waiting, as far as can be said without asking."""
+        if self._handle.attached is None:
+            return True
+        stats = self._handle.stats()
+        return not stats.waiting and (stats.idle > 0 or stats.used < stats.max_connections)
+
+    @property
+    def _available_connections(self) -> list[Any]:
+        return []
+
+    @_available_connections.setter
+    def _available_connections(self, value: Any) -> None:
+        """Set by what this class does not use."""
+
+    @property
+    def _in_use_connections(self) -> set[Any]:
+        return self._out
+
+    @_in_use_connections.setter
+    def _in_use_connections(self, value: Any) -> None:
+        """The same."""
+
+    def _forked(self) -> None:
+        out, self._out = self._out, set()
+        for user in out:
+            user._lease = user._session = user._reader = user._writer = None
+            user._out = False
+
+
+class _User(User):
+    """What is before redis.asyncio's class."""
+
+    async def _bind(self, lease: Lease[Session]) -> None:
+        """Make streams of a lease's socket, on a descriptor of their own: they end before the lease does."""
+        this: Any = self
+        session = lease.conn
+        try:
+            this._reader, this._writer = await aio.streams_over(session.sock)
+        except BaseException:
+            lease.discard()
+            raise
+        self._lease, self._session = lease, session
+        this.handshake_metadata = greeting_of(session.state, decode=this.encoder.decode_responses)
+        this._reset_himport_state()
+        this._parser.on_connect(this)
+
+    def _unbind(self) -> bool:
+        """Take the streams away, at once; whether nothing was left in them."""
+        this: Any = self
+        reader, writer = this._reader, this._writer
+        this._reader = this._writer = None
+        this._parser.on_disconnect()
+        return writer is not None and aio.all_said(reader, writer)
+
+    def _give_back(self) -> None:
+        this: Any = self
+        clean = self._unbind() and not this.should_reconnect()
+        if not clean:
+            self._discard()
+            return
+        lease, self._lease, self._session = self._lease, None, None
+        if lease is not None:
+            give_back(lease)
+
+    async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        """Take a lease, unless there is one; it may have to wait for it."""
+        this: Any = self
+        if this.is_connected:
+            return
+        self._may_connect()
+        self._discard()
+        await self._bind(await this._sharedpool._lease())
+        for reference in list(this._connect_callbacks):
+            callback = reference()
+            if callback is None:
+                this._connect_callbacks.remove(reference)
+                continue
+            task = callback(this)
+            if task is not None and inspect.isawaitable(task):
+                await task
+
+    async def disconnect(self, *args: Any, **kwargs: Any) -> None:
+        """End the connection: the lease is discarded, and whoever waits gets the permit."""
+        self._unbind()
+        self._discard()
+        await super().disconnect(*args, **kwargs)  # type: ignore[misc]
+
+    def _close(self) -> None:
+        self._unbind()
+        self._discard()
+
+    def __del__(self) -> None:
+        """Nothing: a lease that is forgotten is ended by its pool; its streams are not those of the connection."""
+        this: Any = self
+        with contextlib.suppress(Exception):
+            if this._writer is not None and not this._writer.transport.is_closing():
+                this._writer.transport.abort()
+
+    async def send_command(self, *args: Any, **kwargs: Any) -> None:
+        """As redis-py's."""
+        await self.send_packed_command(self.pack_command(*args), check_health=kwargs.get("check_health", True))
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """As redis-py's; what was packed by others than this object's `pack_commands` is not known, and not lent on."""
+        this: Any = self
+        if not this.is_connected:
+            await self.connect_check_health(check_health=False)
+        if check_health and this.health_check_interval:
+            await this.check_health()
+        session = self._session
+        if session is None:
+            raise redis.ConnectionError("the connection was ended while it was in use")
+        session.sends(command.commands if isinstance(command, Packed) else None)
+        await super().send_packed_command(command, check_health=False)  # type: ignore[misc]
+
+    async def _read_response_from_parser(self, *args: Any, **kwargs: Any) -> Any:
+        session = self._session
+        response = await super()._read_response_from_parser(*args, **kwargs)  # type: ignore[misc]
+        if session is not None:
+            session.awaited -= 1
+            if isinstance(response, redis.exceptions.NoPermissionError):
+                session.refused()
+        return response
+
+
+def _refuse(connection_class: type[Any], given: dict[str, Any]) -> None:
+    if issubclass(connection_class, SSLConnection):
+        raise OptionError(
+            "option 'connection_class' is SSLConnection (from the call, or by rediss://); TLS of asyncio belongs to one"
+            " loop and cannot be leased; allowed is Connection or UnixDomainSocketConnection, or the pool for threads",
+            option="connection_class", value=connection_class, source="the call", allowed="no TLS",
+        )  # fmt: skip
+    if inspect.iscoroutinefunction(given.get("redis_connect_func")):
+        raise OptionError(
+            "option 'redis_connect_func' is a coroutine function (from the call); connections are greeted by redis-py's"
+            " synchronous half; allowed is a function",
+            option="redis_connect_func", value=given["redis_connect_func"], source="the call", allowed="a function",
+        )  # fmt: skip
