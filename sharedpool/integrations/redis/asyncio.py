@@ -60,7 +60,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
         self._out: set[Any] = set()
         self._async = aio.Pool(self._handle)
         ConnectionPool.__init__(
-            self, connection_class, max_connections, maint_notifications_config=NO_NOTIFICATIONS, **given
+            self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from ... import control
 from ...errors import ConnectFailed, ConnectTimeout, LeaseError, OptionError, PoolTimeout, SharedPoolError
 from ...errors import TooManyWaiting as Crowded
 from ...lease import Lease
-from ...options import PoolOptions
+from ...options import PoolOptions, check
 from ...pool import Pool as Handle
 from ...stats import PoolStats
 from .driver import RedisDriver
@@ -94,12 +94,12 @@ class Leasing:
     ) -> dict[str, Any]:  # fmt: skip
         options = {name: _value(given.pop(name)) for name in list(given) if name in _OPTIONS}
         if max_connections is not None:
-            options["max_connections"] = max_connections
+            options["max_connections"] = _value(max_connections)
         _refuse(given)
         if given.get("socket_connect_timeout") is not None:
             options.setdefault("connect_timeout", given["socket_connect_timeout"])
         self.name = pool
-        self.timeout = timeout
+        self.timeout: float | None = check("checkout_timeout", _value(timeout))
         self._handle: Handle[Any] = control.attach(pool, app=app, **options)
         self._transport = RedisDriver(connection_class, given)
         self._via: Any = self._transport

@@ -44,7 +44,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
         self._users = type(connection_class.__name__, (_User, connection_class), {})
         self._out: set[Any] = set()
         ConnectionPool.__init__(
-            self, connection_class, max_connections, maint_notifications_config=NO_NOTIFICATIONS, **given
+            self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given
         )
 
     @classmethod

@@ -1,0 +1,377 @@
+"""redis-py over a shared pool, on a real server: its CLIENT LIST and its counters say what there was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+redis = pytest.importorskip("redis")
+
+from sharedpool import OptionError
+from sharedpool.integrations.redis import SharedConnectionPool
+from tests.support import redises
+from tests.support.redises import RedisServer
+from tests.support.scope import Scope
+from tests.support.waiting import wait_until
+from tests.support.workers import ROOT, ForkServer, Harness, Worker, clean_environment
+
+HANDSHAKE = ("hello", "auth", "select", "client|setname", "client|setinfo")
+
+
+@pytest.fixture(scope="session")
+def redis_server(fork_server: ForkServer) -> Iterator[RedisServer]:
+    """A real server, one for the whole session; with TLS, too."""
+    server = RedisServer(tls=True)
+    try:
+        yield server.begin()
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def server(redis_server: RedisServer, nothing_left_behind: None) -> RedisServer:
+    """The session's server, without anybody connected."""
+    redis_server.wait_until_alone()
+    return redis_server
+
+
+@pytest.fixture(scope="session")
+def fork_server_with_redis(fork_server: ForkServer) -> Iterator[ForkServer]:
+    """One that has loaded redis-py, too."""
+    forks = ForkServer("tests.support.redises")
+    yield forks
+    forks.stop()
+
+
+@pytest.fixture
+def harness(directory: Path, scope: Scope, fork_server_with_redis: ForkServer) -> Iterator[Harness]:
+    harness = Harness(directory, scope.env, fork_server_with_redis)
+    yield harness
+    harness.close()
+
+
+def url(server: RedisServer, **query: Any) -> str:
+    asked = "&".join(f"{name}={value}" for name, value in {"pool": "cache", "max_connections": 1, **query}.items())
+    return f"redis://127.0.0.1:{server.port}/0?{asked}"
+
+
+# --- moving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_another_process_goes_on_with_a_connection_and_greets_nobody(
+    two: list[Worker], server: RedisServer, protocol: int
+) -> None:
+    one, other = two
+    text = f"redis://app:secret@127.0.0.1:{server.port}/3?pool=cache&max_connections=1&client_name=web&protocol={protocol}"
+    for worker in two:
+        worker.call(redises.make, text)
+        worker.call(redises.make_async, text)
+    first = one.call(redises.who)
+    before = server.numbers()
+    one.call(redises.ask, "SET", "k", "1")
+    assert other.call(redises.who) == first
+    info = other.call(redises.ask, "CLIENT INFO")
+    info = info.decode() if isinstance(info, bytes) else info
+    for part in ("name=web", "db=3", "user=app", f"resp={protocol}"):
+        assert part in str(info).replace("'", "").replace(": ", "="), "the state of the handshake"
+    assert other.call(redises.who, label="a") == first, "asyncio's and the threads' are the same ones"
+    assert one.call(redises.who, label="a") == first
+    assert one.call(redises.who) == first
+    after = server.numbers()
+    assert after["received"] == before["received"] + 1, "the judge's own"
+    judges = {"hello": 1, "client|setinfo": 2, "auth": 0}
+    for name in HANDSHAKE:
+        assert after.get(name, 0) - before.get(name, 0) <= judges.get(name, 0), name
+    os.kill(one.pid, signal.SIGKILL)
+    assert other.call(redises.who) == first, "a dead one's connection serves the others"
+
+
+def test_by_a_unix_socket_and_to_another_database_are_other_keys_of_the_same_cap(
+    two: list[Worker], server: RedisServer
+) -> None:
+    one, other = two
+    local = f"unix://{server.path}?pool=cache&max_connections=1"
+    one.call(redises.make, local)
+    other.call(redises.make, local)
+    other.call(redises.make, local + "&db=2", "second")
+    first = one.call(redises.who)
+    assert other.call(redises.who) == first
+    assert other.call(redises.who, "second") != first
+    assert len(server.clients()) == 1, "evicted for the other key"
+
+
+def test_what_a_user_leaves_changed_is_closed_and_everything_else_stays(worker: Worker, server: RedisServer) -> None:
+    worker.call(redises.make, url(server))
+    known = worker.call(redises.who)
+    worker.call(redises.transaction, False)
+    worker.call(redises.transaction, True)
+    worker.call(redises.leave_off, ("ECHO", "x"), ("NO-SUCH-COMMAND",), read=2)
+    assert worker.call(redises.who) == known, "nothing of this changes a session"
+    changes: list[dict[str, Any]] = [
+        {"sent": [("SELECT", "1")], "read": 1},
+        {"sent": [("MULTI",)], "read": 1},
+        {"sent": [("WATCH", "k")], "read": 1},
+        {"sent": [("SUBSCRIBE", "c")], "read": 1},
+        {"sent": [("CLIENT", "REPLY", "SKIP")]},
+        {"sent": [("CLIENT", "TRACKING", "ON", "BCAST")], "read": 1},
+        {"sent": [("BLPOP", "nothing", "0.05")]},
+        {"raw": b"PING\r\n"},
+    ]
+    for change in changes:
+        worker.call(redises.leave_off, *change.get("sent", ()), raw=change.get("raw", b""), read=change.get("read", 0))
+        found = worker.call(redises.who)
+        assert found != known, change
+        known = found
+        assert b"off" in worker.call(redises.ask, "CLIENT", "TRACKINGINFO")[b"flags"]
+    closes = worker.call(redises.stats).closes
+    assert closes["unclean"] == len(changes)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_lost_in_a_lease_is_another_lease_and_never_a_second_connection(
+    worker: Worker, server: RedisServer
+) -> None:
+    worker.call(redises.make, url(server), retries=1)
+    first = worker.call(redises.hold)
+    with server.judge() as judge:
+        judge.client_kill_filter(_id=str(first))
+    wait_until(lambda: not server.clients())
+    worker.fails(redis.ConnectionError, redises.talk, "GET", "k")
+    second = worker.call(redises.talk, "CLIENT", "ID")
+    assert second != first, "redis-py connects again by itself: with a new lease"
+    assert worker.call(redises.stats).in_use == 1
+    assert len(server.clients()) == 1
+    worker.call(redises.let_go)
+    assert worker.call(redises.who) == second
+    with server.judge() as judge:
+        judge.client_kill_filter(_id=str(second))
+    assert worker.call(redises.who) not in (first, second), "one that ended while it was idle is not lent"
+    numbers = worker.call(redises.stats)
+    assert (numbers.in_use, numbers.waiting, numbers.used) == (0, 0, 1)
+
+
+def test_who_listens_has_a_connection_of_his_own_until_he_stops(two: list[Worker], server: RedisServer) -> None:
+    one, other = two
+    for worker in two:
+        worker.call(redises.make, url(server, max_connections=2))
+        worker.call(redises.alone)
+    listening = one.call(redises.subscribe, "news")
+    others = {one.call(redises.who), other.call(redises.who)}
+    assert listening not in others
+    assert len(others) == 1
+    other.call(redises.ask, "PUBLISH", "news", "first")
+    assert one.call(redises.heard) == b"first"
+    with server.judge() as judge:
+        judge.client_kill_filter(_id=str(listening))
+    hears = one.begin(redises.heard, thread="hears")
+    wait_until(lambda: any(client["sub"] == "1" for client in server.clients()), what="it has subscribed again")
+    other.call(redises.ask, "PUBLISH", "news", "second")
+    assert hears.result() == b"second"
+    assert len(server.clients()) == 2
+    one.call(redises.stop_listening)
+    wait_until(lambda: len(server.clients()) == 1)
+    assert one.call(redises.who) == other.call(redises.who)
+
+
+def test_with_no_connection_to_spare_nobody_is_refused_nor_gets_anothers_answer_while_workers_are_killed(
+    harness: Harness, directory: Path
+) -> None:
+    server = RedisServer(maxclients="4").begin()  # three, and the judge
+    try:
+        evidence = directory / "evidence"
+        for _ in range(3):
+            workers = harness.start_many(3)
+            busy = []
+            for worker in workers:
+                worker.call(redises.make, url(server, max_connections=3, timeout=30))
+                for thread in ("a", "b"):
+                    busy.append(worker.begin(redises.work, 0.7, f"{evidence}-{worker.pid}{thread}", thread=thread))
+            wait_until(lambda: len(list(directory.glob("evidence-*"))) % 6 == 0)
+            os.kill(workers[0].pid, signal.SIGKILL)
+            for pending in busy[2:]:
+                pending.result()
+        lines = [line for path in directory.glob("evidence-*") for line in path.read_text().splitlines(keepends=True)]
+        told = [line.strip() for line in lines if line.endswith("\n")]
+        assert len(told) > 100
+        assert set(told) == {"."}
+        assert server.numbers()["rejected"] == 0
+        assert len(server.clients()) <= 3
+    finally:
+        for worker in harness.workers:
+            worker.kill()
+        server.end()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_those_of_redis_py(worker: Worker, server: RedisServer) -> None:
+    worker.call(redises.make, url(server, timeout=0.05))
+    worker.call(redises.hold)
+    exhausted = worker.fails(redis.exceptions.MaxConnectionsError, redises.who)
+    assert "max=1 leased=1" in str(exhausted)
+    worker.call(redises.let_go)
+    wrong = f"redis://app:wrong@127.0.0.1:{server.port}/0?pool=cache"
+    worker.call(redises.make, wrong, "wrong")
+    worker.fails(redis.AuthenticationError, redises.who, "wrong")
+    worker.call(redises.make, url(server).replace("/0?", "/99?"), "no-db")
+    worker.fails(redis.ResponseError, redises.who, "no-db")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        worker.call(redises.make, f"redis://127.0.0.1:{port}/0?pool=cache", "refused")
+        assert "Connection refused" in str(worker.fails(redis.ConnectionError, redises.who, "refused"))
+        silent.listen()
+        worker.call(redises.make, f"redis://127.0.0.1:{port}/0?pool=cache&socket_connect_timeout=0.1", "silent")
+        worker.fails(redis.TimeoutError, redises.who, "silent")
+    assert worker.call(redises.who), "no permit was lost"
+    assert worker.call(redises.stats).in_use == 0
+    numbers = worker.call(redises.stats)
+    assert "secret" not in repr(numbers)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cache_config": object(), "protocol": 3}, "CLIENT TRACKING"),
+        ({"maint_notifications_config": redis.maint_notifications.MaintNotificationsConfig(enabled=True)}, "maintenance"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"connection_class": dict}, "connection_class"),
+        ({"timeout": "soon"}, "checkout_timeout"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_at_once(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        SharedConnectionPool("cache", **given)
+
+
+def test_a_key_names_who_and_where_and_no_password() -> None:
+    pool = SharedConnectionPool.from_url("redis://me:hidden@Cache.example:7/2?pool=x&client_name=web")
+    assert pool._transport.host == "me@cache.example:7/2?protocol=3&name=web"
+    assert "hidden" not in repr(pool)
+
+
+# --- asyncio, TLS, forks ----------------------------------------------------------------------------------------------
+
+
+def test_tasks_share_the_cap_with_threads_and_what_is_cancelled_loses_nothing(
+    two: list[Worker], server: RedisServer
+) -> None:
+    one, other = two
+    one.call(redises.make_async, url(server, max_connections=2))
+    other.call(redises.make, url(server, max_connections=2))
+    for _ in range(5):
+        found = one.call(redises.many_at_once, 60)
+        assert found == [f"t{i}" for i in range(60) if i % 3]
+        assert len(server.clients()) <= 2
+    assert one.call(redises.listen_async, "news") == b"hello"
+    assert other.call(redises.who)
+    numbers = other.call(redises.stats)
+    assert (numbers.in_use, numbers.granted, numbers.waiting) == (0, 0, 0)
+    with pytest.raises(OptionError, match="TLS"):
+        redises.asynchronous.SharedConnectionPool.from_url("rediss://127.0.0.1/0")
+
+
+def test_under_tls_a_connection_stays_and_its_permit_goes_over(two: list[Worker], server: RedisServer) -> None:
+    one, other = two
+    text = f"rediss://app:secret@127.0.0.1:{server.tls_port}/1?pool=cache&max_connections=1&ssl_ca_certs={server.certificate}"
+    for worker in two:
+        worker.call(redises.make, text)
+    first = one.call(redises.who)
+    assert one.call(redises.who) == first
+    assert one.call(redises.ask, "ECHO", "x") == b"x"
+    second = other.call(redises.who)
+    assert second != first
+    assert other.call(redises.who) == second
+    assert len(server.clients()) == 1
+    assert other.call(redises.stats).takeovers == 0
+
+
+def test_a_forked_child_goes_on_by_itself_and_what_was_lent_stays_its_parents(
+    worker: Worker, server: RedisServer
+) -> None:
+    worker.call(redises.make, url(server, max_connections=2))
+    held = worker.call(redises.hold)
+    child = worker.fork()
+    child.fails(redis.ConnectionError, redises.talk, "CLIENT", "ID")
+    child.call(redises.let_go)
+    assert child.call(redises.who) != held
+    assert worker.call(redises.talk, "CLIENT", "ID") == held
+    worker.call(redises.let_go)
+    child.call(redises.close_pool)
+    assert worker.call(redises.who)
+
+
+# --- who uses it ------------------------------------------------------------------------------------------------------
+
+DJANGO = """
+import django, json, os, sys
+from django.conf import settings
+settings.configure(CACHES={"default": {
+    "BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": sys.argv[1], "OPTIONS": {
+        "pool_class": "sharedpool.integrations.redis.SharedConnectionPool", "pool": "cache", "max_connections": 1}}})
+django.setup()
+from django.core.cache import cache
+found = [cache.add("n", 1), cache.incr("n"), cache.get("n"), cache.get_many(["n", "m"])]
+cache.set_many({"m": [1, 2]}, timeout=60)
+pool = cache._cache._get_connection_pool(write=True)
+print(json.dumps([found, cache.get("m"), cache._cache.get_client().client_id(), type(pool).__name__]))
+"""
+CELERY = """
+import json, sys
+from celery import Celery
+app = Celery(backend="sharedpool.integrations.redis.celery:SharedBackend+" + sys.argv[1])
+if sys.argv[2] == "put":
+    app.backend.store_result("task-1", {"x": 1}, "SUCCESS")
+    found = None
+else:
+    found = app.AsyncResult("task-1").get(timeout=20)
+pool = app.backend.client.connection_pool
+print(json.dumps([found, app.backend.client.client_id(), type(pool).__name__, pool.shared_stats().max_connections]))
+"""
+
+
+def run(scope: Scope, program: str, *arguments: str) -> Any:
+    """What a program of its own process prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=clean_environment(scope.env),
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def test_djangos_cache_and_celerys_results_share_one_connection_over_processes(
+    scope: Scope, worker: Worker, server: RedisServer
+) -> None:
+    where = f"redis://127.0.0.1:{server.port}/5"
+    worker.call(redises.make, where + "?pool=cache&max_connections=1")
+    mine = worker.call(redises.who)
+    results: list[Any] = [None, None]
+    celery = where + "?pool=cache&max_connections=1"
+
+    def django() -> None:
+        results[0] = run(scope, DJANGO, where)
+
+    thread = threading.Thread(target=django)
+    thread.start()
+    results[1] = run(scope, CELERY, celery, "put")
+    thread.join()
+    assert results[0] == [[True, 2, 2, {"n": 2}], [1, 2], mine, "SharedConnectionPool"]
+    assert results[1] == [None, mine, "SharedConnectionPool", 1]
+    two = celery.replace("=1", "=2")  # who waits for a result listens on one
+    found, _, kind, cap = run(scope, CELERY, two, "get")
+    assert (found, kind, cap) == ({"x": 1}, "SharedConnectionPool", 2)
+    assert len(server.clients()) <= 2
