@@ -22,6 +22,7 @@ GROUPS = (
     "aio",
     "postgres",
     "django",
+    "redis",
 )
 
 
