@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import quote
 
 import redis
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
@@ -71,9 +72,9 @@ class RedisDriver:
             "connect": asked and f"{getattr(asked, '__module__', '')}.{getattr(asked, '__qualname__', asked)}",
             "tls": self._tls_of(sample) if self.tls else None,
         }  # fmt: skip
-        where = sample.path if self._unix else f"{sample.host}:{sample.port}"
-        who = f"{self._user(sample)}@" if self._user(sample) else ""
-        extra = "&".join(f"{name}={value}" for name, value in more.items() if value)
+        where = quote(sample.path) if self._unix else f"{sample.host}:{sample.port}"
+        who = f"{quote(self._user(sample), '()')}@" if self._user(sample) else ""
+        extra = "&".join(f"{name}={quote(str(value), '.<>')}" for name, value in more.items() if value)
         return f"{who}{where}/{sample.db}?{extra}"
 
     def _user(self, sample: Any) -> str:
