@@ -45,7 +45,19 @@ def twemproxy(backend: int) -> Iterator[int]:
         port, stats = servers.free_port(), servers.free_port()
         config = directory / "nutcracker.yml"
         config.write_text(_TWEMPROXY.format(host=servers.HOST, port=port, backend=backend, cap=CAP))
-        argv = [binary, "-c", str(config), "-s", str(stats), "-a", servers.HOST, "-p", str(directory / "pid"), "-m", "512"]
+        argv = [
+            binary,
+            "-c",
+            str(config),
+            "-s",
+            str(stats),
+            "-a",
+            servers.HOST,
+            "-p",
+            str(directory / "pid"),
+            "-m",
+            "512",
+        ]
         with servers._running(argv, port, directory):
             yield port
 
@@ -120,7 +132,10 @@ def rows(quick: bool) -> list[Row]:
         _rate(f"8 on cap {CAP}, GET / redis-py with 8 connections", OWN, Limit(">=", 0.7, 0.85), runs),
         _tail("the same, p99", OWN, runs),
         *(
-            [_rate(f"8 on cap {CAP}, GET / twemproxy", PROXY, Limit(">=", 1.0, 1.2), runs), _tail("the same, p99", PROXY, runs)]
+            [
+                _rate(f"8 on cap {CAP}, GET / twemproxy", PROXY, Limit(">=", 1.0, 1.2), runs),
+                _tail("the same, p99", PROXY, runs),
+            ]
             if not lost
             else [missing_row(GROUP, f"8 on cap {CAP}, GET / twemproxy", lost)]
         ),

@@ -30,7 +30,7 @@ from ..drivers.dbapi import DbapiDriver, Session
 from ..drivers.sockets import Ending
 from ..errors import LeaseError, OptionError, PoolTimeout, SharedPoolError
 from ..lease import Lease
-from ..options import PoolOptions, check
+from ..options import PoolOptions
 from ..stats import PoolStats
 
 #: The pool's own options; whatever else is given is for aiohttp's connector.
@@ -70,11 +70,10 @@ class SharedConnector(TCPConnector):
                 " at once for one permit; allowed is None",
                 option="happy_eyeballs_delay", value=delay, source="the call", allowed="None",
             )  # fmt: skip
-        self._patience: float | None = check("checkout_timeout", checkout_timeout)
         super().__init__(limit=limit, limit_per_host=limit_per_host, **given)
         if options and self._keepalive_timeout is not None:
             options.setdefault("idle_timeout", self._keepalive_timeout)
-        self._handle = control.attach(pool, app=app, **options)
+        self._handle = control.attach(pool, app=app, checkout_timeout=checkout_timeout, **options)
         self._shared: aio.Pool[Any] = aio.Pool(self._handle)
         self._driver = _Driver(self._loop)
         self._leases: dict[ResponseHandler, Lease[Any]] = {}
@@ -138,7 +137,7 @@ class SharedConnector(TCPConnector):
     async def _permit(self, address: str) -> Lease[Any]:
         self._check_open()
         try:
-            return await self._shared.checkout(address, 0, self._driver, checkout_timeout=self._patience)
+            return await self._shared.checkout(address, 0, self._driver)
         except PoolTimeout:  # a TimeoutError, of which aiohttp makes its own
             raise
         except SharedPoolError as error:

@@ -139,7 +139,7 @@ def stats(state: State, label: str = "r") -> Any:
 
 def hold(state: State, label: str = "r", name: str = "held") -> int:
     """Take a connection and keep it; gives its number."""
-    state.things[name] = conn = state.things[label].connection_pool.get_connection()
+    state.things[name] = state.things[label].connection_pool.get_connection()
     return talk(state, "CLIENT", "ID", name=name)
 
 
@@ -271,5 +271,3 @@ def listen_async(state: State, channel: str) -> Any:
 
 def close_pool(state: State, label: str = "r") -> None:
     state.things[label].connection_pool.close()
-
-

@@ -8,9 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
-
-aiohttp = pytest.importorskip("aiohttp")
 
 from sharedpool import OptionError
 from sharedpool.integrations.aiohttp import SharedConnector

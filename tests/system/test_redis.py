@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-redis = pytest.importorskip("redis")
+import redis
+from redis.maint_notifications import MaintNotificationsConfig
 
 from sharedpool import OptionError
 from sharedpool.integrations.redis import SharedConnectionPool
+from sharedpool.integrations.redis import asyncio as asynchronous
 from tests.support import redises
 from tests.support.redises import RedisServer
 from tests.support.scope import Scope
@@ -73,7 +74,9 @@ def test_another_process_goes_on_with_a_connection_and_greets_nobody(
     two: list[Worker], server: RedisServer, protocol: int
 ) -> None:
     one, other = two
-    text = f"redis://app:secret@127.0.0.1:{server.port}/3?pool=cache&max_connections=1&client_name=web&protocol={protocol}"
+    text = (
+        f"redis://app:secret@127.0.0.1:{server.port}/3?pool=cache&max_connections=1&client_name=web&protocol={protocol}"
+    )
     for worker in two:
         worker.call(redises.make, text)
         worker.call(redises.make_async, text)
@@ -247,7 +250,10 @@ def test_errors_are_those_of_redis_py(worker: Worker, server: RedisServer) -> No
     ("given", "said"),
     [
         ({"cache_config": object(), "protocol": 3}, "CLIENT TRACKING"),
-        ({"maint_notifications_config": redis.maint_notifications.MaintNotificationsConfig(enabled=True)}, "maintenance"),
+        (
+            {"maint_notifications_config": MaintNotificationsConfig(enabled=True)},
+            "maintenance",
+        ),
         ({"max_connections": 0}, "max_connections"),
         ({"connection_class": dict}, "connection_class"),
         ({"timeout": "soon"}, "checkout_timeout"),
@@ -282,7 +288,7 @@ def test_tasks_share_the_cap_with_threads_and_what_is_cancelled_loses_nothing(
     numbers = other.call(redises.stats)
     assert (numbers.in_use, numbers.granted, numbers.waiting) == (0, 0, 0)
     with pytest.raises(OptionError, match="TLS"):
-        redises.asynchronous.SharedConnectionPool.from_url("rediss://127.0.0.1/0")
+        asynchronous.SharedConnectionPool.from_url("rediss://127.0.0.1/0")
 
 
 def test_under_tls_a_connection_stays_and_its_permit_goes_over(two: list[Worker], server: RedisServer) -> None:

@@ -19,14 +19,14 @@ from ... import aio, control
 from ...errors import OptionError, SharedPoolError
 from ...lease import Lease
 from .driver import greeting_of
-from .leasing import NO_NOTIFICATIONS, Leasing, Packed, User, give_back
+from .leasing import NO_NOTIFICATIONS, Leasing, Packed, User, give_back, is_read
 from .session import Session
 
 #: redis.asyncio's own, which the synchronous half has by other names.
 _ASYNCHRONOUS = ("parser_class", "encoder_class")
 
 
-class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
+class SharedConnectionPool(Leasing, ConnectionPool):
     """`redis.asyncio.BlockingConnectionPool` for all processes together; docs/redis.md has what differs.
 
     Tasks and loops may share it; it is lazy, and may stand before a fork.
@@ -59,9 +59,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
         self._users = type(connection_class.__name__, (_User, connection_class), {})
         self._out: set[Any] = set()
         self._async = aio.Pool(self._handle)
-        ConnectionPool.__init__(
-            self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given
-        )
+        ConnectionPool.__init__(self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given)
 
     @classmethod
     def from_url(cls, url: str, **kwargs: Any) -> Self:
@@ -72,7 +70,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
 
     async def _lease(self) -> Lease[Session]:
         try:
-            return await self._async.checkout(self._transport.host, 0, self._via, checkout_timeout=self.timeout)
+            return await self._async.checkout(self._transport.host, 0, self._via)
         except SharedPoolError as error:
             raise self._translated(error) from error
 
@@ -203,8 +201,9 @@ class _User(User):
 
     def _give_back(self) -> None:
         this: Any = self
-        clean = self._unbind() and not this.should_reconnect()
+        clean = is_read(this._parser) and self._unbind() and not this.should_reconnect()
         if not clean:
+            self._unbind()
             self._discard()
             return
         lease, self._lease, self._session = self._lease, None, None

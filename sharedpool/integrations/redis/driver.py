@@ -183,9 +183,9 @@ class _Opening:
     def _connect(self) -> Any:
         this: Any = self
         unix = isinstance(this, UnixDomainSocketConnection)
-        where = ("unix", this.path, 0) if unix else ("tcp", this.host, this.port)
+        host, port = (this.path, 0) if unix else (this.host, this.port)
         try:
-            sock = driver_named(where[0]).open(*where[1:], self._left(), self._sharedpool_register)
+            sock = driver_named("unix" if unix else "tcp").open(host, port, self._left(), self._sharedpool_register)
         except (ConnectFailed, ConnectTimeout) as error:
             self._sharedpool_failed = error
             raise error.__cause__ or error from None  # redis-py's words for it are made of the system's error
@@ -197,7 +197,7 @@ class _Opening:
                 for option, value in this.socket_keepalive_options.items():
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
             self._limited(sock)
-            return this._wrap_socket_with_ssl(sock) if isinstance(this, SSLConnection) else sock
+            return this._wrap_socket_with_ssl(sock) if hasattr(this, "_wrap_socket_with_ssl") else sock
         except BaseException:
             sock.close()
             raise

@@ -100,6 +100,7 @@ class Leasing:
             options.setdefault("connect_timeout", given["socket_connect_timeout"])
         self.name = pool
         self.timeout: float | None = check("checkout_timeout", _value(timeout))
+        options["checkout_timeout"] = self.timeout
         self._handle: Handle[Any] = control.attach(pool, app=app, **options)
         self._transport = RedisDriver(connection_class, given)
         self._via: Any = self._transport
@@ -130,6 +131,17 @@ def give_back(lease: Lease[Session]) -> None:
             lease.checkin()
         except LeaseError:
             pass  # it was taken away
+
+
+def is_read(parser: Any) -> bool:
+    """Whether a parser has given out all that it has received."""
+    reader = getattr(parser, "_reader", None)  # hiredis
+    if reader is not None:
+        return not reader.has_data()
+    buffer = parser._buffer
+    if isinstance(buffer, bytes):  # redis.asyncio's: what has not been received whole
+        return not buffer
+    return buffer is None or not buffer.unread_bytes()
 
 
 def _value(value: Any) -> Any:

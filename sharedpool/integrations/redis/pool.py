@@ -11,11 +11,11 @@ from ... import control
 from ...errors import SharedPoolError
 from ...lease import Lease
 from .driver import greeting_of
-from .leasing import NO_NOTIFICATIONS, Leasing, Packed, User, give_back
+from .leasing import NO_NOTIFICATIONS, Leasing, Packed, User, give_back, is_read
 from .session import Session
 
 
-class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
+class SharedConnectionPool(Leasing, ConnectionPool):
     """`redis.BlockingConnectionPool` for all processes together; docs/redis.md has what differs.
 
     Lazy: making it attaches to nothing, so it may stand before a fork; the first connection attaches. After a fork a
@@ -43,9 +43,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
         given = self._prepare(pool, app, max_connections, timeout, connection_class, given)
         self._users = type(connection_class.__name__, (_User, connection_class), {})
         self._out: set[Any] = set()
-        ConnectionPool.__init__(
-            self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given
-        )
+        ConnectionPool.__init__(self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given)
 
     @classmethod
     def from_url(cls, url: str, **kwargs: Any) -> Self:
@@ -55,9 +53,8 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
     # --- leases -------------------------------------------------------------------------------------------------------
 
     def _lease(self) -> Lease[Session]:
-        via = self._transport
         try:
-            return self._handle.checkout(via.host, 0, self._via, checkout_timeout=self.timeout)
+            return self._handle.checkout(self._transport.host, 0, self._via)
         except SharedPoolError as error:
             raise self._translated(error) from error
 
@@ -72,16 +69,12 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
         lease = self._lease()
         session = lease.conn
         user = session.user
-        if user is None or user._sharedpool is not self:
-            user = self._make()
+        if user is None:
+            user = self._users(**self.connection_kwargs)
+            user._sharedpool = self
+        user._bind(lease, session)
         user._out = True
         self._out.add(user)
-        user._bind(lease, session)
-        return user
-
-    def _make(self) -> Any:
-        user = self._users(**self.connection_kwargs)
-        user._sharedpool = self
         return user
 
     def make_connection(self) -> Any:
@@ -97,9 +90,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
         if connection.should_reconnect():
             connection.disconnect()
             return
-        lease, connection._lease, connection._session = connection._lease, None, None
-        if lease is not None:
-            give_back(lease)
+        connection._give_back()
 
     def owns_connection(self, connection: Any) -> int:
         """Whether it is lent by this pool, in this process."""
@@ -164,6 +155,10 @@ class SharedConnectionPool(Leasing, ConnectionPool):  # type: ignore[misc]
     def _in_use_connections(self) -> set[Any]:
         return self._out
 
+    @_in_use_connections.setter
+    def _in_use_connections(self, value: Any) -> None:
+        """The same."""
+
     def _forked(self) -> None:
         out, self._out = self._out, set()
         for user in out:
@@ -185,6 +180,15 @@ class _User(User):
             this._reset_himport_state()
             this._parser.on_connect(this)
         sock.settimeout(this.socket_timeout)
+
+    def _give_back(self) -> None:
+        this: Any = self
+        lease, session = self._lease, self._session
+        self._lease = self._session = None
+        if lease is not None and session is not None:
+            if not is_read(this._parser):
+                session.spoiled = True
+            give_back(lease)
 
     def lost(self, session: Session) -> None:
         """The pool has closed the session; who is using it finds out by himself."""

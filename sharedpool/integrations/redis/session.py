@@ -94,7 +94,7 @@ class Session:
                 self._note(kind)
 
     def _note(self, kind: int) -> None:
-        """As the server does it: within MULTI everything but its end is queued, and its end forgets the watches, too."""
+        """As the server does it: within MULTI all but its end is queued, and its end forgets the watches, too."""
         if kind == _SPOILS:
             self.spoiled = True
         elif kind == _MULTI:
@@ -111,5 +111,5 @@ class Session:
 
     @property
     def clean(self) -> bool:
-        """Whether the next user finds it as this one did: nothing on its way, no transaction, the state of the start."""
+        """Whether the next user finds it as this one did: nothing on its way, no transaction, the first state."""
         return not (self.awaited or self.spoiled or self._multi or self._watch)

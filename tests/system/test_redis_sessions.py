@@ -10,7 +10,14 @@ pytest.importorskip("redis")
 
 from sharedpool.integrations.redis.session import Session
 
-MULTI, EXEC, DISCARD, WATCH, UNWATCH, GET = ("MULTI",), ("EXEC",), ("DISCARD",), ("WATCH", "k"), ("UNWATCH",), ("GET", "k")
+MULTI, EXEC, DISCARD, WATCH, UNWATCH, GET = (
+    ("MULTI",),
+    ("EXEC",),
+    ("DISCARD",),
+    ("WATCH", "k"),
+    ("UNWATCH",),
+    ("GET", "k"),
+)
 
 
 def after(*commands: tuple[Any, ...], answered: int | None = None) -> bool:
@@ -36,10 +43,11 @@ def test_what_leaves_a_session_as_it_was(commands: list[tuple[Any, ...]]) -> Non
 @pytest.mark.parametrize(
     "commands",
     [
-        [("SELECT", 1)], [("select", 1)], [(b"Select", 1)], [MULTI], [WATCH], [MULTI, GET], [WATCH, DISCARD], [WATCH, GET],
-        [WATCH, MULTI, UNWATCH], [("AUTH", "x")], [("HELLO", 3)], [("SUBSCRIBE", "c")], [("UNSUBSCRIBE",)], [("MONITOR",)],
-        [("CLIENT", "REPLY", "OFF")], [("CLIENT TRACKING", "ON")], [("CLIENT", "NO-EVICT", "on")], [("CLIENT",)],
-        [("CLIENT SETNAME", "x")], [("SCRIPT", "DEBUG", "YES")], [("RESET",)], [("READONLY",)], [("HIMPORT PREPARE", "x")],
+        [("SELECT", 1)], [("select", 1)], [(b"Select", 1)], [MULTI], [WATCH], [MULTI, GET], [WATCH, DISCARD],
+        [WATCH, GET], [WATCH, MULTI, UNWATCH], [("AUTH", "x")], [("HELLO", 3)], [("SUBSCRIBE", "c")],
+        [("UNSUBSCRIBE",)], [("MONITOR",)], [("CLIENT", "REPLY", "OFF")], [("CLIENT TRACKING", "ON")],
+        [("CLIENT", "NO-EVICT", "on")], [("CLIENT",)], [("CLIENT SETNAME", "x")], [("SCRIPT", "DEBUG", "YES")],
+        [("RESET",)], [("READONLY",)], [("HIMPORT PREPARE", "x")],
     ],
 )  # fmt: skip
 def test_what_the_next_user_must_not_meet(commands: list[tuple[Any, ...]]) -> None:
