@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
-pytest.importorskip("redis")
-
 from sharedpool.integrations.redis.session import Session
 
-MULTI, EXEC, DISCARD, WATCH, UNWATCH, GET = (
-    ("MULTI",),
-    ("EXEC",),
-    ("DISCARD",),
-    ("WATCH", "k"),
-    ("UNWATCH",),
-    ("GET", "k"),
-)
+SOCK = socket.socket()
+SOCK.close()
+MULTI, EXEC, DISCARD, UNWATCH = ("MULTI",), ("EXEC",), ("DISCARD",), ("UNWATCH",)
+WATCH, GET = ("WATCH", "k"), ("GET", "k")
 
 
 def after(*commands: tuple[Any, ...], answered: int | None = None) -> bool:
     """Whether a session is clean after these commands and so many answers: all, if not said."""
-    session = Session(None, b"{}")  # type: ignore[arg-type]
+    session = Session(SOCK, b"{}")
     session.sends(commands)
     session.awaited -= len(commands) if answered is None else answered
     return session.clean
@@ -60,13 +55,13 @@ def test_an_answer_that_is_still_on_its_way_or_too_many_are_not_clean() -> None:
 
 
 def test_bytes_that_nobody_knows_are_not_clean() -> None:
-    session = Session(None, b"{}")  # type: ignore[arg-type]
+    session = Session(SOCK, b"{}")
     session.sends(None)
     assert not session.clean
 
 
 def test_a_refusal_may_have_kept_a_transaction_open() -> None:
-    session = Session(None, b"{}")  # type: ignore[arg-type]
+    session = Session(SOCK, b"{}")
     session.sends([MULTI, EXEC])
     session.awaited -= 2
     assert session.clean

@@ -187,7 +187,7 @@ class _User(User):
             lease.discard()
             raise
         self._lease, self._session = lease, session
-        this.handshake_metadata = greeting_of(session.state, decode=this.encoder.decode_responses)
+        this.handshake_metadata = greeting_of(session, decode=this.encoder.decode_responses)
         this._reset_himport_state()
         this._parser.on_connect(this)
 

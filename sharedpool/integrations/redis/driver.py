@@ -152,8 +152,9 @@ class RedisDriver:
         return conn.clean
 
     def check(self, conn: Session) -> bool:
-        """Whether the server answers to a PING."""
+        """Whether the server answers a PING."""
         conn.sock.settimeout(self.connect_timeout)
+        conn.timed = conn
         conn.sock.sendall(b"*1\r\n$4\r\nPING\r\n")
         return conn.sock.recv(64) == b"+PONG\r\n"
 
@@ -211,9 +212,11 @@ def _str(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def greeting_of(state: bytes | None, *, decode: bool) -> dict[Any, Any]:
+def greeting_of(session: Session, *, decode: bool) -> dict[Any, Any]:
     """The server's greeting, as redis-py keeps it."""
-    found = json.loads(state) if state else {}
-    if decode:
-        return dict(found)
-    return {name.encode(): value.encode() if isinstance(value, str) else value for name, value in found.items()}
+    if session.greeting is None:
+        found = json.loads(session.state) if session.state else {}
+        if not decode:
+            found = {n.encode(): v.encode() if isinstance(v, str) else v for n, v in found.items()}
+        session.greeting = found
+    return session.greeting

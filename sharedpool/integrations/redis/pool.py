@@ -174,12 +174,16 @@ class _User(User):
         sock = session.sock
         self._lease, self._session = lease, session
         if this._sock is not sock:
+            if session.user is not None:
+                session.user.lost(session)
             session.user = self
             this._sock = sock
-            this._handshake_metadata = greeting_of(session.state, decode=this.encoder.decode_responses)
+            this._handshake_metadata = greeting_of(session, decode=this.encoder.decode_responses)
             this._reset_himport_state()
             this._parser.on_connect(this)
-        sock.settimeout(this.socket_timeout)
+        if session.timed != this.socket_timeout:
+            session.timed = this.socket_timeout
+            sock.settimeout(session.timed)
 
     def _give_back(self) -> None:
         this: Any = self

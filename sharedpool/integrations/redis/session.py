@@ -64,20 +64,22 @@ class Session:
         awaited: So many commands have not been answered.
         spoiled: It must not be lent on.
         user: redis-py's object for it in this process, or None.
+        greeting: The state as redis-py keeps it, once it was asked for.
+        timed: The timeout that the socket was given last, s or None; the session itself: it was given none.
+        fileno: Gives the socket's number; -1 once it is closed.
     """
 
-    __slots__ = ("_multi", "_watch", "awaited", "sock", "spoiled", "state", "user")
+    __slots__ = ("_multi", "_watch", "awaited", "fileno", "greeting", "sock", "spoiled", "state", "timed", "user")
 
     def __init__(self, sock: socket.socket, state: bytes | None) -> None:
         self.sock = sock
+        self.fileno = sock.fileno
+        self.greeting: dict[Any, Any] | None = None
+        self.timed: Any = self
         self.state = state
         self.user: Any = None
         self.awaited = 0
         self.spoiled = self._multi = self._watch = False
-
-    def fileno(self) -> int:
-        """The socket's number; -1 once it is closed."""
-        return self.sock.fileno()
 
     def sends(self, commands: Iterable[tuple[Any, ...]] | None) -> None:
         """These commands are about to be sent; None: nobody knows which."""
