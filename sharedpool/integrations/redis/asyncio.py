@@ -57,7 +57,6 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         self._prepare(pool, app, max_connections, timeout, twin, arguments)
         given = {name: value for name, value in given.items() if name in arguments or name in _ASYNCHRONOUS}
         self._users = type(connection_class.__name__, (_User, connection_class), {})
-        self._out: set[Any] = set()
         self._async = aio.Pool(self._handle)
         ConnectionPool.__init__(self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given)
 

@@ -104,6 +104,7 @@ class Leasing:
         self._handle: Handle[Any] = control.attach(pool, app=app, **options)
         self._transport = RedisDriver(connection_class, given)
         self._via: Any = self._transport
+        self._out: set[Any] = set()
         _pools.add(self)
         return given
 
@@ -135,9 +136,8 @@ def give_back(lease: Lease[Session]) -> None:
 
 def is_read(parser: Any) -> bool:
     """Whether a parser has given out all that it has received."""
-    reader = getattr(parser, "_reader", None)  # hiredis
-    if reader is not None:
-        return not reader.has_data()
+    if hasattr(parser, "_reader"):  # hiredis
+        return parser._reader is None or not parser._reader.has_data()
     buffer = parser._buffer
     if isinstance(buffer, bytes):  # redis.asyncio's: what has not been received whole
         return not buffer

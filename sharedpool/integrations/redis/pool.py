@@ -42,7 +42,6 @@ class SharedConnectionPool(Leasing, ConnectionPool):
     ) -> None:  # fmt: skip
         given = self._prepare(pool, app, max_connections, timeout, connection_class, given)
         self._users = type(connection_class.__name__, (_User, connection_class), {})
-        self._out: set[Any] = set()
         ConnectionPool.__init__(self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given)
 
     @classmethod
