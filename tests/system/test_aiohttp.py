@@ -46,7 +46,7 @@ def test_the_cap_is_over_all_processes_and_cancelling_loses_nothing(three: list[
         assert pending.result() == [PAGE] * 40
     web.opened(2)
     numbers = three[0].call(aiohttps.stats)
-    assert (numbers.in_use, numbers.granted, numbers.waiting, numbers.opening) == (0, 0, 0, 0)
+    assert (numbers.in_use, numbers.granted, numbers.waiting, numbers.opening, numbers.dropped) == (0, 0, 0, 0, 0)
     before = web.opened(2)
     assert three[0].call(aiohttps.get_many, page, 5) == [PAGE] * 5
     assert three[0].call(aiohttps.get_many, page, 5) == [PAGE] * 5
@@ -90,7 +90,7 @@ def test_answers_that_end_a_connection_or_are_left_unread_free_the_permit(worker
 def test_errors_are_those_of_aiohttp(two: list[Worker], web: Web) -> None:
     one, other = two
     base = f"http://{web.address}"
-    one.call(aiohttps.make, max_connections=1)
+    one.call(aiohttps.make, max_connections=1, keepalive_timeout=None)
     one.call(aiohttps.stats)
     other.call(aiohttps.make, checkout_timeout=0.1)
     one.begin(aiohttps.get, f"{base}/never", total=30, thread="asks")
@@ -105,6 +105,11 @@ def test_errors_are_those_of_aiohttp(two: list[Worker], web: Web) -> None:
         nobody.bind(("127.0.0.1", 0))
         refused = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
         other.fails(aiohttp.ClientConnectorError, aiohttps.get, refused, "patient")
+        assert other.call(aiohttps.stats).dropped == 0
+    with Web() as short:
+        assert other.call(aiohttps.get, f"http://{short.address}/page", "patient") == PAGE
+        assert other.call(aiohttps.stats).used == 1
+    wait_until(lambda: other.call(aiohttps.stats).used == 0, what="a server that has gone leaves no permit taken")
     other.call(aiohttps.close, "patient")
     other.fails(RuntimeError, aiohttps.get, f"{base}/page", "patient")
     wait_until(lambda: other.call(aiohttps.stats).used == 0)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 from redis.maint_notifications import MaintNotificationsConfig
@@ -221,7 +222,12 @@ def test_with_no_connection_to_spare_nobody_is_refused_nor_gets_anothers_answer_
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_errors_are_those_of_redis_py(worker: Worker, server: RedisServer) -> None:
+def remote_ports(pid: int) -> set[int]:
+    """Where a process has connections to."""
+    return {found.raddr.port for found in psutil.Process(pid).net_connections("tcp4") if found.raddr}
+
+
+def test_errors_are_those_of_redis_py(worker: Worker, server: RedisServer, scope: Scope) -> None:
     worker.call(redises.make, url(server, timeout=0.05))
     worker.call(redises.hold)
     exhausted = worker.fails(redis.exceptions.MaxConnectionsError, redises.who)
@@ -240,6 +246,10 @@ def test_errors_are_those_of_redis_py(worker: Worker, server: RedisServer) -> No
         silent.listen()
         worker.call(redises.make, f"redis://127.0.0.1:{port}/0?pool=cache&socket_connect_timeout=0.1", "silent")
         worker.fails(redis.TimeoutError, redises.who, "silent")
+        worker.call(redises.make, f"redis://127.0.0.1:{port}/0?pool=cache&socket_connect_timeout=30", "patient")
+        greets = worker.begin(redises.who, "patient", thread="greets")
+        wait_until(lambda: port in remote_ports(scope.arbiter()), what="the arbiter can end it before it is greeted")
+    greets.error(redis.ConnectionError)
     assert worker.call(redises.who), "no permit was lost"
     assert worker.call(redises.stats).in_use == 0
     numbers = worker.call(redises.stats)

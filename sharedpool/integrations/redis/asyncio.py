@@ -150,22 +150,6 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         stats = self._handle.stats()
         return not stats.waiting and (stats.idle > 0 or stats.used < stats.max_connections)
 
-    @property
-    def _available_connections(self) -> list[Any]:
-        return []
-
-    @_available_connections.setter
-    def _available_connections(self, value: Any) -> None:
-        """Set by what this class does not use."""
-
-    @property
-    def _in_use_connections(self) -> set[Any]:
-        return self._out
-
-    @_in_use_connections.setter
-    def _in_use_connections(self, value: Any) -> None:
-        """The same."""
-
     def _forked(self) -> None:
         out, self._out = self._out, set()
         for user in out:

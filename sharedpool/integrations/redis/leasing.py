@@ -121,6 +121,22 @@ class Leasing:
         """The pool's numbers over all processes; attaches."""
         return self._handle.stats()
 
+    @property
+    def _available_connections(self) -> list[Any]:
+        return []
+
+    @_available_connections.setter
+    def _available_connections(self, value: Any) -> None:
+        """Set by what this class does not use."""
+
+    @property
+    def _in_use_connections(self) -> set[Any]:
+        return self._out
+
+    @_in_use_connections.setter
+    def _in_use_connections(self, value: Any) -> None:
+        """The same."""
+
     def _forked(self) -> None:
         """In a forked child: what is lent belongs to the parent, and is unusable here."""
 

@@ -142,22 +142,6 @@ class SharedConnectionPool(Leasing, ConnectionPool):
     def _get_in_use_connections(self) -> set[Any]:
         return set(self._out)
 
-    @property
-    def _available_connections(self) -> list[Any]:
-        return []
-
-    @_available_connections.setter
-    def _available_connections(self, value: Any) -> None:
-        """Set by what this class does not use."""
-
-    @property
-    def _in_use_connections(self) -> set[Any]:
-        return self._out
-
-    @_in_use_connections.setter
-    def _in_use_connections(self, value: Any) -> None:
-        """The same."""
-
     def _forked(self) -> None:
         out, self._out = self._out, set()
         for user in out:
