@@ -25,7 +25,8 @@ from .session import Session
 NO_NOTIFICATIONS: Final = MaintNotificationsConfig(enabled=False)
 #: The pool's own options; whatever else is given is for redis-py's connections.
 _OPTIONS: Final = frozenset(field.name for field in dataclasses.fields(PoolOptions))
-_FLAGS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+#: What a URL says of them in words.
+_WORDS: Final = {"true": True, "yes": True, "false": False, "no": False, "none": None}
 
 
 class Packed(list[Any]):
@@ -164,10 +165,8 @@ def _value(value: Any) -> Any:
     """An option's value; in a URL all are text."""
     if not isinstance(value, str):
         return value
-    if value.lower() in _FLAGS and not value.isdigit():
-        return _FLAGS[value.lower()]
-    if value.lower() == "none":
-        return None
+    if value.lower() in _WORDS:
+        return _WORDS[value.lower()]
     try:
         return float(value) if "." in value else int(value)
     except ValueError:
