@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from sharedpool import OptionError
 from sharedpool.integrations.redis import SharedConnectionPool
-from sharedpool.integrations.redis import asyncio as asynchronous
 from tests.support import redises
 from tests.support.redises import RedisServer
 from tests.support.scope import Scope
@@ -297,15 +296,16 @@ def test_tasks_share_the_cap_with_threads_and_what_is_cancelled_loses_nothing(
     assert other.call(redises.who)
     numbers = other.call(redises.stats)
     assert (numbers.in_use, numbers.granted, numbers.waiting) == (0, 0, 0)
-    with pytest.raises(OptionError, match="TLS"):
-        asynchronous.SharedConnectionPool.from_url("rediss://127.0.0.1/0")
 
 
-def test_under_tls_a_connection_stays_and_its_permit_goes_over(two: list[Worker], server: RedisServer) -> None:
+@pytest.mark.parametrize("make", [redises.make, redises.make_async])
+def test_under_tls_a_connection_stays_and_its_permit_goes_over(
+    two: list[Worker], server: RedisServer, make: Callable[..., None]
+) -> None:
     one, other = two
     text = f"rediss://app:secret@127.0.0.1:{server.tls_port}/1?pool=cache&max_connections=1&ssl_ca_certs={server.certificate}"
     for worker in two:
-        worker.call(redises.make, text)
+        worker.call(make, text, "r")
     first = one.call(redises.who)
     assert one.call(redises.who) == first
     assert one.call(redises.ask, "ECHO", "x") == b"x"
@@ -314,6 +314,14 @@ def test_under_tls_a_connection_stays_and_its_permit_goes_over(two: list[Worker]
     assert other.call(redises.who) == second
     assert len(server.clients()) == 1
     assert other.call(redises.stats).takeovers == 0
+    if make is redises.make_async:
+        assert other.call(redises.many_at_once, 30, "r") == [f"t{i}" for i in range(30) if i % 3]
+    other.call(redises.ask, "SELECT", "0")
+    assert other.call(redises.ask, "CLIENT INFO")["db"] == 1
+    with server.judge() as judge:
+        judge.client_kill_filter(_type="normal", skipme=True, user="app")
+    assert other.call(redises.who) not in (first, second)
+    assert len(server.clients()) == 1
 
 
 def test_a_forked_child_goes_on_by_itself_and_what_was_lent_stays_its_parents(

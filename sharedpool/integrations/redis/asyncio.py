@@ -1,7 +1,8 @@
 """The same for redis.asyncio: connections are leased as sockets, and become streams for one lease and one loop.
 
 They move between processes, loops and threads, and are the same ones as `SharedConnectionPool`'s for threads. A
-connection is opened, and greeted, by redis-py's synchronous half in a thread.
+connection is opened, and greeted, by redis-py's synchronous half in a thread. Under TLS they are redis.asyncio's own,
+and stay with the loop that opened them; only their permits move (`guests`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import weakref
 from typing import Any, Self
 
 import redis
@@ -18,7 +20,7 @@ from redis.asyncio.connection import Connection, ConnectionPool, SSLConnection, 
 from ... import aio, control
 from ...errors import OptionError, SharedPoolError
 from ...lease import Lease
-from .driver import greeting_of
+from .guests import Guest, GuestDriver
 from .leasing import NO_NOTIFICATIONS, Leasing, Packed, User, give_back, is_read
 from .session import Session
 
@@ -38,26 +40,27 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         app: The scope's name, as for sharedpool.attach.
         max_connections: The cap over all processes. None: the environment's, else 50.
         timeout: Seconds to wait for a connection; None: no limit.
-        connection_class: redis.asyncio's Connection or UnixDomainSocketConnection, or one of your own.
+        connection_class: redis.asyncio's Connection, SSLConnection or UnixDomainSocketConnection, or one of your own.
         **given: Options of the pool (idle_timeout, max_lifetime, …; see PoolOptions), and the keywords of redis-py's
             connections.
 
     Raises:
-        OptionError: An option is wrong, or needs a connection of one's own; or TLS is asked for.
+        OptionError: An option is wrong, or needs a connection of one's own.
     """
 
     def __init__(
         self, pool: str = "default", *, app: str | None = None, max_connections: int | None = None,
         timeout: float | None = 20.0, connection_class: type[Any] = Connection, **given: Any,
     ) -> None:  # fmt: skip
-        unix = issubclass(connection_class, UnixDomainSocketConnection)
-        _refuse(connection_class, given)
+        self._tls = issubclass(connection_class, SSLConnection)
+        if not self._tls:
+            _refuse_coroutine(given)
         arguments = {name: value for name, value in given.items() if name not in _ASYNCHRONOUS}
-        twin = blocking.UnixDomainSocketConnection if unix else blocking.Connection
-        self._prepare(pool, app, max_connections, timeout, twin, arguments)
+        self._prepare(pool, app, max_connections, timeout, _twin(connection_class), arguments)
         given = {name: value for name, value in given.items() if name in arguments or name in _ASYNCHRONOUS}
-        self._users = type(connection_class.__name__, (_User, connection_class), {})
+        self._users = type(connection_class.__name__, (_Staying if self._tls else _User, connection_class), {})
         self._async = aio.Pool(self._handle)
+        self._drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GuestDriver] = weakref.WeakKeyDictionary()
         ConnectionPool.__init__(self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given)
 
     @classmethod
@@ -67,9 +70,13 @@ class SharedConnectionPool(Leasing, ConnectionPool):
 
     # --- leases -------------------------------------------------------------------------------------------------------
 
-    async def _lease(self) -> Lease[Session]:
+    async def _lease(self) -> Lease[Any]:
+        via = self._via
+        if self._tls:  # what one loop has opened is never lent in another: it is another driver's
+            loop = asyncio.get_running_loop()
+            via = self._drivers.get(loop) or self._drivers.setdefault(loop, GuestDriver(loop))
         try:
-            return await self._async.checkout(self._transport.host, 0, self._via)
+            return await self._async.checkout(self._transport.host, 0, via)
         except SharedPoolError as error:
             raise self._translated(error) from error
 
@@ -81,16 +88,11 @@ class SharedConnectionPool(Leasing, ConnectionPool):
             redis.TimeoutError: The server did not answer in time.
             redis.ConnectionError: It cannot be reached.
         """
-        lease = await self._lease()
-        user = self._make()
-        await user._bind(lease)
-        user._out = True
-        self._out.add(user)
-        return user
-
-    def _make(self) -> Any:
         user = self._users(**self.connection_kwargs)
         user._sharedpool = self
+        user._out = True
+        await user._take()
+        self._out.add(user)
         return user
 
     async def release(self, connection: Any) -> None:
@@ -160,17 +162,17 @@ class SharedConnectionPool(Leasing, ConnectionPool):
 class _User(User):
     """What is before redis.asyncio's class."""
 
-    async def _bind(self, lease: Lease[Session]) -> None:
-        """Make streams of a lease's socket, on a descriptor of their own: they end before the lease does."""
+    async def _take(self) -> None:
+        """Lease a socket, and make streams of it, on a descriptor of their own: they end before the lease does."""
         this: Any = self
-        session = lease.conn
+        lease = await this._sharedpool._lease()
+        session: Session = lease.conn
         try:
             this._reader, this._writer = await aio.streams_over(session.sock)
         except BaseException:
             lease.discard()
             raise
         self._lease, self._session = lease, session
-        this.handshake_metadata = greeting_of(session, decode=this.encoder.decode_responses)
         this._reset_himport_state()
         this._parser.on_connect(this)
 
@@ -200,7 +202,7 @@ class _User(User):
             return
         self._may_connect()
         self._discard()
-        await self._bind(await this._sharedpool._lease())
+        await self._take()
         for reference in list(this._connect_callbacks):
             callback = reference()
             if callback is None:
@@ -254,13 +256,64 @@ class _User(User):
         return response
 
 
-def _refuse(connection_class: type[Any], given: dict[str, Any]) -> None:
+class _Staying(_User):
+    """The same for TLS: its streams are the loop's own, and stay with the lease's guest."""
+
+    async def _take(self) -> None:
+        this: Any = self
+        while True:
+            lease = await this._sharedpool._lease()
+            guest: Guest = lease.conn.connection
+            if guest.writer is None or guest.usable:
+                break
+            lease.discard()
+        self._lease, self._session = lease, guest
+        if guest.writer is not None:
+            this._reader, this._writer = guest.reader, guest.writer
+            this._parser.on_connect(this)
+            return
+        try:
+            await self._open(guest)
+        except BaseException:
+            self._unbind()
+            self._discard()
+            raise
+
+    async def _open(self, guest: Guest) -> None:
+        """As redis.asyncio itself does it."""
+        this: Any = self
+        callbacks, this._connect_callbacks = this._connect_callbacks, []
+        try:
+            await super(_User, self).connect_check_health(  # type: ignore[misc]
+                check_health=False, retry_socket_connect=False
+            )
+        finally:
+            this._connect_callbacks = callbacks
+        guest.reader, guest.writer = this._reader, this._writer
+        guest.spoiled = False  # by the handshake's own commands
+
+    def _unbind(self) -> bool:
+        this: Any = self
+        guest, writer = self._session, this._writer
+        this._reader = this._writer = None
+        this._parser.on_disconnect()
+        if isinstance(guest, Guest) and guest.writer is writer and guest.clean and guest.usable:
+            return True
+        if writer is not None:
+            writer.transport.abort()
+        return False
+
+
+def _twin(connection_class: type[Any]) -> type[Any]:
+    """The synchronous class that opens the same, and names its key."""
     if issubclass(connection_class, SSLConnection):
-        raise OptionError(
-            "option 'connection_class' is SSLConnection (from the call, or by rediss://); TLS of asyncio belongs to one"
-            " loop and cannot be leased; allowed is Connection or UnixDomainSocketConnection, or the pool for threads",
-            option="connection_class", value=connection_class, source="the call", allowed="no TLS",
-        )  # fmt: skip
+        return blocking.SSLConnection
+    if issubclass(connection_class, UnixDomainSocketConnection):
+        return blocking.UnixDomainSocketConnection
+    return blocking.Connection
+
+
+def _refuse_coroutine(given: dict[str, Any]) -> None:
     if inspect.iscoroutinefunction(given.get("redis_connect_func")):
         raise OptionError(
             "option 'redis_connect_func' is a coroutine function (from the call); connections are greeted by redis-py's"

@@ -19,7 +19,7 @@ from ...options import PoolOptions, check
 from ...pool import Pool as Handle
 from ...stats import PoolStats
 from .driver import RedisDriver
-from .session import Session
+from .session import Ledger, Session
 
 #: What redis-py's pools are made with: no messages of their own on connections that are everybody's.
 NO_NOTIFICATIONS: Final = MaintNotificationsConfig(enabled=False)
@@ -48,8 +48,8 @@ class User:
     """
 
     _sharedpool: Any
-    _lease: Lease[Session] | None = None
-    _session: Session | None = None
+    _lease: Lease[Any] | None = None
+    _session: Ledger | None = None
     _out = False
 
     def lost(self, session: Session) -> None:
@@ -142,7 +142,7 @@ class Leasing:
         """In a forked child: what is lent belongs to the parent, and is unusable here."""
 
 
-def give_back(lease: Lease[Session]) -> None:
+def give_back(lease: Lease[Any]) -> None:
     """As it is: the driver says whether the next user may have it."""
     if lease.in_force:
         try:

@@ -55,29 +55,17 @@ def _kind(args: tuple[Any, ...]) -> int:
     return kind
 
 
-class Session:
-    """A connection's socket, its state at the handshake, and what has been said on it since.
+class Ledger:
+    """What has been said on a connection since its handshake.
 
     Attributes:
-        sock: The socket.
-        state: What another process needs besides the descriptor; None: it stays in this one.
         awaited: So many commands have not been answered.
         spoiled: It must not be lent on.
-        user: redis-py's object for it in this process, or None.
-        greeting: The state as redis-py keeps it, once it was asked for.
-        timed: The timeout that the socket was given last, s or None; the session itself: it was given none.
-        fileno: Gives the socket's number; -1 once it is closed.
     """
 
-    __slots__ = ("_multi", "_watch", "awaited", "fileno", "greeting", "sock", "spoiled", "state", "timed", "user")
+    __slots__ = ("_multi", "_watch", "awaited", "spoiled")
 
-    def __init__(self, sock: socket.socket, state: bytes | None) -> None:
-        self.sock = sock
-        self.fileno = sock.fileno
-        self.greeting: dict[Any, Any] | None = None
-        self.timed: Any = self
-        self.state = state
-        self.user: Any = None
+    def __init__(self) -> None:
         self.awaited = 0
         self.spoiled = self._multi = self._watch = False
 
@@ -115,3 +103,27 @@ class Session:
     def clean(self) -> bool:
         """Whether the next user finds it as this one did: nothing on its way, no transaction, the first state."""
         return not (self.awaited or self.spoiled or self._multi or self._watch)
+
+
+class Session(Ledger):
+    """A connection's socket, its state at the handshake, and what has been said on it since.
+
+    Attributes:
+        sock: The socket.
+        state: What another process needs besides the descriptor; None: it stays in this one.
+        user: redis-py's object for it in this process, or None.
+        greeting: The state as redis-py keeps it, once it was asked for.
+        timed: The timeout that the socket was given last, s or None; the session itself: it was given none.
+        fileno: Gives the socket's number; -1 once it is closed.
+    """
+
+    __slots__ = ("fileno", "greeting", "sock", "state", "timed", "user")
+
+    def __init__(self, sock: socket.socket, state: bytes | None) -> None:
+        super().__init__()
+        self.sock = sock
+        self.fileno = sock.fileno
+        self.state = state
+        self.user: Any = None
+        self.greeting: dict[Any, Any] | None = None
+        self.timed: Any = self
