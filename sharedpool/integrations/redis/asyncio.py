@@ -297,8 +297,8 @@ class _Staying(_User):
         guest, writer = self._session, this._writer
         this._reader = this._writer = None
         this._parser.on_disconnect()
-        if isinstance(guest, Guest) and guest.writer is writer and guest.clean and guest.usable:
-            return True
+        if isinstance(guest, Guest) and guest.writer is writer:
+            return writer is not None  # the driver says whether they are lent on
         if writer is not None:
             writer.transport.abort()
         return False
