@@ -138,6 +138,9 @@ class Leasing:
     def _in_use_connections(self, value: Any) -> None:
         """The same."""
 
+    def __del__(self) -> None:
+        """Nothing: redis-py's would count connections out that it has not counted in."""
+
     def _forked(self) -> None:
         """In a forked child: what is lent belongs to the parent, and is unusable here."""
 
