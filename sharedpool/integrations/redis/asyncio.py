@@ -57,8 +57,9 @@ class SharedConnectionPool(Leasing, ConnectionPool):
             _refuse_coroutine(given)
         arguments = {name: value for name, value in given.items() if name not in _ASYNCHRONOUS}
         self._prepare(pool, app, max_connections, timeout, _twin(connection_class), arguments)
-        given = {name: value for name, value in given.items() if name in arguments or name in _ASYNCHRONOUS}
+        given = {**arguments, **{name: value for name, value in given.items() if name in _ASYNCHRONOUS}}
         self._users = type(connection_class.__name__, (_Staying if self._tls else _User, connection_class), {})
+        self._free: list[Any] = []
         self._async = aio.Pool(self._handle)
         self._drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GuestDriver] = weakref.WeakKeyDictionary()
         ConnectionPool.__init__(self, connection_class, maint_notifications_config=NO_NOTIFICATIONS, **given)
@@ -88,12 +89,20 @@ class SharedConnectionPool(Leasing, ConnectionPool):
             redis.TimeoutError: The server did not answer in time.
             redis.ConnectionError: It cannot be reached.
         """
-        user = self._users(**self.connection_kwargs)
-        user._sharedpool = self
+        user = self._one()
         user._out = True
         await user._take()
         self._out.add(user)
         return user
+
+    def _one(self) -> Any:
+        """An object without a lease: one that was given back, or a new one."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            user = self._users(**self.connection_kwargs)
+            user._sharedpool = self
+            return user
 
     async def release(self, connection: Any) -> None:
         """Give a connection back; others may have it if it is as it was at its start, else it is closed."""
@@ -101,7 +110,8 @@ class SharedConnectionPool(Leasing, ConnectionPool):
             return
         self._out.discard(connection)
         connection._out = False
-        connection._give_back()
+        if connection._give_back() and not connection._connect_callbacks:
+            self._free.append(connection)
 
     # --- the pool -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +163,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         return not stats.waiting and (stats.idle > 0 or stats.used < stats.max_connections)
 
     def _forked(self) -> None:
-        out, self._out = self._out, set()
+        out, self._out, self._free = self._out, set(), []
         for user in out:
             user._lease = user._session = user._reader = user._writer = None
             user._out = False
@@ -184,16 +194,20 @@ class _User(User):
         this._parser.on_disconnect()
         return writer is not None and aio.all_said(reader, writer)
 
-    def _give_back(self) -> None:
+    def _give_back(self) -> bool:
+        """Whether it was in the end as at its beginning."""
         this: Any = self
         clean = is_read(this._parser) and self._unbind() and not this.should_reconnect()
         if not clean:
             self._unbind()
             self._discard()
-            return
-        lease, self._lease, self._session = self._lease, None, None
+            return False
+        lease, session = self._lease, self._session
+        self._lease = self._session = None
+        clean = session is not None and session.clean
         if lease is not None:
             give_back(lease)
+        return clean
 
     async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
         """Take a lease, unless there is one; it may have to wait for it."""

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import redis
+from redis.driver_info import resolve_driver_info
 from redis.maint_notifications import MaintNotificationsConfig
+from redis.utils import SENTINEL
 
 from ... import control
 from ...errors import ConnectFailed, ConnectTimeout, LeaseError, OptionError, PoolTimeout, SharedPoolError
@@ -99,6 +101,8 @@ class Leasing:
         _refuse(given)
         if given.get("socket_connect_timeout") is not None:
             options.setdefault("connect_timeout", given["socket_connect_timeout"])
+        names = given.pop("lib_name", SENTINEL), given.pop("lib_version", SENTINEL)
+        given["driver_info"] = resolve_driver_info(given.get("driver_info", SENTINEL), *names)  # 0.5 ms for each object
         self.name = pool
         self.timeout: float | None = check("checkout_timeout", _value(timeout))
         options["checkout_timeout"] = self.timeout
