@@ -83,6 +83,7 @@ class Psycopg3Driver(Generic[C]):
         self._target: Target | None = None
         self._own: dict[str, Any] = {}
         self._asked: str = ""
+        self._again = b""
         self._once = Once()
 
     def __repr__(self) -> str:
@@ -176,7 +177,7 @@ class Psycopg3Driver(Generic[C]):
         assert target.server is not None
         with ended_if_it_fails(target.server.connect(until, register)) as far:
             relay = wire.Relay(far)
-            pgconn = _start(relay, target, target.at, until)
+            pgconn = _start(relay, target, lambda door: _text(target.at(door)), until)
             try:
                 session = Session.of(target, relay.state(), far)
                 lay_over(far, pgconn.socket)
@@ -246,13 +247,19 @@ class Psycopg3Driver(Generic[C]):
         """An object for a session that another process has opened; no word goes to the server."""
         with socket.socket(fileno=descriptor) as far:
             target, own = self._known()
-            pgconn = _start(wire.Relay(far, state), target, target.again_at, time.monotonic() + _PATIENCE)
+            if not self._again:
+                self._again = _text(target.again_at(wire.Door.SAMPLE))
+            pgconn = _start(wire.Replay(state), target, self._again_at, time.monotonic() + _PATIENCE)
             try:
                 lay_over(far, pgconn.socket)
                 return self._made(pgconn, own, Session.of(target, state, far))
             except BaseException:
                 pgconn.finish()
                 raise
+
+    def _again_at(self, door: str) -> bytes:
+        """The connection string for a session that is there already: the parts are put together once, not for each."""
+        return self._again.replace(wire.Door.SAMPLE.encode(), door.encode())
 
     def _known(self) -> tuple[Target, dict[str, Any]]:
         """Where it leads, as it was asked first: secrets, and so what is callable, are for openings only."""
@@ -386,14 +393,17 @@ def _forget(conn: Any) -> None:
         conn._notifies_backlog.clear()
 
 
+def _text(parameters: dict[str, str]) -> bytes:
+    return make_conninfo("", **parameters).encode()
+
+
 def _start(
-    relay: wire.Relay, target: Target, parameters: Callable[[str], dict[str, str]], until: float
+    relay: wire.Relay | wire.Replay, target: Target, text: Callable[[str], bytes], until: float
 ) -> pq.abc.PGconn:
-    """The connection of libpq at the near end of a relay, ready."""
+    """The connection of libpq at the near end of a relay, ready; `text` is its connection string for a door."""
     door = wire.Door()
     try:
-        text = make_conninfo("", **parameters(door.name))
-        pgconn = pq.PGconn.connect_start(text.encode())
+        pgconn = pq.PGconn.connect_start(text(door.name))
         if pgconn.status == _BAD:
             raise _failure(pgconn, door.name, target)
         near = relay.near = door.accept(until)
