@@ -125,7 +125,7 @@ def lasting_damage(w: memoryview[int], marks: memoryview[int], geometry: Geometr
 def damage(w: memoryview[int], marks: memoryview[int], geometry: Geometry) -> str:
     """What cannot be, in a word; "" for a sound table.
 
-    Read without the mutex: what is found in a table that changes meanwhile may be none. Damage stays: see `lasting_damage`.
+    Read without the mutex: what is found in a table that changes meanwhile may be none; see `lasting_damage`.
     """
     high, cell_high = w[HIGH], w[CELL_HIGH]
     if w[LINE_HIGH] > geometry.lines:

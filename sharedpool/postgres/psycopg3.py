@@ -78,6 +78,7 @@ class Psycopg3Driver(Generic[C]):
         self._class: type[C] = shared_class(kind)
         self._reset = check_reset(reset)
         self.always = self._reset == "always"
+        self.resets = self._reset != "never" or configure is not None
         self._configure = configure
         self._move = move
         self._target: Target | None = None
@@ -299,11 +300,8 @@ class Psycopg3Driver(Generic[C]):
             return False
         heard = conn._shared is not None and (conn._notifies_backlog or conn._notify_handlers)  # type: ignore[union-attr]
         if not heard:
-            status = pgconn.parameter_status  # written out here: it is done at each checkin
-            for name, value in conn._baseline:  # type: ignore[union-attr]
-                if status(name) != value:
-                    break
-            else:
+            names, values = conn._baseline  # type: ignore[union-attr]
+            if [*map(pgconn.parameter_status, names)] == values:
                 return True
         try:
             return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
@@ -316,8 +314,7 @@ class Psycopg3Driver(Generic[C]):
             return False
         if conn._notifies_backlog or conn._notify_handlers:
             return True
-        status = conn.pgconn.parameter_status
-        return any(status(name) != value for name, value in conn._baseline)  # type: ignore[union-attr]
+        return bool(_knows(conn) != conn._baseline)  # type: ignore[union-attr]
 
     def check(self, conn: C) -> bool:
         """Whether the server answers."""
@@ -347,10 +344,11 @@ def _executing(pgconn: pq.abc.PGconn, command: str) -> Any:
             raise e.error_from_result(result)
 
 
-def _knows(conn: Any) -> tuple[tuple[bytes, bytes | None], ...]:
-    """What libpq knows of the settings that a server reports."""
+def _knows(conn: Any) -> tuple[tuple[bytes, ...], list[bytes | None]]:
+    """The settings that a server reports, and what libpq knows of them."""
     session: Session | None = conn._shared
-    return tuple((name, conn.pgconn.parameter_status(name)) for name, _ in session.baseline) if session else ()
+    names = session.names if session else ()
+    return names, [*map(conn.pgconn.parameter_status, names)]
 
 
 def _agrees(conn: Any) -> bool:
@@ -363,9 +361,7 @@ def _agrees(conn: Any) -> bool:
     if session is None:
         return True
     differs = [
-        (name, value)
-        for (name, value), (_, there) in zip(_knows(conn), session.baseline, strict=True)
-        if value != there
+        (name, value) for name, value, there in zip(*_knows(conn), session.values, strict=True) if value != there
     ]
     if not differs:
         return True
@@ -374,7 +370,7 @@ def _agrees(conn: Any) -> bool:
             return False
         execute(conn, f"SELECT set_config({_quoted(name)}, {_quoted(value)}, false)")
     execute(conn, SETTINGS)
-    return _knows(conn) == session.baseline
+    return _knows(conn)[1] == session.values
 
 
 def _quoted(value: bytes) -> str:
