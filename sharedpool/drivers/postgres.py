@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from ..errors import ConnectFailed, ConnectTimeout, file_limit
 from . import Register, aborts
+from .sockets import connect_unix
 
 NAME: Final = "postgres"
 
@@ -326,7 +327,7 @@ class Server:
             except (ConnectFailed, CannotMove):
                 sock.close()
                 raise
-            except (TimeoutError, BlockingIOError) as error:
+            except TimeoutError as error:
                 sock.close()
                 last = ConnectTimeout(f"connection to {self} failed: it did not answer in time")
                 last.__cause__ = error
@@ -355,22 +356,12 @@ class Server:
 
 
 def _connect(sock: socket.socket, address: Any, until: float) -> None:
-    """Who does not block is refused by a Unix socket with a full queue: so this does, within the kernel's timeout."""
     left = until - time.monotonic()
     if left <= 0:
         raise TimeoutError
     if sock.family == socket.AF_UNIX:
-        sock.settimeout(None)
-        _send_timeout(sock, left)
-        sock.connect(address)
-        _send_timeout(sock, 0)
+        connect_unix(sock, address, left)
     else:
         sock.settimeout(left)
         sock.connect(address)
     sock.settimeout(max(0.001, until - time.monotonic()))
-
-
-def _send_timeout(sock: socket.socket, seconds: float) -> None:
-    whole = int(seconds)
-    value = struct.pack("ll", whole, int((seconds - whole) * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
