@@ -130,6 +130,8 @@ _CROWDED: Final = GATE_FLAGS & ~RESERVING
 _TO_LEASED: Final = 1 + SERIAL_ONE
 #: Giving back tries so long to get the mutex, then leaves it to the event thread, ns.
 _GIVE_BACK: Final = 50_000_000
+#: A thread whose socket is closed under its hands notices in so long, ns, unless it is the one that closes it.
+_NOTICE: Final = 50_000_000
 #: ... but where others wait for the thread only as long as a holder may be off its processor, ns.
 _MOMENT: Final = 1_000_000
 
@@ -1273,10 +1275,16 @@ class Attachment:
         self.segment.let_go()
 
     def _end_openings(self) -> None:
-        """End what is being opened: it might connect after the arbiter has freed its permit."""
+        """End what is being opened: it might connect after the arbiter has freed its permit.
+
+        Whoever was about to connect has noticed before the arbiter hears of it.
+        """
         for _, sock, _ in list(self.opening.values()):
             with contextlib.suppress(OSError):
                 sock.close()
+        until = monotonic_ns() + _NOTICE
+        while self.opening and monotonic_ns() < until:
+            time.sleep(0.001)
 
     def _leave_table(self) -> None:
         """From now on no thread of this process commits anything: its row may be somebody else's in a moment."""

@@ -104,7 +104,8 @@ class Route:
         self.sticky = sticky
         self.strict = strict
         self.checks = checks
-        self.resets: Callable[[Any], bool] | None = getattr(driver, "reset", None)
+        wants: bool = getattr(driver, "resets", True)
+        self.resets: Callable[[Any], bool] | None = getattr(driver, "reset", None) if wants else None
         self.always: bool = self.resets is not None and getattr(driver, "always", False)
         self.direct = checks is None and not self.always
         self.parks: bool = getattr(driver, "parks", True)

@@ -112,7 +112,7 @@ from .layout import (
 from .lines import CLOSES, COUNTS, Lines
 from .options import NOT_GIVEN, PoolOptions
 from .policies import COUNT_EVERY, Drain, Policies
-from .sanity import damage
+from .sanity import lasting_damage
 from .stats import ARBITER_COUNTERS
 from .table import DONE, STALE, NoLease
 from .view import row_pid, stats, steal_after
@@ -1176,7 +1176,7 @@ class ServedPool:
 
     def _look_for_damage(self) -> None:
         """What cannot be, and still cannot at the next look a second later, is mended; so are the options."""
-        found = damage(self.words, self.table.marks, self.segment.geometry)
+        found = lasting_damage(self.words, self.table.marks, self.segment.geometry)
         before, self._damage = self._damage, found
         if found and found == before:
             self._log.error("pool %r: its shared memory was damaged (%s), and is mended", self.name, found)

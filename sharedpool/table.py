@@ -91,7 +91,7 @@ from .layout import (
     with_state,
 )
 from .repair import rebuild
-from .sanity import damage
+from .sanity import lasting_damage
 
 DONE: Final = 1
 STALE: Final = 0
@@ -222,8 +222,7 @@ class Table:
             PoolBroken: Nothing can be found, and yet nothing moves.
         """
         w = self.words
-        found = damage(w, self.marks, self.geometry)
-        if found and found == damage(w, self.marks, self.geometry):
+        if lasting_damage(w, self.marks, self.geometry):
             self.suspect()
             return
         progress = (w[VER], w[GATE], w[TICKET], w[HEAD], w[USED])

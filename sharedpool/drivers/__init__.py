@@ -37,6 +37,7 @@ class Driver(Protocol[T]):
         reset(conn) -> bool: Called when a lease begins on a connection that somebody else has used since this object
             did. False, or an error, and the connection is closed; the same permit opens another.
         always: True: `reset` is called at the beginning of every lease but the one that opened the connection.
+        resets: False: `reset` has nothing to do, and is not called.
         idle_readable(conn) -> bool: An idle connection has said something: whether it may be lent all the same.
     """
 

@@ -28,6 +28,9 @@ _DRAIN: Final = 1 << 16
 _LONG_ANSWER: Final = 1 << 20
 #: A peer that has not closed after so many looks, 7.5 ms, is busy.
 _PATIENT: Final = 5
+#: Between two attempts to connect to a Unix socket whose queue is full, s.
+_FIRST_PAUSE: Final = 0.0005
+_LONGEST_PAUSE: Final = 0.01
 #: What a user did to a socket: set a timeout, made a file of it, closed or detached it.
 _TIMED: Final = 1
 _FILED: Final = 2
@@ -186,6 +189,31 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
         conn.close()
         raise ConnectFailed(f"{where} cannot be reached: {error}") from error
     conn.rest()
+
+
+def connect_unix(sock: socket.socket, path: str, seconds: float) -> None:
+    """Connect to a Unix socket within `seconds`; afterwards it does not block.
+
+    A queue that is full refuses who does not block, so that one asks again and again. Who blocks instead connects in
+    the end, although others have long shut the socket down or closed its descriptor: the kernel looks at neither.
+
+    Raises:
+        TimeoutError: The queue stayed full.
+        OSError: There is nobody, or the socket was closed meanwhile.
+    """
+    sock.setblocking(False)
+    until = time.monotonic() + seconds
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError from None
+            time.sleep(min(left, pause))
+            pause = min(_LONGEST_PAUSE, 2 * pause)
 
 
 def is_unix(sock: socket.socket) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import socket
-import struct
 
 from ..errors import ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, register
-from .sockets import PooledSocket, StreamDriver, fresh
+from .sockets import PooledSocket, StreamDriver, connect_unix, fresh
 
 
 class UnixDriver(StreamDriver):
@@ -20,11 +19,7 @@ class UnixDriver(StreamDriver):
         return check_host(host, "the path of a Unix socket"), check_port(port, 0, 0)
 
     def open(self, host: str, port: int, timeout: float, register: Register) -> PooledSocket:
-        """Connect to the path.
-
-        A non-blocking connect to a Unix socket whose queue is full fails at once instead of waiting, so this one
-        blocks, bounded by the kernel's send timeout.
-        """
+        """Connect to the path; a full queue is waited for."""
         where = f"unix:{host}"
         try:
             conn = fresh(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -32,11 +27,9 @@ class UnixDriver(StreamDriver):
             raise file_limit(error, f"open {where}") from error
         try:
             register(conn)
-            _limit(conn, max(timeout, 1e-6))
-            conn.connect(host)
-            _limit(conn, 0)
+            connect_unix(conn, host, timeout)
             conn.rest()
-        except (BlockingIOError, TimeoutError) as error:
+        except TimeoutError as error:
             conn.close()
             raise ConnectTimeout(f"{where} did not answer within {timeout:.3g} s (connect_timeout)") from error
         except OSError as error:
@@ -46,11 +39,6 @@ class UnixDriver(StreamDriver):
             conn.close()
             raise
         return conn
-
-
-def _limit(conn: PooledSocket, seconds: float) -> None:
-    whole = int(seconds)
-    conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", whole, int((seconds - whole) * 1e6)))
 
 
 register(UnixDriver())

@@ -83,7 +83,7 @@ class _Shared:
     """What all of them have in common, before psycopg's own class."""
 
     _shared: Session | None = None
-    _baseline: tuple[tuple[bytes, bytes | None], ...] = ()
+    _baseline: tuple[tuple[bytes, ...], list[bytes | None]] = ((), [])
     _configured = False
 
     def fileno(self) -> int:

@@ -69,6 +69,7 @@ class Psycopg2Driver:
         self._class = shared_class(connection_factory or extensions.connection)
         self._reset = check_reset(reset)
         self.always = self._reset == "always"
+        self.resets = self._reset != "never" or configure is not None
         self._configure = configure
         self._move = move
         self._target: Target | None = None
@@ -327,12 +328,14 @@ def _knows(conn: Conn) -> tuple[tuple[str, str | None], ...]:
 
 def _names(conn: Conn) -> list[str]:
     session: Session | None = conn._shared
-    return [name.decode() for name, _ in session.baseline] if session is not None else []
+    return [name.decode() for name in session.names] if session is not None else []
 
 
 def _agrees(conn: Conn) -> bool:
     """After a reset: make libpq know what the server has; see psycopg3._agrees."""
-    there = {name.decode(): value.decode() for name, value in conn._shared.baseline} if conn._shared else {}
+    session: Session | None = conn._shared
+    values = zip(session.names, session.values, strict=True) if session else ()
+    there = {name.decode(): value.decode() for name, value in values}
     differs = [(name, value) for name, value in _knows(conn) if value != there[name]]
     for name, value in differs:
         with extensions.cursor(conn) as cursor:

@@ -78,11 +78,13 @@ class Psycopg3Driver(Generic[C]):
         self._class: type[C] = shared_class(kind)
         self._reset = check_reset(reset)
         self.always = self._reset == "always"
+        self.resets = self._reset != "never" or configure is not None
         self._configure = configure
         self._move = move
         self._target: Target | None = None
         self._own: dict[str, Any] = {}
         self._asked: str = ""
+        self._again = b""
         self._once = Once()
 
     def __repr__(self) -> str:
@@ -176,7 +178,7 @@ class Psycopg3Driver(Generic[C]):
         assert target.server is not None
         with ended_if_it_fails(target.server.connect(until, register)) as far:
             relay = wire.Relay(far)
-            pgconn = _start(relay, target, target.at, until)
+            pgconn = _start(relay, target, lambda door: _text(target.at(door)), until)
             try:
                 session = Session.of(target, relay.state(), far)
                 lay_over(far, pgconn.socket)
@@ -246,13 +248,19 @@ class Psycopg3Driver(Generic[C]):
         """An object for a session that another process has opened; no word goes to the server."""
         with socket.socket(fileno=descriptor) as far:
             target, own = self._known()
-            pgconn = _start(wire.Relay(far, state), target, target.again_at, time.monotonic() + _PATIENCE)
+            if not self._again:
+                self._again = _text(target.again_at(wire.Door.SAMPLE))
+            pgconn = _start(wire.Replay(state), target, self._again_at, time.monotonic() + _PATIENCE)
             try:
                 lay_over(far, pgconn.socket)
                 return self._made(pgconn, own, Session.of(target, state, far))
             except BaseException:
                 pgconn.finish()
                 raise
+
+    def _again_at(self, door: str) -> bytes:
+        """The connection string for a session that is there already: the parts are put together once, not for each."""
+        return self._again.replace(wire.Door.SAMPLE.encode(), door.encode())
 
     def _known(self) -> tuple[Target, dict[str, Any]]:
         """Where it leads, as it was asked first: secrets, and so what is callable, are for openings only."""
@@ -292,11 +300,8 @@ class Psycopg3Driver(Generic[C]):
             return False
         heard = conn._shared is not None and (conn._notifies_backlog or conn._notify_handlers)  # type: ignore[union-attr]
         if not heard:
-            status = pgconn.parameter_status  # written out here: it is done at each checkin
-            for name, value in conn._baseline:  # type: ignore[union-attr]
-                if status(name) != value:
-                    break
-            else:
+            names, values = conn._baseline  # type: ignore[union-attr]
+            if [*map(pgconn.parameter_status, names)] == values:
                 return True
         try:
             return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
@@ -309,8 +314,7 @@ class Psycopg3Driver(Generic[C]):
             return False
         if conn._notifies_backlog or conn._notify_handlers:
             return True
-        status = conn.pgconn.parameter_status
-        return any(status(name) != value for name, value in conn._baseline)  # type: ignore[union-attr]
+        return bool(_knows(conn) != conn._baseline)  # type: ignore[union-attr]
 
     def check(self, conn: C) -> bool:
         """Whether the server answers."""
@@ -340,10 +344,11 @@ def _executing(pgconn: pq.abc.PGconn, command: str) -> Any:
             raise e.error_from_result(result)
 
 
-def _knows(conn: Any) -> tuple[tuple[bytes, bytes | None], ...]:
-    """What libpq knows of the settings that a server reports."""
+def _knows(conn: Any) -> tuple[tuple[bytes, ...], list[bytes | None]]:
+    """The settings that a server reports, and what libpq knows of them."""
     session: Session | None = conn._shared
-    return tuple((name, conn.pgconn.parameter_status(name)) for name, _ in session.baseline) if session else ()
+    names = session.names if session else ()
+    return names, [*map(conn.pgconn.parameter_status, names)]
 
 
 def _agrees(conn: Any) -> bool:
@@ -356,9 +361,7 @@ def _agrees(conn: Any) -> bool:
     if session is None:
         return True
     differs = [
-        (name, value)
-        for (name, value), (_, there) in zip(_knows(conn), session.baseline, strict=True)
-        if value != there
+        (name, value) for name, value, there in zip(*_knows(conn), session.values, strict=True) if value != there
     ]
     if not differs:
         return True
@@ -367,7 +370,7 @@ def _agrees(conn: Any) -> bool:
             return False
         execute(conn, f"SELECT set_config({_quoted(name)}, {_quoted(value)}, false)")
     execute(conn, SETTINGS)
-    return _knows(conn) == session.baseline
+    return _knows(conn)[1] == session.values
 
 
 def _quoted(value: bytes) -> str:
@@ -386,14 +389,17 @@ def _forget(conn: Any) -> None:
         conn._notifies_backlog.clear()
 
 
+def _text(parameters: dict[str, str]) -> bytes:
+    return make_conninfo("", **parameters).encode()
+
+
 def _start(
-    relay: wire.Relay, target: Target, parameters: Callable[[str], dict[str, str]], until: float
+    relay: wire.Relay | wire.Replay, target: Target, text: Callable[[str], bytes], until: float
 ) -> pq.abc.PGconn:
-    """The connection of libpq at the near end of a relay, ready."""
+    """The connection of libpq at the near end of a relay, ready; `text` is its connection string for a door."""
     door = wire.Door()
     try:
-        text = make_conninfo("", **parameters(door.name))
-        pgconn = pq.PGconn.connect_start(text.encode())
+        pgconn = pq.PGconn.connect_start(text(door.name))
         if pgconn.status == _BAD:
             raise _failure(pgconn, door.name, target)
         near = relay.near = door.accept(until)

@@ -43,7 +43,8 @@ class Session:
         peer: The server's address.
         family: Its family.
         inode: The connection itself, whatever the number of its descriptor.
-        baseline: (name, value) of what the server reported at its start, as the library gives them.
+        names: What the server reported at its start, as far as a session can change it.
+        values: Its values, in that order.
     """
 
     target: Target
@@ -51,13 +52,15 @@ class Session:
     peer: Any
     family: int
     inode: int
-    baseline: tuple[tuple[bytes, bytes], ...]
+    names: tuple[bytes, ...]
+    values: list[bytes]
 
     @classmethod
     def of(cls, target: Target, state: bytes, sock: socket.socket) -> Session:
         """The session on a connection to the server."""
-        baseline = tuple(item for item in wire.parameters(state).items() if item[0] not in _FIXED)
-        return cls(target, state, sock.getpeername(), sock.family, os.fstat(sock.fileno()).st_ino, baseline)
+        baseline = {name: value for name, value in wire.parameters(state).items() if name not in _FIXED}
+        inode = os.fstat(sock.fileno()).st_ino
+        return cls(target, state, sock.getpeername(), sock.family, inode, tuple(baseline), [*baseline.values()])
 
     @property
     def hostaddr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from sharedpool.layout import (
     VER,
     WAITING_COUNT,
 )
-from sharedpool.sanity import damage
+from sharedpool.sanity import damage, lasting_damage
 from sharedpool.table import MANY_MISSES, STALE
 from tests.core.tables import ONE, THREE, TWO, A, B, World
 
@@ -48,6 +49,35 @@ def busy() -> World:
 def test_a_sound_table_shows_no_damage() -> None:
     world = busy()
     assert damage(world.words, world.marks, world.geometry) == ""
+
+
+class Hasty:
+    """The marks of a table in which, at every second look, a handoff is being carried out."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.looks = 0
+
+    def __getitem__(self, places: slice) -> memoryview[int]:
+        self.looks += 1
+        w = self.world.words
+        w[WAITING_COUNT] = w[WAITING_COUNT] + (1 if self.looks % 2 else -1)
+        return self.world.marks[places]
+
+
+def test_what_is_found_in_the_midst_of_a_handoff_is_no_damage() -> None:
+    world = busy()
+    marks: Any = Hasty(world)
+    assert "counted" in damage(world.words, marks, world.geometry)
+    assert damage(world.words, marks, world.geometry) == ""
+    assert lasting_damage(world.words, marks, world.geometry) == ""
+    assert marks.looks == 4
+
+
+def test_damage_that_stays_is_found_by_many_looks() -> None:
+    world = busy()
+    world.words[WAITING_COUNT] += 1
+    assert "counted" in lasting_damage(world.words, world.marks, world.geometry)
 
 
 @pytest.mark.parametrize(

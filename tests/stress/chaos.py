@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +116,8 @@ class Chaos:
         #: Until then an operation that failed may still be carried out, by an arbiter that was stopped meanwhile.
         self.unsure = 0.0
         self.troubled: set[str] = set()
+        #: The last faults and operations, with their times.
+        self.told: deque[str] = deque(maxlen=60)
         for index in range(WORKERS):
             self._begin(index)
 
@@ -131,6 +133,7 @@ class Chaos:
             name, fault = self._choose()
             if fault():
                 self.report.faults[name] += 1
+                self._tell(name)
             self._turn()
             time.sleep(self.chance.uniform(0, PAUSE))
         self._calm()
@@ -323,7 +326,9 @@ class Chaos:
             self.operation = None
             try:
                 pending.result()
+                self._tell(f"{what} is done")
             except Exception as error:
+                self._tell(f"{what} failed: {error!r}")
                 self.report.faults[f"{what} failed: {type(error).__name__}"] += 1
                 self.unsure = time.monotonic() + 10.0
         elif time.monotonic() > limit:
@@ -335,6 +340,7 @@ class Chaos:
         if self.operation is not None:
             return False
         self._cap_may_be(value)
+        self._tell(f"a limit of {value}")
         return self._operate("limit change", commands.library, "set_max_connections", POOL, value)
 
     def _pool_paused(self) -> bool:
@@ -367,13 +373,25 @@ class Chaos:
         self.report.accepted = counts["accepted"]
         self.report.peak = max(self.report.peak, counts["peak"])
         if counts["peak"] > self.ceiling:
-            story = "" if self.report.over else f":\n{self.backend.story(30)}"
-            self.report.over.append(f"{counts['peak']} connections, cap {self.ceiling}{story}")
+            self.report.over.append(f"{counts['peak']} connections, cap {self.ceiling}{self._story()}")
             wait_until(lambda: self.backend.open <= self.ceiling, deadline=20)
             self.backend.do("reset_peak")
         elif in_force is not None and in_force < self.ceiling:
             self.backend.do("reset_peak")
+            self._tell(f"the cap in force was {self.ceiling}, is {in_force}")
             self.ceiling = in_force
+
+    def _story(self) -> str:
+        """What happened last, for whoever wants to know how it came to that; once."""
+        if self.report.over:
+            return ""
+        stats = self.operator.stats(POOL)
+        events = "\n".join(str(event) for event in self.backend.do("log")[-120:])
+        told = "\n".join(self.told)
+        return f":\n{events}\n{told}\n{stats}\n{self.operator.call(users.slots)}"
+
+    def _tell(self, what: str) -> None:
+        self.told.append(f"{time.monotonic():.6f} {what}")
 
     def _look_for_stuck(self) -> None:
         now = time.monotonic_ns()

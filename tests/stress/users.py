@@ -15,6 +15,7 @@ from typing import Any
 
 import sharedpool
 from sharedpool import errors, invariants, view
+from sharedpool.layout import FREE, HIGH, SLOT, STATE, generation_of, holder_of
 from tests.stress.board import BEGAN, CROSSED, FIRST, LIMIT, OUTCOMES, UNEXPECTED, Board
 from tests.support import commands
 from tests.support.backend import Target
@@ -100,6 +101,20 @@ def rows(state: State) -> list[tuple[int, int]]:
     attached = state.pools[POOL].attached
     words, geometry = attached.words, attached.segment.geometry
     return [(row, view.row_pid(words, row)) for row in view.live_rows(words, geometry)]
+
+
+def slots(state: State) -> str:
+    """Every slot that is not free: its number, generation, state and holder, for who looks for a mistake."""
+    attached = state.pools[POOL].attached
+    words, geometry = attached.words, attached.segment.geometry
+    found = []
+    for index in range(words[HIGH]):
+        word = words[geometry.slot_base + SLOT * index]
+        if word & STATE != FREE:
+            found.append(
+                (index, generation_of(word), word & STATE, holder_of(word), view.row_pid(words, holder_of(word)))
+            )
+    return str(found)
 
 
 class User:

@@ -267,7 +267,8 @@ class Server:
         listener.accepting = False
         while not _backlog_is_full(listener):
             if listener.path is None:
-                listener.fillers.append(_connect_nowait(listener))
+                with contextlib.suppress(TimeoutError):  # a client took the last place: no answer, as is wanted
+                    listener.fillers.append(_connect_nowait(listener))
 
     def do_counts(self) -> dict[str, Any]:
         self._accept_all()
@@ -372,8 +373,12 @@ def _unix_queue_is_full(listener: Listener) -> bool:
 def _connect_nowait(listener: Listener) -> socket.socket:
     sock = socket.socket(socket.AF_INET if listener.path is None else socket.AF_UNIX, socket.SOCK_STREAM)
     if listener.path is None:
-        sock.settimeout(5)
-        sock.connect(("127.0.0.1", listener.port))
+        sock.settimeout(1)
+        try:
+            sock.connect(("127.0.0.1", listener.port))
+        except TimeoutError:
+            sock.close()
+            raise
         return sock
     sock.setblocking(False)
     try:

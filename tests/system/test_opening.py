@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +122,40 @@ def test_a_process_killed_while_it_connects_frees_its_permit(
     opener.kill()
     other.wait_stats(waiting=0, in_use=1, opening=0)
     assert other.exchange(waiting.result()) == 1
+
+
+def close_pool(state: State) -> None:
+    commands.pool_of(state, "default").close()
+
+
+def test_a_process_that_leaves_while_it_connects_to_a_full_unix_socket_does_not_connect_any_more(
+    two: list[Worker], tmp_path: Path
+) -> None:
+    leaver, other = two
+    path = str(tmp_path / "full.sock")
+    other.attach(max_connections=1)
+    other.stats()
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(path)
+        listener.listen(0)
+        listener.setblocking(False)
+        fillers = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filler = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                filler.setblocking(False)
+                filler.connect(path)
+                fillers += 1
+        opening = leaver.begin_checkout(Target(path, 0, "unix"), connect_timeout=20, thread="opener")
+        other.wait_stats(opening=1)
+        leaver.call(close_pool)
+        other.wait_stats(processes=1, opening=0, closing=0)  # its permit is free
+        accepted = [sockets.enter_context(listener.accept()[0]) for _ in range(fillers)]
+        opening.error(SharedPoolError)
+        with contextlib.suppress(BlockingIOError):
+            accepted.append(sockets.enter_context(listener.accept()[0]))
+        assert len(accepted) == fillers
 
 
 def test_a_hanging_connect_that_ends_well_is_a_lease_like_any_other(
