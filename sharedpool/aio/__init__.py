@@ -36,19 +36,23 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def attach(name: str = "default", *, app: str | None = None, update: bool = True, **given: Any) -> Pool[socket.socket]:
+def attach(
+    name: str = "default", *, app: str | None = None, update: bool = True, transport: str | Driver[Any] = "tcp",
+    **given: Any,
+) -> Pool[socket.socket]:  # fmt: skip
     """A handle on a pool for asyncio, as `sharedpool.attach` gives one; lazy, and safe before forks.
 
     Args:
         name: The pool's name.
         app: The scope's name; not given: SHAREDPOOL_DIR, else SHAREDPOOL_APP, else "default".
         update: False: options that differ from the pool's raise PoolOptionsDiffer instead of being applied.
+        transport: As for `sharedpool.attach`.
         **given: Options (see PoolOptions).
 
     Raises:
         OptionError: A name, option or value is wrong; at once, also for the environment's.
     """
-    return Pool(control.attach(name, app=app, update=update, **given))
+    return Pool(control.attach(name, app=app, update=update, transport=transport, **given))
 
 
 def permit(
@@ -312,7 +316,7 @@ class _Streaming:
             raise
         return self._reader, self._writer
 
-    async def _make(self, conn: socket.socket) -> None:
+    async def _make(self, conn: Any) -> None:
         try:
             copy = socket.socket(fileno=os.dup(conn.fileno()))
         except OSError as error:
@@ -322,7 +326,15 @@ class _Streaming:
             copy.setblocking(False)
             self._reader = StreamReader(limit=self._limit, loop=loop)
             protocol = asyncio.StreamReaderProtocol(self._reader, loop=loop)
-            transport, _ = await loop.create_connection(lambda: protocol, sock=copy)
+            transport: asyncio.Transport
+            if hasattr(conn, "sealed"):
+                from ._tls import Records
+
+                records = Records(conn, protocol)
+                await loop.create_connection(lambda: records, sock=copy)
+                transport = records.transport
+            else:
+                transport, _ = await loop.create_connection(lambda: protocol, sock=copy)
         except BaseException:
             copy.close()
             raise
