@@ -154,36 +154,47 @@ class _Tls(Pooled):
         return self._take(length, buffer)
 
     def _take(self, length: int, buffer: Any) -> bytes | int:
-        nothing: bytes | int = b"" if buffer is None else 0
-        if length == 0:
-            return nothing
-        turn, limit = self._turn, 0.0
-        tls = self.ssl_object
+        if not length:
+            return b"" if buffer is None else 0
+        turn, limit, asked = self._turn, 0.0, False
         while True:
             with self._guard:
                 if self._turn != turn:
                     raise OSError(errno.ENOTCONN, "this connection was given back while it was read from")
-                while True:
-                    if self._incoming.pending or self._incoming.eof or tls.pending():
-                        try:
-                            got = tls.read(length) if buffer is None else tls.read(length, buffer)
-                            if not got:
-                                self._touched |= GONE
-                            return got
-                        except ssl.SSLWantReadError:
-                            pass
-                        except _END:
-                            self._touched |= GONE
-                            return nothing
-                        except ssl.SSLError:
-                            self._touched |= GONE
-                            raise
-                    if not self._fill():
-                        break
+                got = self._decrypt(length, buffer, asked)
+                if got is not None:
+                    self._touched |= 0 if got else GONE
+                    return got
             if self._outgoing.pending:  # an answer of TLS's own
                 self._answer()
-            limit = limit or self._limit()
-            self._wait(limit)
+            seconds = self.gettimeout()
+            if seconds == 0 and asked:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            if seconds != 0:  # an answer is seldom there at once: to ask first would be one call more for each
+                limit = limit or (math.inf if seconds is None else time.monotonic() + seconds)
+                self._wait(limit)
+            asked = True
+
+    def _decrypt(self, length: int, buffer: Any, asks: bool) -> bytes | int | None:
+        """What the kernel's records say, or those that were read before; None: they say nothing yet.
+
+        Args:
+            length: So much at most.
+            buffer: Where to; None: they are given back.
+            asks: Whether the kernel is asked, if there is nothing here.
+        """
+        tls, incoming = self.ssl_object, self._incoming
+        while incoming.pending or incoming.eof or tls.pending() or (asks and self._fill()):
+            try:
+                return tls.read(length) if buffer is None else tls.read(length, buffer)
+            except ssl.SSLWantReadError:
+                pass
+            except _END:
+                return b"" if buffer is None else 0
+            except ssl.SSLError:
+                self._touched |= GONE
+                raise
+        return None
 
     def _fill(self) -> bool:
         """Take what the kernel has, without waiting; whether there was something, or the end.
@@ -217,24 +228,19 @@ class _Tls(Pooled):
         self._head = data[at:]
         self._missing = max(0, at - len(data))
 
-    def _limit(self) -> float:
-        """Until when the time-out lets this call wait."""
-        seconds = self.gettimeout()
-        if seconds == 0:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return time.monotonic() + (LONGEST if seconds is None else seconds)
-
     def _wait(self, limit: float) -> None:
         """Until there is something to read."""
-        left = limit - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
+        left = None
+        if limit != math.inf:
+            left = math.ceil(1000 * (limit - time.monotonic()))
+            if left <= 0:
+                raise TimeoutError("timed out")
         number = self.fileno()
         if number < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         poller = select.poll()  # gevent's, where it is patched
         poller.register(number, select.POLLIN)
-        poller.poll(math.ceil(left * 1000))
+        poller.poll(left)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -242,11 +248,16 @@ class _Tls(Pooled):
         """As socket.sendall."""
         if flags:
             self._refuse("sendall with flags")
-        with memoryview(data).cast("B") as view, self._writing:
+        with self._writing:
             try:
-                self._push()
-                for at in range(0, len(view), _WRITE):
-                    super().sendall(self._seal(view[at : at + _WRITE]))
+                if self._unsent:
+                    self._push()
+                if type(data) is bytes and len(data) <= _WRITE:
+                    super().sendall(self._seal(data))
+                else:
+                    with memoryview(data).cast("B") as view:
+                        for at in range(0, len(view), _WRITE):
+                            super().sendall(self._seal(view[at : at + _WRITE]))
             except BaseException:  # how much of it was sent nobody knows
                 self._spoil()
                 raise
@@ -268,7 +279,7 @@ class _Tls(Pooled):
         """As ssl.SSLSocket.write."""
         return self.send(data)
 
-    def _seal(self, data: memoryview) -> bytes:
+    def _seal(self, data: bytes | memoryview) -> bytes:
         """The records of some data."""
         with self._guard:
             if len(data):
@@ -297,7 +308,7 @@ class _Tls(Pooled):
         """Send what OpenSSL says by itself; a writer who is at it sends that along."""
         if self._writing.acquire(blocking=False):
             try:
-                self._unsent += self._seal(memoryview(b""))
+                self._unsent += self._seal(b"")
                 self._push()
             except BlockingIOError:
                 pass

@@ -19,6 +19,7 @@ from tests.support.state import State
 from tests.support.tls import Authority
 from tests.support.workers import ForkServer, Harness, Worker
 
+#: Both are the same code over different modules: what depends on these is tried with both.
 LIBRARIES = ["httpx", "httpx2"]
 
 
@@ -137,20 +138,18 @@ def streams(state: State, url: str) -> list[int]:
     return found
 
 
-def test_a_connection_goes_back_at_the_end_of_its_response_or_is_closed(
-    harness: Harness, http: HttpServer, library: str
-) -> None:
+def test_a_connection_goes_back_at_the_end_of_its_response_or_is_closed(harness: Harness, http: HttpServer) -> None:
     one = harness.start()
-    one.call(make, library, max_connections=1)
+    one.call(make, "httpx", max_connections=1)
     assert one.call(streams, f"{http.url}/") == [1, 0, 2, 2, 3, 3, 4, 5]
     assert http.peak == 1
 
 
-def fails(state: State, url: str, **options: Any) -> str:
-    """The error's name as its users know it, and whether it knows its request."""
+def fails(state: State, url: str, **limits: float) -> str:
+    """The error's name as its users know it, which knows its request."""
     httpx = state.things["httpx"]
     try:
-        state.things["client"].get(url, **options)
+        state.things["client"].get(url, timeout=httpx.Timeout(20, **limits))
     except httpx.HTTPError as error:
         assert error.request.url == url
         return type(error).__name__
@@ -158,21 +157,20 @@ def fails(state: State, url: str, **options: Any) -> str:
 
 
 def hold_and_fail(state: State, url: str) -> str:
-    httpx = state.things["httpx"]
     with state.things["client"].stream("GET", url + "slowly"):
-        return fails(state, url + "number", timeout=httpx.Timeout(5, pool=0.05))
+        return fails(state, url + "number", pool=0.05)
 
 
 def test_errors_are_the_librarys(harness: Harness, http: HttpServer, library: str) -> None:
     one = harness.start()
     one.call(make, library, max_connections=1)
-    assert one.call(fails, f"{http.url}/never", timeout=0.1) == "ReadTimeout"
-    assert one.call(fails, f"{http.url}/slowly", timeout=0.1) == "ReadTimeout"
+    assert one.call(fails, f"{http.url}/never", read=0.1) == "ReadTimeout"
+    assert one.call(fails, f"{http.url}/slowly", read=0.1) == "ReadTimeout"
     assert one.call(fails, f"{http.url}/drop") == "RemoteProtocolError"
     assert one.call(fails, "http://127.0.0.1:1/") == "ConnectError"
     assert one.call(fails, "ftp://127.0.0.1/") == "UnsupportedProtocol"
     assert one.call(hold_and_fail, f"{http.url}/") == "PoolTimeout"
-    assert one.call(fails, http.url.replace("http:", "https:") + "/", timeout=0.2) == "ConnectTimeout"
+    assert one.call(fails, http.url.replace("http:", "https:") + "/", connect=0.2) == "ConnectTimeout"
     assert one.call(get, f"{http.url}/number", timeout=None) == http.accepted
     assert http.peak == 1
 
@@ -200,16 +198,14 @@ def test_https_is_verified_stays_and_resumes(
 # --- asyncio ----------------------------------------------------------------------------------------------------------
 
 
-async def _tasks(library: str, http: str, https: str, verify: str) -> list[Any]:
+async def _tasks(library: str, http: str, https: str, verify: str) -> int:
     httpx = importlib.import_module(library)
     ours = importlib.import_module(f"sharedpool.integrations.{library}")
-    found: list[Any] = []
     transport = ours.AsyncSharedTransport(max_connections=1, verify=verify)
     async with httpx.AsyncClient(transport=transport, timeout=20) as client:
         for url in (http, https):
-            numbers = [int((await client.get(url + "number")).text)]
             many = await asyncio.gather(*(client.get(url + "number") for _ in range(30)))
-            assert {int(each.text) for each in many} == set(numbers)
+            assert {int(each.text) for each in many} == {1}
             assert len((await client.get(url + "large")).text) == MEGABYTE + 1
             assert (await client.post(url + "length", content=b"y" * MEGABYTE)).text == str(MEGABYTE)
             async with client.stream("GET", url + "slowly") as answer:
@@ -223,11 +219,11 @@ async def _tasks(library: str, http: str, https: str, verify: str) -> list[Any]:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
                 with pytest.raises(httpx.ReadTimeout):
-                    await client.get(url + path, timeout=0.05)
+                    await client.get(url + path, timeout=httpx.Timeout(20, read=0.05))
             with pytest.raises(httpx.RemoteProtocolError):
                 await client.get(url + "drop")
-            numbers.append(int((await client.get(url + "number")).text) - numbers[0])
-            found.append(numbers)
+            # A task that was cancelled before it had sent its request leaves the connection as it was.
+            assert 5 <= int((await client.get(url + "number")).text) <= 7
         for delay in range(40):  # wherever it is just then
             task = asyncio.create_task(client.get(https + "chunked"))
             for _ in range(delay):
@@ -236,11 +232,10 @@ async def _tasks(library: str, http: str, https: str, verify: str) -> list[Any]:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         assert (await client.get(https + "number")).status_code == 200
-        found.append(transport.pool.stats().in_use)
-    return found
+        return int(transport.pool.stats().in_use)
 
 
-def run_tasks(state: State, *arguments: str) -> list[Any]:
+def run_tasks(state: State, *arguments: str) -> int:
     return asyncio.run(_tasks(*arguments))
 
 
@@ -248,8 +243,7 @@ def test_tasks_share_the_same_pool_and_lose_nothing_by_being_cancelled(
     harness: Harness, http: HttpServer, https: HttpServer, library: str, authority: Authority
 ) -> None:
     one = harness.start()
-    found = one.call(run_tasks, library, f"{http.url}/", f"{https.url}/", authority.file)
-    assert found == [[1, 6], [1, 6], 0]
+    assert one.call(run_tasks, library, f"{http.url}/", f"{https.url}/", authority.file) == 0
     assert (http.peak, https.peak) == (1, 1)
 
 
@@ -276,15 +270,13 @@ def test_what_cannot_be_is_refused_with_a_sentence(library: str) -> None:
         asked.send(None)
 
 
-def test_threads_of_a_client_wait_for_each_other(
-    harness: Harness, http: HttpServer, library: str, directory: Path
-) -> None:
+def test_threads_of_a_client_wait_for_each_other(harness: Harness, http: HttpServer, directory: Path) -> None:
     one = harness.start()
     with HttpServer(path=str(directory / "http.sock")) as unix:
-        one.call(make, library, uds=unix.path)
+        one.call(make, "httpx", uds=unix.path)
         assert [one.call(get, "http://anything/number") for _ in range(3)] == [1, 1, 1]
         one.call(close)
-    one.call(make, library, max_connections=2)
+    one.call(make, "httpx", max_connections=2)
     assert one.call(in_threads, f"{http.url}/number") <= {1, 2}
     assert http.peak <= 2
 
