@@ -147,18 +147,24 @@ class _Exchange:
         self._lease = lease
         self._connection = connection
 
-    def end(self, *, failed: bool = False) -> None:
+    def end(self) -> None:
         """Give the connection back: others may have it only after a whole exchange, with nothing beyond it."""
         lease, connection = self._lease, self._connection
         if lease.in_force:
-            if failed or not connection.is_idle() or connection._h11_state.trailing_data[0]:
+            if not connection.is_idle() or connection._h11_state.trailing_data[0]:
                 lease.discard()
             else:
                 lease.checkin()
 
 
+def _abandon(lease: Any) -> None:
+    """There was no answer."""
+    if lease.in_force:  # it may have been taken away
+        lease.discard()
+
+
 class SyncBody:
-    """A response's stream; the connection goes back at its end, or when it is closed."""
+    """A response's stream, which the response closes at its end at the latest; then the connection goes back."""
 
     def __init__(self, library: Library, exchange: _Exchange, body: Any) -> None:
         self._library = library
@@ -168,7 +174,6 @@ class SyncBody:
     def __iter__(self) -> Iterator[bytes]:
         with self._library.errors():
             yield from self._body
-        self.close()
 
     def close(self) -> None:
         """Give the connection back, or end it if the response was not read to its end."""
@@ -191,7 +196,6 @@ class AsyncBody:
         with self._library.errors():
             async for part in self._body:
                 yield part
-        await self.aclose()
 
     async def aclose(self) -> None:
         """Give the connection back, or end it if the response was not read to its end."""
@@ -305,19 +309,18 @@ class SyncTransport(_Transport):
         library = self.library
         with library.errors():
             lease = self._pool.checkout(*self._where(request), **self._timeouts(request))
-            asked = self._asked(request)
-            core: Any = library.httpcore
-            connection = core.HTTP11Connection(asked.url.origin, _SyncStream(library, lease.conn))
-            exchange = _Exchange(lease, connection)
             try:
+                asked = self._asked(request)
+                core: Any = library.httpcore
+                connection = core.HTTP11Connection(asked.url.origin, _SyncStream(library, lease.conn))
                 answer = connection.handle_request(asked)
             except BaseException:
-                exchange.end(failed=True)
+                _abandon(lease)
                 raise
         return library.httpx.Response(
             answer.status,
             headers=answer.headers,
-            stream=self.body(library, exchange, answer.stream),
+            stream=self.body(library, _Exchange(lease, connection), answer.stream),
             extensions=answer.extensions,
         )
 
@@ -343,15 +346,14 @@ class AsyncTransport(_Transport):
                 asked = self._asked(request)
                 core: Any = library.httpcore
                 connection = core.AsyncHTTP11Connection(asked.url.origin, _AsyncStream(library, lease.conn))
-                exchange = _Exchange(lease, connection)
                 answer = await connection.handle_async_request(asked)
             except BaseException:
-                lease.discard()
+                _abandon(lease)
                 raise
         return library.httpx.Response(
             answer.status,
             headers=answer.headers,
-            stream=self.body(library, exchange, answer.stream),
+            stream=self.body(library, _Exchange(lease, connection), answer.stream),
             extensions=answer.extensions,
         )
 
