@@ -253,6 +253,7 @@ def test_tickets_of_an_idle_connection_are_read_and_what_nobody_asked_for_is_nev
     solo.attach(max_connections=1)
     solo.call(prewarm, target)
     wait_until(lambda: server.shaken == 1, what="a connection was made in advance, and its tickets sent")
+    solo.wait_stats(idle=1)
     assert solo.use(target) == 1
     assert solo.stats().prewarmed == 1
     server.say(b"9 hello\n")
