@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final, cast
 
-from ..errors import ConnectFailed, ConnectTimeout, OptionError
+from ..errors import ConnectFailed, ConnectTimeout, OptionError, file_limit
 from . import Register, named, register
 from .sockets import PooledSocket, ended_if_it_fails, pooled
 from .tcp import TcpDriver
@@ -112,8 +112,11 @@ class TlsDriver(TcpDriver):
         conn = cast("TlsSocket", super().open(host, port, timeout, register))
         where = named(self.name, host, port)
         try:
-            # A server that was connected to counts until it has closed.
-            with ended_if_it_fails(socket.socket(fileno=os.dup(conn.fileno())), ConnectFailed):
+            try:
+                copy = socket.socket(fileno=os.dup(conn.fileno()))
+            except OSError as error:
+                raise file_limit(error, f"open {where}") from error
+            with ended_if_it_fails(copy, ConnectFailed):  # a server that was connected to counts until it has closed
                 self._shake_hands(conn, host, port, where, limit, timeout)
         except BaseException:
             conn.close()
@@ -198,7 +201,7 @@ def _context(
 
 
 def _path(file: str | os.PathLike[str] | None) -> str | None:
-    return None if file is None else os.fspath(file)
+    return None if file is None else os.fsdecode(file)
 
 
 def _wrong(option: str, value: object, allowed: str, why: object = "") -> OptionError:

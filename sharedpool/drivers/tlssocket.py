@@ -94,6 +94,8 @@ class _Tls(Pooled):
     @property
     def parked(self) -> bool:
         """Whether this object is idle: a socket that leads nowhere lies over its number."""
+        if not hasattr(socket, "SO_DOMAIN"):  # only where nothing is ever parked
+            return False
         return self.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) != self.family
 
     def goodbye(self) -> None:

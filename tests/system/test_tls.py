@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pickle
 import signal
 import socket
 import ssl
@@ -223,6 +224,10 @@ def test_options_that_are_wrong_are_refused_at_once(directory: Path, authority: 
     ]:
         with pytest.raises(OptionError, match=why):
             TlsDriver(**given)  # type: ignore[arg-type]
+    driver = TlsDriver(cafile=authority.file, label="copied")
+    assert pickle.loads(pickle.dumps(driver)).name == driver.name
+    with pytest.raises(TypeError, match="make it in each process"):
+        pickle.dumps(TlsDriver(context=ssl.create_default_context()))
 
 
 # --- resumption -------------------------------------------------------------------------------------------------------
