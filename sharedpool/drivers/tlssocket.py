@@ -7,6 +7,7 @@ was given back cannot reach the records of its next user.
 
 from __future__ import annotations
 
+import _socket
 import errno
 import io
 import math
@@ -84,12 +85,12 @@ class _Tls(Pooled):
             finally:  # a refusal is told to the other side, too
                 self._pass_on(max(0.001, limit - time.monotonic()))
             while not self._fill():
-                self._wait(limit)
+                self._await_records(limit)
 
     def _pass_on(self, seconds: float) -> None:
         if self._outgoing.pending:
             self.limit(seconds)
-            super().sendall(self._outgoing.read())
+            self._send_all(self._outgoing.read())
 
     @property
     def parked(self) -> bool:
@@ -174,7 +175,7 @@ class _Tls(Pooled):
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             if seconds != 0:  # an answer is seldom there at once: to ask first would be one call more for each
                 limit = limit or (math.inf if seconds is None else time.monotonic() + seconds)
-                self._wait(limit)
+                self._await_records(limit)
             asked = True
 
     def _decrypt(self, length: int, buffer: Any, asks: bool) -> bytes | int | None:
@@ -230,7 +231,7 @@ class _Tls(Pooled):
         self._head = data[at:]
         self._missing = max(0, at - len(data))
 
-    def _wait(self, limit: float) -> None:
+    def _await_records(self, limit: float) -> None:
         """Until there is something to read."""
         left = None
         if limit != math.inf:
@@ -255,11 +256,11 @@ class _Tls(Pooled):
                 if self._unsent:
                     self._push()
                 if type(data) is bytes and len(data) <= _WRITE:
-                    super().sendall(self._seal(data))
+                    self._send_all(self._seal(data))
                 else:
                     with memoryview(data).cast("B") as view:
                         for at in range(0, len(view), _WRITE):
-                            super().sendall(self._seal(view[at : at + _WRITE]))
+                            self._send_all(self._seal(view[at : at + _WRITE]))
             except BaseException:  # how much of it was sent nobody knows
                 self._spoil()
                 raise
@@ -280,6 +281,11 @@ class _Tls(Pooled):
     def write(self, data: Any) -> int:
         """As ssl.SSLSocket.write."""
         return self.send(data)
+
+    def _send_all(self, data: bytes) -> None:
+        """Send records, as socket.sendall; gevent's would send by `self.send`, which is ours."""
+        while data:
+            data = data[super().send(data) :]
 
     def _seal(self, data: bytes | memoryview) -> bytes:
         """The records of some data."""
@@ -452,11 +458,14 @@ class TlsSocket(_Tls, PooledSocket):
     """
 
 
+if issubclass(PooledSocket, _socket.socket):  # with a time-out for all of it, and one call less
+    TlsSocket._send_all = PooledSocket.sendall  # type: ignore[assignment, method-assign]
+
 _others: dict[Any, type[TlsSocket]] = {}
 
 
 def tls_on(base: type[PooledSocket]) -> type[TlsSocket]:
     """The same on another class of sockets, as gevent's."""
-    if base is PooledSocket:
-        return TlsSocket
-    return _others.get(base) or _others.setdefault(base, cast("type[TlsSocket]", type("TlsSocket", (_Tls, base), {})))
+    if base is not PooledSocket and base not in _others:
+        _others[base] = cast("type[TlsSocket]", type("TlsSocket", (_Tls, base), {}))
+    return _others.get(base, TlsSocket)
