@@ -24,7 +24,8 @@ PROGRAM = Path(__file__).with_name("greenlets.py")
 def begin(scope: Scope, target: Target, scene: str, when: str = "early", **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), when, str(target.port), scene],
-        env=clean_environment({**scope.env, **env}), cwd=os.getcwd(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=clean_environment({**scope.env, **env}), cwd=os.getcwd(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
     )  # fmt: skip
 
 
