@@ -13,6 +13,7 @@ from benchmarks.harness import Report, Row, say, table
 GROUPS = (
     "pairs",
     "throughput",
+    "https",
     "neighbours",
     "scale",
     "deaths",

@@ -183,15 +183,31 @@ http {{
   fastcgi_temp_path {directory}/fastcgi;
   uwsgi_temp_path {directory}/uwsgi;
   scgi_temp_path {directory}/scgi;
-  server {{ listen {host}:{port} backlog=1024; location / {{ return 200 "{body}"; }} }}
+  server {{ listen {host}:{port} backlog=1024{tls}; location / {{ return 200 "{body}"; }} }}
   server {{ listen {host}:{status_port}; location / {{ stub_status; }} }}
 }}
 """
 
 
 @contextmanager
-def nginx() -> Iterator[Nginx]:
-    """One nginx worker with keep-alive that never ends by itself."""
+def certificates() -> Iterator[tuple[Path, Path]]:
+    """A file with a certificate for `HOST` and its key, and one with the authority that has issued it."""
+    try:
+        import trustme
+    except ModuleNotFoundError as exc:
+        raise Missing("package trustme is missing") from exc
+    with temp_dir() as directory:
+        authority = trustme.CA()
+        certificate, trusted = directory / "server.pem", directory / "authority.pem"
+        authority.issue_cert(HOST, "localhost").private_key_and_cert_chain_pem.write_to_path(str(certificate))
+        authority.cert_pem.write_to_path(str(trusted))
+        yield certificate, trusted
+
+
+@contextmanager
+def nginx(certificate: Path | None = None) -> Iterator[Nginx]:
+    """One nginx worker with keep-alive that never ends by itself; over TLS with a file of a certificate and its key."""
+    tls = f" ssl; ssl_certificate {certificate}; ssl_certificate_key {certificate}" if certificate else ""
     binary = program("nginx")
     with temp_dir() as directory:
         directory.chmod(0o755)
@@ -204,6 +220,7 @@ def nginx() -> Iterator[Nginx]:
                 port=server.port,
                 status_port=server.status_port,
                 body=BODY.decode(),
+                tls=tls,
             )
         )
         argv = [binary, "-p", str(directory), "-c", str(config), "-e", str(directory / "error.log")]
@@ -227,12 +244,12 @@ frontend clients
   bind {host}:{port}
   default_backend servers
 backend servers
-  server one {host}:{backend} maxconn {cap}
+  server one {host}:{backend} maxconn {cap}{tls}
 """
 
 
 @contextmanager
-def haproxy(backend: int, cap: int) -> Iterator[int]:
+def haproxy(backend: int, cap: int, authority: Path | None = None) -> Iterator[int]:
     """A port behind which at most `cap` connections to `backend` exist; idle ones are shared by all clients.
 
     One thread, because that is HAProxy at its best here: with its default of one per core on two cores shared with
@@ -242,7 +259,8 @@ def haproxy(backend: int, cap: int) -> Iterator[int]:
     with temp_dir() as directory:
         port = free_port()
         config = directory / "haproxy.cfg"
-        config.write_text(_HAPROXY.format(host=HOST, port=port, backend=backend, cap=cap))
+        tls = f" ssl verify required ca-file {authority} verifyhost localhost" if authority else ""
+        config.write_text(_HAPROXY.format(host=HOST, port=port, backend=backend, cap=cap, tls=tls))
         with _running([binary, "-db", "-f", str(config)], port, directory):
             yield port
 

@@ -1025,6 +1025,9 @@ class Attachment:
 
     def _close(self, entry: Entry, word: int, reason: str) -> None:
         """Close a leased connection; its permit goes on once the remote has closed, too."""
+        goodbye = getattr(entry.route.driver, "goodbye", None)
+        if goodbye is not None:
+            goodbye(entry.conn)
         result = self.returns.closed(entry.at, word, _soon(), reason)
         if result == LATER:
             self.chores.append((entry.at, word, entry, False))
@@ -1265,7 +1268,8 @@ class Attachment:
         if self.watch is not None:
             self.watch.stop()
         self._end_openings()
-        for entry in self.entries.values():
+        for entry in list(self.entries.values()):
+            self._say_goodbye(entry)
             if self._leases(entry):  # there may be no arbiter that could end it
                 with contextlib.suppress(OSError):
                     shut(entry.real)
@@ -1273,6 +1277,15 @@ class Attachment:
         self._tell(Kind.DETACH)
         self.channel.close()
         self.segment.let_go()
+
+    def _say_goodbye(self, entry: Entry) -> None:
+        """Before this process leaves: on what only it can say it, because nobody else can have the connection."""
+        goodbye = getattr(entry.route.driver, "goodbye", None)
+        if goodbye is None or entry.state is not None or FILENO[entry.conn] != entry.number:
+            return
+        if self.words[entry.at] == entry.word and +entry.gate < 0:
+            return
+        goodbye(entry.conn)
 
     def _end_openings(self) -> None:
         """End what is being opened: it might connect after the arbiter has freed its permit.

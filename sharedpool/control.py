@@ -28,13 +28,17 @@ _hold: socket.socket | None = None
 _handles: dict[Any, Pool[socket.socket]] = {}
 
 
-def attach(name: str = "default", *, app: str | None = None, update: bool = True, **given: Any) -> Pool[socket.socket]:
+def attach(
+    name: str = "default", *, app: str | None = None, update: bool = True,
+    transport: str | drivers.Driver[Any] = "tcp", **given: Any,
+) -> Pool[socket.socket]:  # fmt: skip
     """A handle on a pool, shared by all processes of the scope. Lazy: no I/O, no thread; safe at import, before forks.
 
     Args:
         name: The pool's name.
         app: The scope's name; not given: SHAREDPOOL_DIR, else SHAREDPOOL_APP, else "default".
         update: False: options that differ from the pool's raise PoolOptionsDiffer instead of being applied.
+        transport: What its checkouts are by where they do not say: "tcp", "ssl", "unix", "permit", or a driver.
         **given: Options (see PoolOptions); they declare the pool. Those of the environment count as given, too.
 
     Raises:
@@ -43,7 +47,7 @@ def attach(name: str = "default", *, app: str | None = None, update: bool = True
     name = options.check_pool_name(name)
     if app is not None:
         app = options.check_app_name(app)
-    return Pool(name, options.given(name, given, os.environ), app=app, update=update)
+    return Pool(name, options.given(name, given, os.environ), app=app, update=update, transport=transport)
 
 
 def permit(

@@ -134,7 +134,15 @@ class _Slot:
         driver = self.route.driver
         if driver.fileno(self.conn) != self.number or not driver.clean(self.conn):
             return False
-        return not (polled and _readable(self.number))
+        return not polled or not _readable(self.number) or self._is_harmless()
+
+    def _is_harmless(self) -> bool:
+        """Whether its driver knows what it says, and has heard it all."""
+        harmless = getattr(self.route.driver, "idle_readable", None)
+        try:
+            return harmless is not None and bool(harmless(self.conn)) and not _readable(self.number)
+        except Exception:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
+            return False
 
     def leads_to(self, address: tuple[str, str, int] | None) -> bool:
         """Whether this is a connection, or becomes one, to the address; None: to any."""
@@ -613,6 +621,8 @@ class LocalPool:
         self.hooks.log.debug("closed a connection to %s: %s", slot.route.where, reason)
         self.hooks.tell("close", reason)
         driver = slot.route.driver
+        if hasattr(driver, "goodbye"):
+            driver.goodbye(slot.conn)
         slot.ending = Ending(slot.watch, drivers.abort_of(driver.name, slot.watch, slot.session))
         slot.ending.begin()
         driver.close(slot.conn)

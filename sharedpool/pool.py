@@ -301,7 +301,7 @@ class _Handle(Generic[T]):
         Args:
             host: A host name or address; for `transport="unix"` the socket's path, port 0. Or a URL, `tcp://h:p`.
             port: The port.
-            transport: "tcp" (the default), "unix", "permit", or a driver.
+            transport: "tcp" (the default), "ssl", "unix", "permit", or a driver.
             checkout_timeout: Seconds for all of it. None: no limit. Not given: the pool's, else connect_timeout.
             connect_timeout: Seconds for opening a connection. Not given: the pool's, 8.0 by default.
             priority: "normal", or "high": if it has to wait, it is served before those of normal priority, and in the
@@ -374,7 +374,8 @@ class _Handle(Generic[T]):
         kind, where, number = transport or self.transport, host, port
         if "://" in str(host):
             kind, where, number = parse_url(host, port, transport)
-        route = attached.route(kind, where, number)
+        with _loading:  # a driver's module may be loaded
+            route = attached.route(kind, where, number)
         if attached is self._attached:
             self._routes[transport or self.transport, host, port] = route
         return route
@@ -458,7 +459,8 @@ class _Handle(Generic[T]):
             kind, where, number = parse_url(host, port, transport)
         attached = self._attached or self.open()._attached
         assert attached is not None
-        route = attached.route(kind, where, number)
+        with _loading:
+            route = attached.route(kind, where, number)
         if not route.driver.connects:
             raise OptionError(
                 f"option 'transport' has the value {kind!r} (from the call), of which there is nothing to keep ready;"
@@ -662,7 +664,7 @@ class Permit:
 
 
 def parse_url(url: str, port: int, transport: object) -> tuple[str, str, int]:
-    """(transport, host, port) of `tcp://host:port` or `unix:///path`.
+    """(transport, host, port) of `tcp://host:port`, `ssl://host:port` or `unix:///path`.
 
     Raises:
         OptionError: It is neither, or a port or transport is given beside it.
@@ -676,13 +678,13 @@ def parse_url(url: str, port: int, transport: object) -> tuple[str, str, int]:
         raise _bad_url(url, "a port, transport, user, query or fragment beside it")
     if parts.scheme == "unix" and not parts.netloc and parts.path:
         return "unix", unquote(parts.path), 0
-    if parts.scheme == "tcp" and parts.hostname and number and parts.path in ("", "/"):
-        return "tcp", parts.hostname, number
+    if parts.scheme in ("tcp", "ssl") and parts.hostname and number and parts.path in ("", "/"):
+        return parts.scheme, parts.hostname, number
     raise _bad_url(url, "another form")
 
 
 def _bad_url(url: str, why: str) -> OptionError:
-    allowed = "tcp://host:port or unix:///path"
+    allowed = "tcp://host:port, ssl://host:port or unix:///path"
     url = re.sub("//[^/@]*@", "//***@", url)  # a password is for nobody's log
     return OptionError(
         f"option 'host' has the value {url!r} (from the call: {why}); allowed is {allowed}",

@@ -36,19 +36,23 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def attach(name: str = "default", *, app: str | None = None, update: bool = True, **given: Any) -> Pool[socket.socket]:
+def attach(
+    name: str = "default", *, app: str | None = None, update: bool = True, transport: str | Driver[Any] = "tcp",
+    **given: Any,
+) -> Pool[socket.socket]:  # fmt: skip
     """A handle on a pool for asyncio, as `sharedpool.attach` gives one; lazy, and safe before forks.
 
     Args:
         name: The pool's name.
         app: The scope's name; not given: SHAREDPOOL_DIR, else SHAREDPOOL_APP, else "default".
         update: False: options that differ from the pool's raise PoolOptionsDiffer instead of being applied.
+        transport: As for `sharedpool.attach`.
         **given: Options (see PoolOptions).
 
     Raises:
         OptionError: A name, option or value is wrong; at once, also for the environment's.
     """
-    return Pool(control.attach(name, app=app, update=update, **given))
+    return Pool(control.attach(name, app=app, update=update, transport=transport, **given))
 
 
 def permit(
@@ -289,7 +293,7 @@ class _Leasing(Generic[T]):
         self._lease.__exit__(kind, error, trace)
 
 
-async def streams_over(conn: socket.socket, limit: int = 65536) -> tuple[StreamReader, StreamWriter]:
+async def streams_over(conn: Any, limit: int = 65536) -> tuple[StreamReader, StreamWriter]:
     """A reader and a writer on a duplicate of a leased socket, for this lease: abort their transport before it ends.
 
     Raises:
@@ -304,7 +308,15 @@ async def streams_over(conn: socket.socket, limit: int = 65536) -> tuple[StreamR
         copy.setblocking(False)
         reader = StreamReader(limit=limit, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport, _ = await loop.create_connection(lambda: protocol, sock=copy)
+        transport: asyncio.Transport
+        if hasattr(conn, "sealed"):
+            from ._tls import Records
+
+            records = Records(conn, protocol)
+            await loop.create_connection(lambda: records, sock=copy)
+            transport = records.transport
+        else:
+            transport, _ = await loop.create_connection(lambda: protocol, sock=copy)
     except BaseException:
         copy.close()
         raise

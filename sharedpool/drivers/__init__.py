@@ -7,6 +7,7 @@ order, parking and processes is decided elsewhere.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import socket
 import threading
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Driver(Protocol[T]):
         always: True: `reset` is called at the beginning of every lease but the one that opened the connection.
         resets: False: `reset` has nothing to do, and is not called.
         idle_readable(conn) -> bool: An idle connection has said something: whether it may be lent all the same.
+        goodbye(conn): Said before this process ends a connection of its own accord; must not block, and not fail.
     """
 
     name: str
@@ -83,6 +85,8 @@ class Driver(Protocol[T]):
 
 
 _known: dict[str, Driver[Any]] = {}
+#: Known as well, but their modules are loaded when they are first asked for: `ssl` takes longer than all the others.
+_later: Final = {"ssl": "tls"}
 
 #: Transports whose connections have no state but their descriptor.
 STATELESS: Final = ("tcp", "unix", "permit")
@@ -121,12 +125,14 @@ def find(name: object) -> Driver[Any]:
     Raises:
         OptionError: There is none; the message lists those there are.
     """
+    if isinstance(name, str) and name in _later and name not in _known:
+        importlib.import_module(f"{__name__}.{_later[name]}")
     driver = _known.get(name) if isinstance(name, str) else None
     if driver is None and not isinstance(name, str) and hasattr(name, "open") and hasattr(name, "address"):
         own: Driver[Any] = name  # type: ignore[assignment]
         return own
     if driver is None:
-        known = ", ".join(sorted(_known))
+        known = ", ".join(sorted({*_known, *_later}))
         raise OptionError(
             f"option 'transport' has the value {name!r} (from the call); allowed is one of {known}, or a driver",
             option="transport", value=name, source="the call", allowed=known,

@@ -13,7 +13,7 @@ import importlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..errors import ConnectFailed, ConnectTimeout
@@ -31,10 +31,12 @@ _PATIENT: Final = 5
 #: Between two attempts to connect to a Unix socket whose queue is full, s.
 _FIRST_PAUSE: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.01
+#: Seconds for a server to close a connection that did not become a session.
+_SEEN_OFF: Final = 1.0
 #: What a user did to a socket: set a timeout, made a file of it, closed or detached it.
-_TIMED: Final = 1
-_FILED: Final = 2
-_GONE: Final = 4
+TIMED: Final = 1
+FILED: Final = 2
+GONE: Final = 4
 
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ else:
     _Socket = object
 
 
-class _Pooled(_Socket):
+class Pooled(_Socket):
     """What a pooled socket does beyond its class."""
 
     if not TYPE_CHECKING:
@@ -59,7 +61,7 @@ class _Pooled(_Socket):
 
     def settimeout(self, value: float | None) -> None:
         """As socket.settimeout; None is the longest timeout there is."""
-        self._touched |= _TIMED
+        self._touched |= TIMED
         super().settimeout(LONGEST if value is None else value)
 
     def setblocking(self, flag: bool) -> None:
@@ -73,12 +75,12 @@ class _Pooled(_Socket):
 
     def makefile(self, *args: Any, **kwargs: Any) -> Any:
         """As socket.makefile; the file must be closed before the connection is given back."""
-        self._touched |= _FILED
+        self._touched |= FILED
         return super().makefile(*args, **kwargs)
 
     def close(self) -> None:
         """End the connection. In a forked child only the child's copy is closed."""
-        self._touched |= _GONE
+        self._touched |= GONE
         if not self._closed and self._owner == os.getpid():  # type: ignore[attr-defined]
             try:
                 self.shutdown(socket.SHUT_WR)
@@ -88,7 +90,7 @@ class _Pooled(_Socket):
 
     def detach(self) -> int:
         """As socket.detach; the connection ends when it is given back."""
-        self._touched |= _GONE
+        self._touched |= GONE
         return super().detach()
 
     def rest(self) -> None:
@@ -101,7 +103,7 @@ class _Pooled(_Socket):
         super().settimeout(seconds)
 
 
-class PooledSocket(_Pooled, socket.socket):
+class PooledSocket(Pooled, socket.socket):
     """A connected socket that a pool lends.
 
     `close()` ends the connection for everybody, as the user means it, although the pool has descriptors of its own.
@@ -114,14 +116,17 @@ class PooledSocket(_Pooled, socket.socket):
 @functools.cache
 def _pooled(base: type[socket.socket]) -> type[PooledSocket]:
     """The same on another class of sockets, as gevent puts in the place of Python's."""
-    return cast("type[PooledSocket]", type("PooledSocket", (_Pooled, base), {"__slots__": ("_owner", "_touched")}))
+    return cast("type[PooledSocket]", type("PooledSocket", (Pooled, base), {"__slots__": ("_owner", "_touched")}))
+
+
+def pooled() -> type[PooledSocket]:
+    """Pooled sockets of the class that `socket.socket` is by now."""
+    return PooledSocket if socket.socket is _BASE else _pooled(socket.socket)
 
 
 def fresh(*args: Any, **kwargs: Any) -> PooledSocket:
-    """A pooled socket of the class that `socket.socket` is by now."""
-    if socket.socket is _BASE:
-        return PooledSocket(*args, **kwargs)
-    return _pooled(socket.socket)(*args, **kwargs)
+    """One of them."""
+    return pooled()(*args, **kwargs)
 
 
 _BASE: Final = socket.socket
@@ -145,9 +150,9 @@ class StreamDriver:
         touched = conn._touched
         if not touched:
             return True
-        if touched & _GONE or conn._io_refs:  # type: ignore[attr-defined]
+        if touched & GONE or conn._io_refs:  # type: ignore[attr-defined]
             return False
-        if touched & _TIMED:
+        if touched & TIMED:
             conn.rest()
         conn._touched = 0
         return True
@@ -158,7 +163,7 @@ class StreamDriver:
         conn.rest()
         return conn
 
-    def export(self, conn: PooledSocket) -> bytes:
+    def export(self, conn: PooledSocket) -> bytes | None:
         """Nothing."""
         return b""
 
@@ -316,3 +321,23 @@ def end(sock: socket.socket, seconds: float) -> bool:
             return False
         time.sleep(min(left, ending.pause()))
     return True
+
+
+@contextlib.contextmanager
+def ended_if_it_fails(sock: socket.socket, kind: type[BaseException] = BaseException) -> Iterator[socket.socket]:
+    """For the block: the pool's own copy of a connection that is about to become a session.
+
+    If it does not, the server is seen off before the permit goes on: it counts until it has closed.
+
+    Args:
+        sock: The copy; it is closed in any case.
+        kind: Of the errors after which nobody else sees it off.
+    """
+    try:
+        yield sock
+    except kind:
+        with contextlib.suppress(OSError):
+            end(sock, _SEEN_OFF)
+        raise
+    finally:
+        sock.close()

@@ -20,10 +20,14 @@ class TcpDriver(StreamDriver):
         """Host names are compared in lower case."""
         return check_host(host, "a host name or an address").lower(), check_port(port, 1, 65535)
 
+    def make(self, family: int, kind: int, protocol: int) -> PooledSocket:
+        """The object that is to be connected."""
+        return fresh(family, kind, protocol)
+
     def open(self, host: str, port: int, timeout: float, register: Register) -> PooledSocket:
         """Try the host's addresses in turn within one timeout."""
         limit = time.monotonic() + timeout
-        where = named("tcp", host, port)
+        where = named(self.name, host, port)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except UnicodeError as error:  # a label of more than 63 characters
@@ -36,7 +40,7 @@ class TcpDriver(StreamDriver):
         last: ConnectFailed | ConnectTimeout = ConnectFailed(f"{where} has no address")
         for family, kind, protocol, _, address in found:
             try:
-                conn = fresh(family, kind, protocol)
+                conn = self.make(family, kind, protocol)
             except OSError as error:
                 raise file_limit(error, f"open {where}") from error
             try:

@@ -21,10 +21,11 @@ from psycopg2 import extensions
 
 from ..drivers import Register
 from ..drivers import postgres as wire
+from ..drivers.sockets import ended_if_it_fails
 from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, ended_if_it_fails, lay_over, real_names
+from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
 
 Conn = Any
 

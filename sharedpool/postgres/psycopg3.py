@@ -23,11 +23,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ..drivers import Register
 from ..drivers import postgres as wire
+from ..drivers.sockets import ended_if_it_fails
 from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .connections import OwnNames, shared_class
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, ended_if_it_fails, lay_over, real_names
+from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
 
 C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
 from typing import Any, Final
 
 from ..drivers import postgres as wire
-from ..drivers.sockets import end
 from ..errors import OptionError
 from .conninfo import Target
 
@@ -29,8 +26,6 @@ SETTINGS: Final = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL"
 _FIXED: Final = frozenset(
     {b"server_version", b"server_encoding", b"integer_datetimes", b"is_superuser", b"in_hot_standby"}
 )
-#: Seconds for a server to close a connection that did not become a session.
-_SEEN_OFF: Final = 1.0
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -116,22 +111,6 @@ def real_names(text: str, door: str, target: Target) -> str:
     return text.replace(f'server on socket "{door}/.s.PGSQL.5432"', str(target.server)).replace(
         "\n\tIs the server running locally and accepting connections on that socket?", ""
     )
-
-
-@contextlib.contextmanager
-def ended_if_it_fails(sock: socket.socket) -> Iterator[socket.socket]:
-    """For the block: the pool's own copy of a connection that is about to become a session.
-
-    If it does not, the server is seen off before the permit goes on: its process counts until it has gone.
-    """
-    try:
-        yield sock
-    except BaseException:
-        with contextlib.suppress(OSError):
-            end(sock, _SEEN_OFF)
-        raise
-    finally:
-        sock.close()
 
 
 def lay_over(sock: socket.socket, number: int) -> None:

@@ -219,9 +219,11 @@ def test_equal_addresses_have_one_form_and_others_are_refused() -> None:
 
 
 def test_drivers_are_found_by_their_names() -> None:
-    assert [drivers.find(name).name for name in ("tcp", "unix", "permit")] == ["tcp", "unix", "permit"]
+    assert [drivers.find(name).name for name in ("tcp", "ssl", "unix", "permit")] == [
+        "tcp", "ssl", "unix", "permit"
+    ]  # fmt: skip
     for name in ("http", None):
-        with pytest.raises(OptionError, match=r"'transport' .*permit, tcp, unix"):
+        with pytest.raises(OptionError, match=r"'transport' .*permit, ssl, tcp, unix"):
             drivers.find(name)
 
 

@@ -64,6 +64,24 @@ def fifty() -> dict[str, object]:
     }  # fmt: skip
 
 
+def encrypted() -> dict[str, object]:
+    """Ten greenlets for two connections under TLS, with more to say than goes out at once."""
+
+    def use(number: int) -> int:
+        with pool.connection(HOST, PORT, "ssl", checkout_timeout=30) as conn:
+            return talk(conn, f"{number}," * 60_000)
+
+    greenlets = [gevent.spawn(use, number) for number in range(10)]
+    gevent.joinall(greenlets, raise_error=True)
+    with pool.connection(HOST, PORT, "ssl") as conn:
+        conn.settimeout(0.01)
+        try:
+            conn.recv(1)
+        except TimeoutError:
+            return {"numbers": sorted({one.value for one in greenlets})}
+    return {}
+
+
 def switches() -> dict[str, object]:
     """Greenlet switches in a hundred warm checkouts and checkins."""
     with pool.connection(HOST, PORT):
@@ -108,6 +126,6 @@ def wait() -> dict[str, object]:
         return {"number": talk(conn, "from outside")}
 
 
-answer = {"fifty": fifty, "switches": switches, "given_up": given_up, "wait": wait}[SCENE]()
+answer = {"fifty": fifty, "encrypted": encrypted, "switches": switches, "given_up": given_up, "wait": wait}[SCENE]()
 pool.close()
 print(json.dumps(answer))

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
+from tests.support.tls import Authority, TlsServer
 from tests.support.workers import Worker, clean_environment
 
 pytest.importorskip("gevent")
@@ -20,10 +21,11 @@ pytest.importorskip("gevent")
 PROGRAM = Path(__file__).with_name("greenlets.py")
 
 
-def begin(scope: Scope, target: Target, scene: str, when: str = "early") -> subprocess.Popen[str]:
+def begin(scope: Scope, target: Target, scene: str, when: str = "early", **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), when, str(target.port), scene],
-        env=clean_environment(scope.env), cwd=os.getcwd(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=clean_environment({**scope.env, **env}), cwd=os.getcwd(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
     )  # fmt: skip
 
 
@@ -42,6 +44,16 @@ def test_fifty_greenlets_share_two_connections_and_others_run_meanwhile(
     assert found == {"most": 2, "ticked": True, "numbers": [1, 2], "in_use": 0, "waiting": 0}
     assert handed >= 40
     assert backend.peak == 2
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_greenlets_share_connections_under_tls(scope: Scope, directory: Path, when: str) -> None:
+    authority = Authority(directory)
+    with TlsServer(authority.server_context("127.0.0.1")) as server:
+        assert finish(begin(scope, server.target(), "encrypted", when, SSL_CERT_FILE=authority.file)) == {
+            "numbers": [1, 2]
+        }
+        assert server.peak == 2
 
 
 def test_a_warm_checkout_switches_no_greenlets(scope: Scope, tcp: Target) -> None:
