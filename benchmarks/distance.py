@@ -8,15 +8,29 @@ relay, half of it each way, and of both contestants' way to the server.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import servers
 from benchmarks.delay import delayed
-from benchmarks.harness import Actor, Limit, Missing, Row, interleave, milli, missing_row, need, paired_ratios, say
+from benchmarks.harness import (
+    Actor,
+    Limit,
+    Missing,
+    Row,
+    interleave,
+    micro,
+    milli,
+    missing_row,
+    need,
+    paired_ratios,
+    say,
+)
 from benchmarks.postgres import BOUNCER, SHARED, Client
 from benchmarks.throughput import Run, describe, together
 
@@ -33,36 +47,66 @@ class Counted(Client):
         return int(self.pools[way][0].stats().opened)
 
 
-def compare(
-    name: str, postgres: Any, to: str, through: str, cap: int, seconds: float, rounds: int
-) -> tuple[dict[str, list[Run]], list[float], int]:
-    """The runs of both ways, sessions opened for each second of the pool's, and how many there were at most."""
-    opened, most = [], 0
+@dataclass(slots=True)
+class Found:
+    """What one comparison gave.
+
+    Attributes:
+        runs: Of each way.
+        effort: Processor time of clients, server and pgbouncer for one lease, s, by way; load does not touch it as it
+            does the rate.
+        opened: Sessions opened for each second of the pool's runs.
+        most: Sessions of the pool at the server.
+    """
+
+    runs: dict[str, list[Run]]
+    effort: dict[str, list[float]]
+    opened: list[float]
+    most: int = 0
+
+
+def compare(name: str, postgres: Any, to: str, bouncer: Any, cap: int, seconds: float, rounds: int) -> Found:
+    """Both ways, in turn."""
+    found = Found({}, {SHARED: [], BOUNCER: []}, [])
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
         clients = [stack.enter_context(Actor(Counted, forked=True)) for _ in range(WORKERS)]
         for client in clients:
             client.call("prepare_shared", name, f"{to} application_name=ours", cap, False, "never")
-            client.call("prepare_own", BOUNCER, through, False)
+            client.call("prepare_own", BOUNCER, bouncer.conninfo, False)
+        pids = [postgres.process.pid, bouncer.process.pid, *(client.pid for client in clients)]
 
         def run(way: str) -> Run:
-            nonlocal most
-            if way == BOUNCER:
-                return together(clients, BOUNCER, seconds)
-            before = clients[0].call("opened", name)
-            found = together(clients, name, seconds)
-            opened.append((clients[0].call("opened", name) - before) / seconds)
-            query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ours'"
-            most = max(most, int(postgres.ask(query)[0][0]))
-            return found
+            before, opened = sum(map(_busy, pids)), clients[0].call("opened", name)
+            done = together(clients, BOUNCER if way == BOUNCER else name, seconds)
+            found.effort[way].append((sum(map(_busy, pids)) - before) / (done.rate * seconds))
+            if way == SHARED:
+                found.opened.append((clients[0].call("opened", name) - opened) / seconds)
+                query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ours'"
+                found.most = max(found.most, int(postgres.ask(query)[0][0]))
+            return done
 
         for way in (name, BOUNCER):
             together(clients, way, seconds / 2)  # warm-up
-        return interleave(rounds, {way: (lambda way=way: run(way)) for way in (SHARED, BOUNCER)}), opened, most
+        found.runs = interleave(rounds, {way: (lambda way=way: run(way)) for way in (SHARED, BOUNCER)})
+    return found
 
 
-def _rows(what: str, limit: Limit, cap: int, found: tuple[dict[str, list[Run]], list[float], int]) -> list[Row]:
-    runs, opened, most = found
+def _busy(pid: int) -> float:
+    """Seconds of the processor that a process and its children have had, those that have ended, too."""
+    process = need("psutil").Process(pid)
+    times = [process.cpu_times()]
+    for child in process.children():
+        with contextlib.suppress(need("psutil").NoSuchProcess):
+            times.append(child.cpu_times())
+    ended: float = times[0].children_user + times[0].children_system
+    for each in times:
+        ended += each.user + each.system
+    return ended
+
+
+def _rows(what: str, limit: Limit, cap: int, found: Found) -> list[Row]:
+    runs = found.runs
     for way, results in runs.items():
         say(f"  {what}, {way}: {describe(results)}")
     ratios = paired_ratios([run.rate for run in runs[SHARED]], [run.rate for run in runs[BOUNCER]])
@@ -72,8 +116,11 @@ def _rows(what: str, limit: Limit, cap: int, found: tuple[dict[str, list[Run]], 
             describe(runs[SHARED]), describe(runs[BOUNCER])),
         Row(GROUP, f"{what} / pgbouncer, p99", paired_ratios(*tails), "x", None,
             *(milli(statistics.median(side)) for side in tails)),
-        Row(GROUP, f"{what}, sessions opened", opened, "/s"),
-        Row(GROUP, f"{what}, sessions at the server", [most], "", Limit("<=", cap, cap)),
+        Row(GROUP, f"{what} / pgbouncer, processor time of a lease",
+            paired_ratios(found.effort[SHARED], found.effort[BOUNCER]), "x", None,
+            *(micro(statistics.median(found.effort[way])) for way in (SHARED, BOUNCER))),
+        Row(GROUP, f"{what}, sessions opened", found.opened, "/s"),
+        Row(GROUP, f"{what}, sessions at the server", [found.most], "", Limit("<=", cap, cap)),
     ]  # fmt: skip
 
 
@@ -93,11 +140,10 @@ def _under_tls(seconds: float, rounds: int) -> list[Row]:
                     server, login=login, server_tls_sslmode="require", default_pool_size=str(cap)
                 )
                 inner.callback(bouncer.end)
-                through = bouncer.begin().conninfo
-                found = compare(f"tls{cap}", server, to, through, cap, seconds, rounds)
-                tls = server.ask("SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
-                                 " WHERE usename = 'plain'")  # fmt: skip
-                assert tls == [(True,)] or found[2] == 0
+                bouncer.begin()
+                found = compare(f"tls{cap}", server, to, bouncer, cap, seconds, rounds)
+                tls = "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE usename = 'plain'"
+                assert server.ask(tls) == [(True,)]  # pgbouncer's are still there
                 rows += _rows(f"TLS, {WORKERS} on cap {cap}", limit, cap, found)
         return rows
 
@@ -112,9 +158,9 @@ def _far_away(seconds: float, rounds: int) -> list[Row]:
         to = f"host={servers.HOST} port={port} user=app dbname=postgres sslmode=disable"
         bouncer = support.PgBouncer(server, port=port)
         stack.callback(bouncer.end)
-        through = bouncer.begin().conninfo
+        bouncer.begin()
         trips = [_trip(conninfo) for conninfo in (server.conninfo, to)]
-        found = compare("far", server, to, through, 4, seconds, rounds)
+        found = compare("far", server, to, bouncer, 4, seconds, rounds)
     return [
         Row(GROUP, "SELECT 1 with the delay; without", [trips[1] * 1e3], "ms", None, milli(trips[1]), milli(trips[0])),
         *_rows(f"1 ms away, {WORKERS} on cap 4", Limit(">=", 1.0, 1.0), 4, found),
