@@ -127,6 +127,10 @@ class _Library(Protocol):
         """The connect events have run: what is set now is how the next user finds it."""
         ...
 
+    def staying(self) -> dict[str, int]:
+        """How many sessions that could have moved do not, by reason."""
+        ...
+
 
 class _Record(_ConnectionRecord):
     """SQLAlchemy's record of one object, and the lease while somebody has it.
@@ -425,6 +429,12 @@ class SharedQueuePool(Pool):
             f" out connections: {stats.used - stats.idle} (all processes that share {stats.name!r})"
         )
 
+    def sessions_that_stay(self) -> dict[str, int]:
+        """How many PostgreSQL sessions this process has opened that cannot move, by reason, as
+        `sharedpool.postgres.sessions_that_stay`; empty for libraries whose connections never move.
+        """
+        return (self._started or self._start())[1].staying()
+
     def size(self) -> int:
         """The cap over all processes."""
         return self.shared_stats().max_connections
@@ -535,6 +545,9 @@ class _Staying(DbapiDriver):
     def settle(self, conn: Session) -> None:
         """Nobody else uses it."""
 
+    def staying(self) -> dict[str, int]:
+        return {}
+
 
 class _StayingWithLoop(_Staying):
     """A library for asyncio: opened and closed by one loop, whichever thread finds out that it is time."""
@@ -632,6 +645,11 @@ class _Moving:
     def settle(self, conn: Any) -> None:
         if conn.info.transaction_status == 0:  # what a transaction has set is not settled
             self._driver._configured(conn)
+
+    def staying(self) -> dict[str, int]:
+        from ..postgres.sessions import sessions_that_stay
+
+        return sessions_that_stay(self._driver)
 
 
 def _driver_class(kind: str) -> Any:

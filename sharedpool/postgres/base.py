@@ -20,7 +20,7 @@ from ..options import allows
 from ..pool import Pool
 from .errors import PoolClosed, PoolTimeout, TooManyRequests
 from .psycopg3 import Psycopg3Driver
-from .sessions import RESETS
+from .sessions import RESETS, sessions_that_stay
 
 log = logging.getLogger("sharedpool")
 
@@ -125,6 +125,7 @@ class BasePool:
         found = {name: value - self._popped[name] for name, value in counts.items() if value - self._popped[name]}
         if forget:
             self._popped = counts
+        found.update({f"sessions_stay_{why}": n for why, n in sessions_that_stay(self.driver).items()})
         if self._closed:
             return {**found, "pool_min": self._min_size, "pool_max": self._max_size}
         now = handle.stats()

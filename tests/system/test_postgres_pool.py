@@ -218,6 +218,16 @@ def test_a_server_that_comes_back_in_time_serves(postgres: Postgres) -> None:
 
 
 @in_a_worker
+def test_its_stats_say_why_sessions_stay(postgres: Postgres) -> None:
+    for more, found in (("", {}), (" target_session_attrs=read-write", {"sessions_stay_hosts": 1})):
+        with ConnectionPool(postgres.conninfo + more, min_size=0, max_size=2) as pool:
+            for _ in range(2):
+                with pool.connection() as conn:
+                    conn.execute("SELECT 1")
+            assert {name: n for name, n in pool.get_stats().items() if name.startswith("sessions_")} == found
+
+
+@in_a_worker
 def test_callbacks_are_called_when_psycopg_pool_calls_them(postgres: Postgres) -> None:
     called: list[str] = []
 

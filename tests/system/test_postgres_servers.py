@@ -90,6 +90,7 @@ def test_under_tls_each_process_keeps_its_session_and_says_why_once(
         said = [text for text in worker.call(commands.log, "WARNING") if "stay in the process" in text]
         assert len(said) == 1
         assert "TLS" in said[0]
+    assert [worker.call(sessions.staying) for worker in two] == [{"tls": 1}, {"tls": 1}]
 
 
 def test_under_tls_a_cap_that_is_reached_is_held(two: list[Worker], kind: str, secure: Postgres) -> None:
