@@ -22,6 +22,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
 import weakref
@@ -58,6 +59,8 @@ _MOVING: Final = {"psycopg": "Psycopg3Driver", "psycopg2": "Psycopg2Driver"}
 _LIMIT: Final = "3o7r"
 #: Where an object of a library that moves keeps its record.
 _RECORD: Final = "_sharedpool_record"
+#: Where one for asyncio keeps what SQLAlchemy uses in its place.
+_ADAPTED: Final = "_sharedpool_adapted"
 #: What a library's keywords call what a connection leads to.
 _USER: Final = ("user", "username")
 _HOST: Final = ("host", "unix_sock", "unix_socket")
@@ -250,8 +253,8 @@ class SharedQueuePool(Pool):
                 )
             return _Staying(self, kind, where)
         cargs, cparams = self._connect_arguments()
-        if kind in _MOVING and not dialect.is_async:
-            return _Moving(self, kind, cargs, cparams)
+        if kind in _MOVING and "async_creator_fn" not in cparams:
+            return (_MovingForLoops if dialect.is_async else _Moving)(self, kind, cargs, cparams)
         return _Staying(self, kind, _described(cparams))
 
     def _connect_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -355,11 +358,14 @@ class SharedQueuePool(Pool):
                 del self._leases[id(connection)]
                 record.lease = None
                 with contextlib.suppress(LeaseError):  # it was taken away
-                    lease.checkin()
+                    self._give_back(lease)
         elif lease is not None and lease.in_force and self._is_asyncio and not self._dialect.has_terminate:
             self._drop(record)  # collected: SQLAlchemy only detaches what it cannot close in a finalizer
         # else it was invalidated, and discarded; or detached: the permit is taken until the connection is closed
         self._leave_if_done()
+
+    def _give_back(self, lease: Lease[Any]) -> None:
+        lease.checkin()
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         record = self._leases.pop(id(connection), None)
@@ -470,25 +476,39 @@ class SharedQueuePool(Pool):
 class AsyncSharedQueuePool(SharedQueuePool):
     """The same for asyncio engines: who waits does not block the loop.
 
-    Connections stay with the process and the loop that opened them; only permits go over to others.
+    psycopg's sessions move between processes. Other libraries' connections stay with the process and the loop that
+    opened them; only permits go over to others.
     """
 
     _is_asyncio = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _StayingWithLoop]
+        self._drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _MovingWithLoop | _StayingWithLoop]
         self._drivers = weakref.WeakKeyDictionary()
 
     def _checkout(self, handle: Handle[Any], library: _Library) -> Lease[Any]:
         loop = asyncio.get_running_loop()
         driver = self._drivers.get(loop)
-        if driver is None:  # what one loop has opened is never lent in another: it is another driver's
-            made = _StayingWithLoop(self, getattr(self._dialect, "driver", ""), library.host, loop)
+        if driver is None:  # what one loop has made is never lent in another: it is another driver's
+            made: _MovingWithLoop | _StayingWithLoop
+            if isinstance(library, _MovingForLoops):
+                made = library.of(loop)
+            else:
+                made = _StayingWithLoop(self, getattr(self._dialect, "driver", ""), library.host, loop)
             driver = self._drivers.setdefault(loop, made)
-        asked = aio.Pool(handle).checkout(driver.host, driver.port, driver, checkout_timeout=self._timeout)
+        asked = aio.Pool(handle).checkout(driver.host, driver.port, cast(Any, driver), checkout_timeout=self._timeout)
         lease: Lease[Any] = await_only(asked)
         return lease
+
+    def _give_back(self, lease: Lease[Any]) -> None:
+        """Settings that have to be set back are set back in a thread."""
+        assert self._started is not None
+        library = self._started[1]
+        if isinstance(library, _MovingForLoops) and _may_await() and library.talks(lease.conn):
+            await_only(asyncio.shield(asyncio.to_thread(lease.checkin)))
+        else:
+            lease.checkin()
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         record = self._leases.get(id(connection))
@@ -497,6 +517,12 @@ class AsyncSharedQueuePool(SharedQueuePool):
             self._leave_if_done()
         else:
             super()._close_connection(connection, terminate=terminate)
+
+
+def _may_await() -> bool:
+    """Whether this runs for a coroutine of SQLAlchemy's, and not in a finalizer; versions that do not tell: no."""
+    greenlet: Any = sys.modules.get("greenlet")  # SQLAlchemy's own, where there is asyncio
+    return greenlet is not None and getattr(greenlet.getcurrent(), "__sqlalchemy_greenlet_provider__", False)
 
 
 def _part(fairy: PoolProxiedConnection) -> None:
@@ -650,6 +676,68 @@ class _Moving:
         from ..postgres.sessions import sessions_that_stay
 
         return sessions_that_stay(self._driver)
+
+
+class _MovingForLoops(_Moving):
+    """psycopg for asyncio: sessions move; SQLAlchemy sees them through its own adapters."""
+
+    def _made(self, cargs: tuple[Any, ...], cparams: dict[str, Any]) -> Any:
+        import psycopg
+
+        pool = self._pool()
+        assert pool is not None
+        chosen = {name: pool._arguments[name] for name in ("reset", "move")}
+        return _driver_class(self._kind)(
+            cargs[0] if cargs else "", cparams, configure=self._changed, connection_class=psycopg.AsyncConnection,
+            **chosen,
+        )  # fmt: skip
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> _MovingWithLoop:
+        """What one loop uses: its objects are lent there only."""
+        pool = self._pool()
+        assert pool is not None
+        return _MovingWithLoop(pool, self._kind, *self._arguments, loop)
+
+    def connection(self, conn: Any) -> Any:
+        """SQLAlchemy's adapter, made in a greenlet once for each object."""
+        found = conn.__dict__.get(_ADAPTED)
+        if found is None:
+            pool = self._pool()
+            assert pool is not None
+
+            async def itself(*_: Any, **__: Any) -> Any:
+                return conn
+
+            dbapi = cast(Any, pool._dialect).dbapi
+            found = conn.__dict__[_ADAPTED] = dbapi.connect(async_creator_fn=itself)
+        return found
+
+
+class _MovingWithLoop(_MovingForLoops):
+    """The same for one loop: the engine's events run there, what takes its time has a thread."""
+
+    def __init__(
+        self, pool: SharedQueuePool, kind: str, cargs: tuple[Any, ...], cparams: dict[str, Any],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
+        super().__init__(pool, kind, cargs, cparams)
+        self._loop = weakref.ref(loop)
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> Any:
+        """Have the engine open one, in its loop, which waits for the thread that does."""
+        pool, loop = self._pool(), self._loop()
+        assert pool is not None
+        assert loop is not None
+
+        def make(cargs: tuple[Any, ...], cparams: dict[str, Any]) -> Any:
+            driver = self._driver if (cargs, cparams) == self._arguments else self._made(cargs, cparams)
+            return self.connection(await_only(asyncio.to_thread(driver.open, host, port, timeout, register)))
+
+        record = _Record(pool, opened=True)
+        opening = asyncio.run_coroutine_threadsafe(greenlet_spawn(pool._make, record, make), loop)
+        conn = cast(Any, pool._dialect).get_driver_connection(opening.result())
+        self.remember(conn, record)
+        return conn
 
 
 def _driver_class(kind: str) -> Any:
