@@ -35,6 +35,7 @@ from sqlalchemy.pool.base import ConnectionPoolEntry, _ConnectionRecord
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 from .. import aio, control
+from ..aio._threads import in_thread
 from ..drivers import Register
 from ..drivers.dbapi import DbapiDriver, Session
 from ..errors import (
@@ -506,7 +507,7 @@ class AsyncSharedQueuePool(SharedQueuePool):
         assert self._started is not None
         library = self._started[1]
         if isinstance(library, _MovingForLoops) and _may_await() and library.talks(lease.conn):
-            await_only(asyncio.shield(asyncio.to_thread(lease.checkin)))
+            await_only(in_thread(lease.checkin))
         else:
             lease.checkin()
 
@@ -731,7 +732,7 @@ class _MovingWithLoop(_MovingForLoops):
 
         def make(cargs: tuple[Any, ...], cparams: dict[str, Any]) -> Any:
             driver = self._driver if (cargs, cparams) == self._arguments else self._made(cargs, cparams)
-            return self.connection(await_only(asyncio.to_thread(driver.open, host, port, timeout, register)))
+            return self.connection(await_only(in_thread(functools.partial(driver.open, host, port, timeout, register))))
 
         record = _Record(pool, opened=True)
         opening = asyncio.run_coroutine_threadsafe(greenlet_spawn(pool._make, record, make), loop)
