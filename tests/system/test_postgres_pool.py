@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -219,11 +220,18 @@ def test_a_server_that_comes_back_in_time_serves(postgres: Postgres) -> None:
 
 @in_a_worker
 def test_its_stats_say_why_sessions_stay(postgres: Postgres) -> None:
-    for more, found in (("", {}), (" target_session_attrs=read-write", {"sessions_stay_hosts": 1})):
-        with ConnectionPool(postgres.conninfo + more, min_size=0, max_size=2) as pool:
+    services = postgres.directory / "services"
+    services.write_text(f"[shop]\nport={postgres.port}\n")
+    os.environ["PGSERVICEFILE"] = str(services)
+    for more, why in (
+        ("", ""), ("target_session_attrs=read-write", "hosts"), ("host=127.0.0.1,127.0.0.1", "hosts"),
+        ("service=shop", "service"),
+    ):  # fmt: skip
+        found = {f"sessions_stay_{why}": 1} if why else {}
+        with ConnectionPool(f"{postgres.conninfo} {more}", min_size=0, max_size=2) as pool:
             for _ in range(2):
                 with pool.connection() as conn:
-                    conn.execute("SELECT 1")
+                    assert conn.execute("SELECT 1").fetchone() == (1,)
             assert {name: n for name, n in pool.get_stats().items() if name.startswith("sessions_")} == found
 
 
