@@ -72,6 +72,8 @@ _LOOK_UP: Final = 1_000_000_000
 _GIVE_UP: Final = 50_000_000
 #: Sticky order: who has waited long enough looks so often for an idle connection to close, ns.
 _STEAL_LOOK: Final = 5_000_000
+#: The others look so often whether they are at the head now; there may be a thousand.
+_STEAL_BEHIND: Final = 20_000_000
 #: In the queue, and nothing was granted yet.
 JOINED: Final = 3
 _KEPT: Final = MASK64 & ~(STATE | HOLDER | DOOMED)
@@ -456,7 +458,8 @@ class WaitingRoom:
             victim = view.victim(w, self.marks, self._segment.geometry, 0)
             if victim and (over <= 0 or now - w[victim + SINCE] >= unused):
                 self.returns.evict(victim)
-        return _STEAL_LOOK if over <= 0 else min(over, unused)
+            return _STEAL_LOOK if over <= 0 else min(over, unused)
+        return max(unused, _STEAL_BEHIND)
 
     def _abandon(self, waiter: Waiter, seconds: int) -> bool:
         """Leave the queue after an exception, passing on what was granted meanwhile; False: the cell is not free."""
