@@ -628,6 +628,7 @@ class _Moving:
         self._pool = weakref.ref(pool)
         self._kind = kind
         self._arguments = cargs, cparams
+        self._driver: Any = None
         self._driver = self._made(cargs, cparams)
         self.address_name: str = self._driver.target.address
 
@@ -639,7 +640,14 @@ class _Moving:
         assert pool is not None
         chosen = {name: pool._arguments[name] for name in ("reset", "move")}
         text = cargs[0] if cargs else ""
-        return _driver_class(self._kind)(text, cparams, configure=self._changed, **chosen)
+        made = _driver_class(self._kind)(text, cparams, configure=self._changed, **self._more(), **chosen)
+        if self._driver is not None:
+            made._once = self._driver._once  # what stays is said, and counted, in one place
+        return made
+
+    def _more(self) -> dict[str, Any]:
+        """What else the driver is to know."""
+        return {}
 
     def _changed(self, conn: Any) -> None:
         """The driver has opened it, taken it over or set it back: SQLAlchemy has to connect it anew."""
@@ -682,22 +690,18 @@ class _Moving:
 class _MovingForLoops(_Moving):
     """psycopg for asyncio: sessions move; SQLAlchemy sees them through its own adapters."""
 
-    def _made(self, cargs: tuple[Any, ...], cparams: dict[str, Any]) -> Any:
+    def _more(self) -> dict[str, Any]:
         import psycopg
 
-        pool = self._pool()
-        assert pool is not None
-        chosen = {name: pool._arguments[name] for name in ("reset", "move")}
-        return _driver_class(self._kind)(
-            cargs[0] if cargs else "", cparams, configure=self._changed, connection_class=psycopg.AsyncConnection,
-            **chosen,
-        )  # fmt: skip
+        return {"connection_class": psycopg.AsyncConnection}
 
     def of(self, loop: asyncio.AbstractEventLoop) -> _MovingWithLoop:
         """What one loop uses: its objects are lent there only."""
         pool = self._pool()
         assert pool is not None
-        return _MovingWithLoop(pool, self._kind, *self._arguments, loop)
+        made = _MovingWithLoop(pool, self._kind, *self._arguments, loop)
+        made._driver._once = self._driver._once
+        return made
 
     def connection(self, conn: Any) -> Any:
         """SQLAlchemy's adapter, made in a greenlet once for each object."""

@@ -682,6 +682,9 @@ def test_sessions_of_psycopg_move_between_loops_of_processes(two: list[Worker], 
     assert two[0].call(moves) == {}
     two[0].call(give_back_async)
     assert two[1].call(ask_async, 20) == [kept] * 20
+    two[1].call(make_async, url(postgres, "psycopg") + "&target_session_attrs=read-write", pool_size=1)
+    assert two[1].call(ask_async) != [kept]
+    assert two[1].call(moves) == {"hosts": 1}
 
 
 @pytest.mark.parametrize("aiolib", ["asyncpg"])
