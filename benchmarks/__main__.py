@@ -22,6 +22,7 @@ GROUPS = (
     "policies",
     "aio",
     "postgres",
+    "distance",
     "django",
     "redis",
 )

@@ -57,12 +57,17 @@ def fetch(path: str, pool: sharedpool.Pool[socket.socket] = pool) -> tuple[str, 
     """GET a path from the back end over a connection of the pool."""
     with pool.connection(HOST, int(PORT)) as sock:
         sock.settimeout(10)
-        target = quote(path, encoding="latin-1")  # WSGI gives the path decoded: it may contain anything, CR LF too
-        sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {HOST}:{PORT}\r\n\r\n".encode("ascii"))
+        sock.sendall(request_for(path))
         status, headers, body = read_response(sock)
         if headers.get("connection", "").lower() == "close":
             sock.close()  # the back end is about to close: a closed connection is thrown away, not given back
     return status, body
+
+
+def request_for(path: str) -> bytes:
+    """The bytes that ask for a path; servers give it decoded: it may contain anything, CR LF too."""
+    target = quote(path, encoding="latin-1", errors="replace")
+    return f"GET {target} HTTP/1.1\r\nHost: {HOST}:{PORT}\r\n\r\n".encode("ascii")
 
 
 class ProtocolError(Exception):
@@ -77,17 +82,23 @@ def read_response(sock: socket.socket) -> tuple[str, dict[str, str], bytes]:
     received = bytearray()
     while (end := received.find(b"\r\n\r\n")) < 0:
         received += receive(sock)
-    status_line, *lines = received[:end].decode("latin-1").split("\r\n")
-    version, _, status = status_line.partition(" ")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if version != "HTTP/1.1" or "content-length" not in headers or "transfer-encoding" in headers:
-        raise ProtocolError(f"not understood: {status_line}")
-    total = end + 4 + int(headers["content-length"])
+    status, headers, length = understand(bytes(received[:end]))
+    total = end + 4 + length
     while len(received) < total:
         received += receive(sock)
     if len(received) > total:
         raise ProtocolError(f"{len(received) - total} bytes beyond the response")
     return status, headers, bytes(received[end + 4 :])
+
+
+def understand(head: bytes) -> tuple[str, dict[str, str], int]:
+    """The status, the headers and the length of the body, from a response's first lines."""
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    version, _, status = status_line.partition(" ")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if version != "HTTP/1.1" or "content-length" not in headers or "transfer-encoding" in headers:
+        raise ProtocolError(f"not understood: {status_line}")
+    return status, headers, int(headers["content-length"])
 
 
 def receive(sock: socket.socket) -> bytes:

@@ -99,11 +99,18 @@ _HAND_SPAN: Final = 16
 _STEAL_CONNECTS: Final = 20
 _STEAL_LEAST: Final = 50_000_000
 _STEAL_MOST: Final = 500_000_000
+#: What was idle for a part of that time, two connect times, goes at once: to wait longer costs more than to open anew.
+_UNUSED: Final = 10
 
 
 def steal_after(w: memoryview[int]) -> int:
     """How long sticky order lets the longest waiter wait, ns."""
     return w[STEAL_AFTER] or min(_STEAL_MOST, max(_STEAL_LEAST, _STEAL_CONNECTS * w[CONNECT_TIME]))
+
+
+def unused_after(w: memoryview[int]) -> int:
+    """How long a connection has to be idle, ns, for sticky order to let the longest waiter have its permit at once."""
+    return steal_after(w) // _UNUSED
 
 
 def in_use(w: memoryview[int]) -> int:

@@ -49,6 +49,7 @@ from .layout import (
     ROW_WAIT_SECONDS,
     SERIAL_ONE,
     SHORT,
+    SINCE,
     STATE,
     STOPPED,
     TURN_SHIFT,
@@ -69,6 +70,10 @@ _NEVER: Final = 0x4000_0000_0000_0000
 #: Who sleeps looks up so often, ns, whatever happens.
 _LOOK_UP: Final = 1_000_000_000
 _GIVE_UP: Final = 50_000_000
+#: Sticky order: who has waited long enough looks so often for an idle connection to close, ns.
+_STEAL_LOOK: Final = 5_000_000
+#: The others look so often whether they are at the head now; there may be a thousand.
+_STEAL_BEHIND: Final = 20_000_000
 #: In the queue, and nothing was granted yet.
 JOINED: Final = 3
 _KEPT: Final = MASK64 & ~(STATE | HOLDER | DOOMED)
@@ -443,18 +448,18 @@ class WaitingRoom:
             self._tell_watch()
 
     def _steal(self, cell: int, now: int) -> int:
-        """Sticky order: at the head for too long, close somebody's idle connection; gives how long to sleep."""
+        """Sticky order: at the head, close somebody's idle connection, when it is time; gives how long to sleep."""
         w = self.words
         if w[GATE] & RESERVING:  # with a reserve there is no sticky order
             return _LOOK_UP
         over = w[cell + CELL_SINCE] + view.steal_after(w) - now
-        if over > 0:
-            return over
+        unused = view.unused_after(w)
         if w[HEAD] == cell and self.returns is not None and not w[GATE] & PAUSED:
             victim = view.victim(w, self.marks, self._segment.geometry, 0)
-            if victim:
+            if victim and (over <= 0 or now - w[victim + SINCE] >= unused):
                 self.returns.evict(victim)
-        return 5_000_000
+            return _STEAL_LOOK if over <= 0 else min(over, unused)
+        return max(unused, _STEAL_BEHIND)
 
     def _abandon(self, waiter: Waiter, seconds: int) -> bool:
         """Leave the queue after an exception, passing on what was granted meanwhile; False: the cell is not free."""

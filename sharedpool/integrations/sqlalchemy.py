@@ -22,6 +22,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
 import weakref
@@ -34,6 +35,7 @@ from sqlalchemy.pool.base import ConnectionPoolEntry, _ConnectionRecord
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 from .. import aio, control
+from ..aio._threads import in_thread
 from ..drivers import Register
 from ..drivers.dbapi import DbapiDriver, Session
 from ..errors import (
@@ -58,6 +60,8 @@ _MOVING: Final = {"psycopg": "Psycopg3Driver", "psycopg2": "Psycopg2Driver"}
 _LIMIT: Final = "3o7r"
 #: Where an object of a library that moves keeps its record.
 _RECORD: Final = "_sharedpool_record"
+#: Where one for asyncio keeps what SQLAlchemy uses in its place.
+_ADAPTED: Final = "_sharedpool_adapted"
 #: What a library's keywords call what a connection leads to.
 _USER: Final = ("user", "username")
 _HOST: Final = ("host", "unix_sock", "unix_socket")
@@ -125,6 +129,10 @@ class _Library(Protocol):
 
     def settle(self, conn: Any) -> None:
         """The connect events have run: what is set now is how the next user finds it."""
+        ...
+
+    def staying(self) -> dict[str, int]:
+        """How many sessions that could have moved do not, by reason."""
         ...
 
 
@@ -246,8 +254,8 @@ class SharedQueuePool(Pool):
                 )
             return _Staying(self, kind, where)
         cargs, cparams = self._connect_arguments()
-        if kind in _MOVING and not dialect.is_async:
-            return _Moving(self, kind, cargs, cparams)
+        if kind in _MOVING and "async_creator_fn" not in cparams:
+            return (_MovingForLoops if dialect.is_async else _Moving)(self, kind, cargs, cparams)
         return _Staying(self, kind, _described(cparams))
 
     def _connect_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -351,11 +359,14 @@ class SharedQueuePool(Pool):
                 del self._leases[id(connection)]
                 record.lease = None
                 with contextlib.suppress(LeaseError):  # it was taken away
-                    lease.checkin()
+                    self._give_back(lease)
         elif lease is not None and lease.in_force and self._is_asyncio and not self._dialect.has_terminate:
             self._drop(record)  # collected: SQLAlchemy only detaches what it cannot close in a finalizer
         # else it was invalidated, and discarded; or detached: the permit is taken until the connection is closed
         self._leave_if_done()
+
+    def _give_back(self, lease: Lease[Any]) -> None:
+        lease.checkin()
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         record = self._leases.pop(id(connection), None)
@@ -425,6 +436,12 @@ class SharedQueuePool(Pool):
             f" out connections: {stats.used - stats.idle} (all processes that share {stats.name!r})"
         )
 
+    def sessions_that_stay(self) -> dict[str, int]:
+        """How many PostgreSQL sessions this process has opened that cannot move, by reason, as
+        `sharedpool.postgres.sessions_that_stay`; empty for libraries whose connections never move.
+        """
+        return (self._started or self._start())[1].staying()
+
     def size(self) -> int:
         """The cap over all processes."""
         return self.shared_stats().max_connections
@@ -460,25 +477,39 @@ class SharedQueuePool(Pool):
 class AsyncSharedQueuePool(SharedQueuePool):
     """The same for asyncio engines: who waits does not block the loop.
 
-    Connections stay with the process and the loop that opened them; only permits go over to others.
+    psycopg's sessions move between processes. Other libraries' connections stay with the process and the loop that
+    opened them; only permits go over to others.
     """
 
     _is_asyncio = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _StayingWithLoop]
+        self._drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _MovingWithLoop | _StayingWithLoop]
         self._drivers = weakref.WeakKeyDictionary()
 
     def _checkout(self, handle: Handle[Any], library: _Library) -> Lease[Any]:
         loop = asyncio.get_running_loop()
         driver = self._drivers.get(loop)
-        if driver is None:  # what one loop has opened is never lent in another: it is another driver's
-            made = _StayingWithLoop(self, getattr(self._dialect, "driver", ""), library.host, loop)
+        if driver is None:  # what one loop has made is never lent in another: it is another driver's
+            made: _MovingWithLoop | _StayingWithLoop
+            if isinstance(library, _MovingForLoops):
+                made = library.of(loop)
+            else:
+                made = _StayingWithLoop(self, getattr(self._dialect, "driver", ""), library.host, loop)
             driver = self._drivers.setdefault(loop, made)
-        asked = aio.Pool(handle).checkout(driver.host, driver.port, driver, checkout_timeout=self._timeout)
+        asked = aio.Pool(handle).checkout(driver.host, driver.port, cast(Any, driver), checkout_timeout=self._timeout)
         lease: Lease[Any] = await_only(asked)
         return lease
+
+    def _give_back(self, lease: Lease[Any]) -> None:
+        """Settings that have to be set back are set back in a thread."""
+        assert self._started is not None
+        library = self._started[1]
+        if isinstance(library, _MovingForLoops) and _may_await() and library.talks(lease.conn):
+            await_only(in_thread(lease.checkin))
+        else:
+            lease.checkin()
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         record = self._leases.get(id(connection))
@@ -487,6 +518,12 @@ class AsyncSharedQueuePool(SharedQueuePool):
             self._leave_if_done()
         else:
             super()._close_connection(connection, terminate=terminate)
+
+
+def _may_await() -> bool:
+    """Whether this runs for a coroutine of SQLAlchemy's, and not in a finalizer; versions that do not tell: no."""
+    greenlet: Any = sys.modules.get("greenlet")  # SQLAlchemy's own, where there is asyncio
+    return greenlet is not None and getattr(greenlet.getcurrent(), "__sqlalchemy_greenlet_provider__", False)
 
 
 def _part(fairy: PoolProxiedConnection) -> None:
@@ -534,6 +571,9 @@ class _Staying(DbapiDriver):
 
     def settle(self, conn: Session) -> None:
         """Nobody else uses it."""
+
+    def staying(self) -> dict[str, int]:
+        return {}
 
 
 class _StayingWithLoop(_Staying):
@@ -588,6 +628,7 @@ class _Moving:
         self._pool = weakref.ref(pool)
         self._kind = kind
         self._arguments = cargs, cparams
+        self._driver: Any = None
         self._driver = self._made(cargs, cparams)
         self.address_name: str = self._driver.target.address
 
@@ -599,7 +640,14 @@ class _Moving:
         assert pool is not None
         chosen = {name: pool._arguments[name] for name in ("reset", "move")}
         text = cargs[0] if cargs else ""
-        return _driver_class(self._kind)(text, cparams, configure=self._changed, **chosen)
+        made = _driver_class(self._kind)(text, cparams, configure=self._changed, **self._more(), **chosen)
+        if self._driver is not None:
+            made._once = self._driver._once  # what stays is said, and counted, in one place
+        return made
+
+    def _more(self) -> dict[str, Any]:
+        """What else the driver is to know."""
+        return {}
 
     def _changed(self, conn: Any) -> None:
         """The driver has opened it, taken it over or set it back: SQLAlchemy has to connect it anew."""
@@ -632,6 +680,69 @@ class _Moving:
     def settle(self, conn: Any) -> None:
         if conn.info.transaction_status == 0:  # what a transaction has set is not settled
             self._driver._configured(conn)
+
+    def staying(self) -> dict[str, int]:
+        from ..postgres.sessions import sessions_that_stay
+
+        return sessions_that_stay(self._driver)
+
+
+class _MovingForLoops(_Moving):
+    """psycopg for asyncio: sessions move; SQLAlchemy sees them through its own adapters."""
+
+    def _more(self) -> dict[str, Any]:
+        import psycopg
+
+        return {"connection_class": psycopg.AsyncConnection}
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> _MovingWithLoop:
+        """What one loop uses: its objects are lent there only."""
+        pool = self._pool()
+        assert pool is not None
+        made = _MovingWithLoop(pool, self._kind, *self._arguments, loop)
+        made._driver._once = self._driver._once
+        return made
+
+    def connection(self, conn: Any) -> Any:
+        """SQLAlchemy's adapter, made in a greenlet once for each object."""
+        found = conn.__dict__.get(_ADAPTED)
+        if found is None:
+            pool = self._pool()
+            assert pool is not None
+
+            async def itself(*_: Any, **__: Any) -> Any:
+                return conn
+
+            dbapi = cast(Any, pool._dialect).dbapi
+            found = conn.__dict__[_ADAPTED] = dbapi.connect(async_creator_fn=itself)
+        return found
+
+
+class _MovingWithLoop(_MovingForLoops):
+    """The same for one loop: the engine's events run there, what takes its time has a thread."""
+
+    def __init__(
+        self, pool: SharedQueuePool, kind: str, cargs: tuple[Any, ...], cparams: dict[str, Any],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
+        super().__init__(pool, kind, cargs, cparams)
+        self._loop = weakref.ref(loop)
+
+    def open(self, host: str, port: int, timeout: float, register: Register) -> Any:
+        """Have the engine open one, in its loop, which waits for the thread that does."""
+        pool, loop = self._pool(), self._loop()
+        assert pool is not None
+        assert loop is not None
+
+        def make(cargs: tuple[Any, ...], cparams: dict[str, Any]) -> Any:
+            driver = self._driver if (cargs, cparams) == self._arguments else self._made(cargs, cparams)
+            return self.connection(await_only(in_thread(functools.partial(driver.open, host, port, timeout, register))))
+
+        record = _Record(pool, opened=True)
+        opening = asyncio.run_coroutine_threadsafe(greenlet_spawn(pool._make, record, make), loop)
+        conn = cast(Any, pool._dialect).get_driver_connection(opening.result())
+        self.remember(conn, record)
+        return conn
 
 
 def _driver_class(kind: str) -> Any:

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from .pool import ConnectionPool
     from .psycopg2 import Psycopg2Driver
     from .psycopg3 import Psycopg3Driver
+    from .sessions import sessions_that_stay
 
 __all__ = [
     "AsyncConnectionPool", "ConnectionPool", "PoolClosed", "PoolTimeout", "Psycopg2Driver", "Psycopg3Driver",
-    "TooManyRequests",
+    "TooManyRequests", "sessions_that_stay",
 ]  # fmt: skip
 
 _WHERE = {
     "AsyncConnectionPool": "asyncpool", "ConnectionPool": "pool", "PoolClosed": "errors", "PoolTimeout": "errors",
     "Psycopg2Driver": "psycopg2", "Psycopg3Driver": "psycopg3", "TooManyRequests": "errors",
+    "sessions_that_stay": "sessions",
 }  # fmt: skip
 
 

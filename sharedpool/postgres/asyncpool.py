@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import psycopg
 
 from .. import aio, control
 from ..errors import ConnectFailed, ConnectTimeout, OptionError, SharedPoolError
 from ..errors import PoolTimeout as Expired
-from .base import BasePool, is_idle, is_in_transaction, log, sizes, status_of
+from ..pool import Pool
+from .base import BasePool, log, sizes
 from .errors import PoolTimeout
 
 C = TypeVar("C", bound="psycopg.AsyncConnection[Any]")
@@ -24,56 +25,33 @@ C = TypeVar("C", bound="psycopg.AsyncConnection[Any]")
 _PATIENCE = 60.0
 
 
-class AsyncConnectionPool(BasePool, Generic[C]):
+class AsyncConnectionPool(BasePool[C]):
     """`psycopg_pool.AsyncConnectionPool` for all processes together; docs/postgres.md has what differs.
 
     Arguments as for ConnectionPool; callbacks are coroutine functions, and `conninfo` and `kwargs` may be. A pool
     belongs to one loop, as psycopg_pool's.
     """
 
-    def __init__(
-        self,
-        conninfo: str | Callable[[], str | Awaitable[str]] = "",
-        *,
-        connection_class: type[C] = psycopg.AsyncConnection,  # type: ignore[assignment]
-        kwargs: dict[str, Any] | Callable[[], dict[str, Any] | Awaitable[dict[str, Any]]] | None = None,
-        min_size: int = 4,
-        max_size: int | None = None,
-        open: bool | None = None,  # noqa: A002 - psycopg_pool's word
-        configure: Callable[[C], Awaitable[object]] | None = None,
-        check: Callable[[C], Awaitable[object]] | None = None,
-        reset: Callable[[C], Awaitable[object]] | str | None = None,
-        name: str | None = None,
-        close_returns: bool = False,
-        timeout: float = 30.0,
-        max_waiting: int = 0,
-        max_lifetime: float = 60 * 60.0,
-        max_idle: float = 10 * 60.0,
-        reconnect_timeout: float = 5 * 60.0,
-        reconnect_failed: Callable[[AsyncConnectionPool[C]], object] | None = None,
-        num_workers: int = 3,
-        app: str | None = None,
-        move: bool = True,
-    ) -> None:
-        if name is None and (inspect.iscoroutinefunction(conninfo) or inspect.iscoroutinefunction(kwargs)):
+    _of_psycopg = psycopg.AsyncConnection
+    _shared: aio.Pool[Any]
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def _shown(self, handle: Pool[Any]) -> aio.Pool[Any]:
+        return aio.Pool(handle)
+
+    def _found_name(self) -> str:
+        if inspect.iscoroutinefunction(self.conninfo) or inspect.iscoroutinefunction(self.kwargs):
             raise OptionError(
                 "option 'name' is not given (in the call), and cannot be made of what a coroutine function says;"
                 " allowed is a pool's name", option="name", value=None, source="the call", allowed="a pool's name",
             )  # fmt: skip
-        self._loop: asyncio.AbstractEventLoop | None = None
-        super().__init__(
-            self._asked(conninfo), connection_class, self._asked(kwargs), min_size, max_size, configure, check, reset,
-            name, close_returns, timeout, max_waiting, max_lifetime, max_idle, reconnect_timeout, reconnect_failed,
-            app, move, self._asked(configure),
-        )  # fmt: skip
-        self.conninfo, self.kwargs = conninfo, kwargs
-        handle = self._handle()
-        handle.on_wait(self._waited)
-        self._shared: aio.Pool[Any] = aio.Pool(handle)
-        if inspect.iscoroutinefunction(reconnect_failed):
-            self._reconnect_failed = lambda pool: asyncio.ensure_future(reconnect_failed(pool))
-        if open or open is None:
-            self._begin()
+        return super()._found_name()
+
+    def _tell_of_failing(self) -> None:
+        if inspect.iscoroutinefunction(self._reconnect_failed):
+            self._telling = asyncio.ensure_future(self._reconnect_failed(self))
+        else:
+            super()._tell_of_failing()
 
     def _asked(self, function: Any) -> Any:
         """A coroutine function as a thread can call it; the loop goes on meanwhile."""
@@ -182,14 +160,6 @@ class AsyncConnectionPool(BasePool, Generic[C]):
             finally:
                 await conn.set_autocommit(False)
 
-    def get_stats(self) -> dict[str, int]:
-        """As psycopg_pool's: sizes over all processes, counters of this one."""
-        return self._stats(self._shared, forget=False)
-
-    def pop_stats(self) -> dict[str, int]:
-        """The same, and counters begin at zero again."""
-        return self._stats(self._shared, forget=True)
-
     # --- leases -------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
@@ -243,9 +213,7 @@ class AsyncConnectionPool(BasePool, Generic[C]):
         try:
             await self._check(conn)
         except Exception as error:  # noqa: BLE001 - whatever it is: the user says no
-            log.info("pool %r: a connection failed its check: %s", self.name, error)
-            self._end(self._taken_back(conn), good=False)
-            return False
+            return self._refuse(conn, error)
         except BaseException:
             self._end(self._taken_back(conn), good=False)
             raise
@@ -269,16 +237,13 @@ class AsyncConnectionPool(BasePool, Generic[C]):
                 self._shared.close()
 
     async def _is_set_back(self, conn: C) -> bool:
-        if is_in_transaction(conn):
-            log.warning("pool %r: rolling back returned connection: %s", self.name, conn)
+        if self._is_open(conn):
             try:
                 await conn.rollback()
             except psycopg.Error as error:
                 log.warning("pool %r: rollback failed: %s; discarding connection %s", self.name, error, conn)
                 return False
-        elif not is_idle(conn):
-            if not conn.closed:
-                log.warning("pool %r: closing returned connection: %s", self.name, conn)
+        elif not self._is_of_use(conn):
             return False
         if self._reset is not None:
             try:
@@ -286,7 +251,5 @@ class AsyncConnectionPool(BasePool, Generic[C]):
             except Exception as error:  # noqa: BLE001 - whatever it is: the user says no
                 log.warning("pool %r: error resetting connection: %s", self.name, error)
                 return False
-            if not is_idle(conn):
-                log.warning("pool %r: connection left in status %s by reset function", self.name, status_of(conn).name)
-                return False
+            return self._is_as_it_should(conn)
         return True

@@ -8,7 +8,8 @@ import random
 import re
 import time
 from collections import Counter
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -20,9 +21,11 @@ from ..options import allows
 from ..pool import Pool
 from .errors import PoolClosed, PoolTimeout, TooManyRequests
 from .psycopg3 import Psycopg3Driver
-from .sessions import RESETS
+from .sessions import RESETS, sessions_that_stay
 
 log = logging.getLogger("sharedpool")
+
+C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 
 _IDLE: Final = pq.TransactionStatus.IDLE
 _OPEN: Final = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
@@ -31,19 +34,43 @@ _PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
 
 
-class BasePool:
+class BasePool(Generic[C]):
     """The arguments of psycopg_pool's pools, checked as there, and this process's numbers.
 
     `max_size` is the cap over all processes that use the same `name`. Not given, the name is made of the connection
     string, without its password.
+
+    Attributes:
+        driver: What opens the connections.
     """
 
+    _of_psycopg: type[Any]
+    _shared: Any
+
     def __init__(
-        self, conninfo: Any, connection_class: Any, kwargs: Any, min_size: int, max_size: int | None,
-        configure: Any, check: Any, reset: Any, name: str | None, close_returns: bool, timeout: float,
-        max_waiting: int, max_lifetime: float, max_idle: float, reconnect_timeout: float, reconnect_failed: Any,
-        app: str | None, move: bool, driver_configure: Any,
-    ) -> None:  # fmt: skip
+        self,
+        conninfo: str | Callable[[], Any] = "",
+        *,
+        connection_class: type[C] | None = None,
+        kwargs: dict[str, Any] | Callable[[], Any] | None = None,
+        min_size: int = 4,
+        max_size: int | None = None,
+        open: bool | None = None,  # noqa: A002 - psycopg_pool's word
+        configure: Callable[[C], Any] | None = None,
+        check: Callable[[C], Any] | None = None,
+        reset: Callable[[C], Any] | str | None = None,
+        name: str | None = None,
+        close_returns: bool = False,
+        timeout: float = 30.0,
+        max_waiting: int = 0,
+        max_lifetime: float = 60 * 60.0,
+        max_idle: float = 10 * 60.0,
+        reconnect_timeout: float = 5 * 60.0,
+        reconnect_failed: Callable[[Any], object] | None = None,
+        num_workers: int = 3,
+        app: str | None = None,
+        move: bool = True,
+    ) -> None:
         if max_size is None:
             log.warning(
                 "max_size is not given: %s connections for all processes of the pool together, not for each", min_size
@@ -51,7 +78,7 @@ class BasePool:
         self._min_size, self._max_size = sizes(min_size, max_size)
         self.conninfo = conninfo
         self.kwargs = kwargs
-        self.connection_class = connection_class
+        self.connection_class = connection_class or self._of_psycopg
         self.timeout = timeout
         self.max_waiting = max_waiting
         self.max_lifetime = max_lifetime
@@ -64,17 +91,37 @@ class BasePool:
         self._reconnect_failed = reconnect_failed
         self._app = app
         self.driver: Psycopg3Driver[Any] = Psycopg3Driver(
-            conninfo, kwargs, connection_class=connection_class, configure=driver_configure, move=move,
-            reset=reset if isinstance(reset, str) else RESETS[0],
+            self._asked(conninfo), self._asked(kwargs), connection_class=self.connection_class,
+            configure=self._asked(configure), move=move, reset=reset if isinstance(reset, str) else RESETS[0],
         )  # fmt: skip
         self._via: Any = self.driver
-        self.name = name or name_of(self.driver)
+        self.name = name or self._found_name()
         self._opened = False
         self._closed = True
         self._out = 0
         self._counts: Counter[str] = Counter()
         self._popped: Counter[str] = Counter()
         self._failing_since = 0.0
+        handle = self._handle()
+        handle.on_wait(self._waited)
+        self._shared = self._shown(handle)
+        if open or open is None:
+            self._begin()
+
+    def _asked(self, function: Any) -> Any:
+        """What the user gave, as the driver may call it in any thread."""
+        return function
+
+    def _shown(self, handle: Pool[Any]) -> Any:
+        """The handle as this kind of pool uses it."""
+        return handle
+
+    def _found_name(self) -> str:
+        return name_of(self.driver)
+
+    def _tell_of_failing(self) -> None:
+        if self._reconnect_failed is not None:
+            self._reconnect_failed(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__module__}.{type(self).__name__} {self.name!r} at 0x{id(self):x}>"
@@ -114,9 +161,16 @@ class BasePool:
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 
-    def _stats(self, handle: Any, *, forget: bool) -> dict[str, int]:
-        """Sizes are over all processes, counters this process's."""
-        own = handle.worker_stats() if not self._closed else {}
+    def get_stats(self) -> dict[str, int]:
+        """As psycopg_pool's: sizes over all processes, counters of this one."""
+        return self._stats(forget=False)
+
+    def pop_stats(self) -> dict[str, int]:
+        """The same, and counters begin at zero again."""
+        return self._stats(forget=True)
+
+    def _stats(self, *, forget: bool) -> dict[str, int]:
+        own = self._shared.worker_stats() if not self._closed else {}
         counts = self._counts + Counter(
             connections_num=own.get("opens", 0) + own.get("replaced", 0) + own.get("open_failures", 0),
             connections_errors=own.get("open_failures", 0),
@@ -125,9 +179,10 @@ class BasePool:
         found = {name: value - self._popped[name] for name, value in counts.items() if value - self._popped[name]}
         if forget:
             self._popped = counts
+        found.update({f"sessions_stay_{why}": n for why, n in sessions_that_stay(self.driver).items()})
         if self._closed:
             return {**found, "pool_min": self._min_size, "pool_max": self._max_size}
-        now = handle.stats()
+        now = self._shared.stats()
         found.update(
             pool_min=self._min_size, pool_max=now.max_connections, pool_available=now.idle,
             pool_size=now.in_use + now.idle + now.opening + now.granted, requests_waiting=now.waiting,
@@ -171,6 +226,31 @@ class BasePool:
         except SharedPoolError as error:
             log.warning("pool %r: a connection could not be given back: %s", self.name, error)
 
+    def _is_open(self, conn: C) -> bool:
+        """Whether it comes back with a transaction to roll back."""
+        if not is_in_transaction(conn):
+            return False
+        log.warning("pool %r: rolling back returned connection: %s", self.name, conn)
+        return True
+
+    def _is_of_use(self, conn: C) -> bool:
+        """Whether one that comes back without a transaction may be lent again."""
+        if not is_idle(conn) and not conn.closed:
+            log.warning("pool %r: closing returned connection: %s", self.name, conn)
+        return is_idle(conn)
+
+    def _is_as_it_should(self, conn: C) -> bool:
+        """Whether the user's reset has left it without a transaction."""
+        if not is_idle(conn):
+            log.warning("pool %r: connection left in status %s by reset function", self.name, status_of(conn).name)
+        return is_idle(conn)
+
+    def _refuse(self, conn: C, error: Exception) -> bool:
+        """The user's check has said no."""
+        log.info("pool %r: a connection failed its check: %s", self.name, error)
+        self._end(self._taken_back(conn), good=False)
+        return False
+
     # --- failures -----------------------------------------------------------------------------------------------------
 
     def _translated(self, error: SharedPoolError, timeout: float) -> psycopg.OperationalError:
@@ -188,8 +268,7 @@ class BasePool:
         self._failing_since = self._failing_since or now
         if now - self._failing_since > self.reconnect_timeout:
             self._failing_since = now
-            if self._reconnect_failed is not None:
-                self._reconnect_failed(self)
+            self._tell_of_failing()
         pause: float = min(_LONGEST_PAUSE, _PAUSE * 2**attempt) * random.uniform(0.9, 1.1)
         if now + pause >= until:
             raise error

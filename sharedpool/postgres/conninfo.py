@@ -181,6 +181,24 @@ _BECAUSE: Final = {
 }
 
 
+#: A word for the option that keeps a session where it is; others are "other".
+_WORDS: Final = {
+    "sslmode": "tls", "sslnegotiation": "tls", "channel_binding": "tls", "gssencmode": "gssapi",
+    "krbsrvname": "gssapi", "gsslib": "gssapi", "target_session_attrs": "hosts", "load_balance_hosts": "hosts",
+    "service": "service",
+}  # fmt: skip
+#: The same where the reason names no option.
+_PARTS: Final = (("TLS", "tls"), ("GSSAPI", "gssapi"), ("several hosts", "hosts"), ("no host;", "no_host"))
+
+
+def word_for(why: str) -> str:
+    """What a reason to stay is counted as."""
+    option, given, _ = why.partition("=")
+    if given and option.isidentifier():
+        return _WORDS.get(option, "other")
+    return next((word for part, word in _PARTS if part in why), "other")
+
+
 def _address(params: Mapping[str, str], user: str, dbname: str) -> str:
     host = params.get("host") or params.get("hostaddr", "")
     rest = sorted((name, value) for name, value in params.items() if name not in _NOT_OF_THE_SESSION)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import psycopg
 
 from .. import control
 from ..errors import ConnectFailed, ConnectTimeout, SharedPoolError
 from ..errors import PoolTimeout as Expired
-from .base import BasePool, is_idle, is_in_transaction, log, sizes, status_of
+from ..pool import Pool
+from .base import BasePool, log, sizes
 from .errors import PoolTimeout
 
 C = TypeVar("C", bound="psycopg.Connection[Any]")
 
 
-class ConnectionPool(BasePool, Generic[C]):
+class ConnectionPool(BasePool[C]):
     """`psycopg_pool.ConnectionPool` for all processes together; docs/postgres.md has what differs.
 
     Lazy: making and opening it attaches to nothing, so it may stand before a fork; the first use attaches, and
@@ -49,38 +50,8 @@ class ConnectionPool(BasePool, Generic[C]):
         move: False: sessions stay in the process that opened them; only permits move.
     """
 
-    def __init__(
-        self,
-        conninfo: str | Callable[[], str] = "",
-        *,
-        connection_class: type[C] = psycopg.Connection,  # type: ignore[assignment]
-        kwargs: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
-        min_size: int = 4,
-        max_size: int | None = None,
-        open: bool | None = None,  # noqa: A002 - psycopg_pool's word
-        configure: Callable[[C], object] | None = None,
-        check: Callable[[C], object] | None = None,
-        reset: Callable[[C], object] | str | None = None,
-        name: str | None = None,
-        close_returns: bool = False,
-        timeout: float = 30.0,
-        max_waiting: int = 0,
-        max_lifetime: float = 60 * 60.0,
-        max_idle: float = 10 * 60.0,
-        reconnect_timeout: float = 5 * 60.0,
-        reconnect_failed: Callable[[ConnectionPool[C]], object] | None = None,
-        num_workers: int = 3,
-        app: str | None = None,
-        move: bool = True,
-    ) -> None:
-        super().__init__(
-            conninfo, connection_class, kwargs, min_size, max_size, configure, check, reset, name, close_returns,
-            timeout, max_waiting, max_lifetime, max_idle, reconnect_timeout, reconnect_failed, app, move, configure,
-        )  # fmt: skip
-        self._shared = self._handle()
-        self._shared.on_wait(self._waited)
-        if open or open is None:
-            self._begin()
+    _of_psycopg = psycopg.Connection
+    _shared: Pool[Any]
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -179,14 +150,6 @@ class ConnectionPool(BasePool, Generic[C]):
             finally:
                 conn.autocommit = False
 
-    def get_stats(self) -> dict[str, int]:
-        """As psycopg_pool's: sizes over all processes, counters of this one."""
-        return self._stats(self._shared, forget=False)
-
-    def pop_stats(self) -> dict[str, int]:
-        """The same, and counters begin at zero again."""
-        return self._stats(self._shared, forget=True)
-
     # --- leases -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -244,9 +207,7 @@ class ConnectionPool(BasePool, Generic[C]):
         try:
             self._check(conn)
         except Exception as error:  # noqa: BLE001 - whatever it is: the user says no
-            log.info("pool %r: a connection failed its check: %s", self.name, error)
-            self._end(self._taken_back(conn), good=False)
-            return False
+            return self._refuse(conn, error)
         except BaseException:
             self._end(self._taken_back(conn), good=False)
             raise
@@ -268,16 +229,13 @@ class ConnectionPool(BasePool, Generic[C]):
                 self._shared.close()
 
     def _is_set_back(self, conn: C) -> bool:
-        if is_in_transaction(conn):
-            log.warning("pool %r: rolling back returned connection: %s", self.name, conn)
+        if self._is_open(conn):
             try:
                 conn.rollback()
             except psycopg.Error as error:
                 log.warning("pool %r: rollback failed: %s; discarding connection %s", self.name, error, conn)
                 return False
-        elif not is_idle(conn):
-            if not conn.closed:
-                log.warning("pool %r: closing returned connection: %s", self.name, conn)
+        elif not self._is_of_use(conn):
             return False
         if self._reset is not None:
             try:
@@ -285,7 +243,5 @@ class ConnectionPool(BasePool, Generic[C]):
             except Exception as error:  # noqa: BLE001 - whatever it is: the user says no
                 log.warning("pool %r: error resetting connection: %s", self.name, error)
                 return False
-            if not is_idle(conn):
-                log.warning("pool %r: connection left in status %s by reset function", self.name, status_of(conn).name)
-                return False
+            return self._is_as_it_should(conn)
         return True

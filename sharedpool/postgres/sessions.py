@@ -7,10 +7,12 @@ import logging
 import os
 import socket
 import threading
+from collections import Counter
 from typing import Any, Final
 
 from ..drivers import postgres as wire
 from ..errors import OptionError
+from . import conninfo
 from .conninfo import Target
 
 log = logging.getLogger("sharedpool")
@@ -80,20 +82,39 @@ class Session:
 
 
 class Once:
-    """Says why sessions do not move, once."""
+    """Says why sessions do not move, once, and counts them by reason.
+
+    Attributes:
+        counts: How many this process has opened that stay, by a word for the reason.
+    """
 
     def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
         self._said = False
         self._lock = threading.Lock()
 
     def say(self, target: Target, why: str) -> None:
         """The first reason is a warning, others are for who looks for them."""
         with self._lock:
+            self.counts[conninfo.word_for(why)] += 1
             level, self._said = (logging.DEBUG if self._said else logging.WARNING), True
         log.log(
             level, "PostgreSQL sessions of %s stay in the process that opened them: %s; each process that needs one"
             " opens its own, under the same cap", target.address, why,
         )  # fmt: skip
+
+
+def sessions_that_stay(driver: Any) -> dict[str, int]:
+    """How many sessions a driver has opened in this process that cannot move, by reason; not those of `move=False`.
+
+    Args:
+        driver: Psycopg3Driver or Psycopg2Driver; a pool's is `pool.driver`.
+
+    Returns:
+        By "tls", "gssapi", "hosts", "no_host", "service" or "other": docs/postgres.md has what they mean. They count
+        from the driver's making, or from its process's fork on from what the parent had.
+    """
+    return dict(driver._once.counts)
 
 
 def check_reset(value: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sharedpool.postgres.conninfo import find_password, resolve
+from sharedpool.postgres.conninfo import find_password, resolve, word_for
 
 GOOD = {"host": "db", "user": "app", "dbname": "shop"}
 
@@ -21,36 +21,37 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "says", "word"),
     [
-        ({}, ""),
-        ({"sslmode": "disable"}, ""),
-        ({"sslmode": "prefer"}, ""),
-        ({"sslmode": "allow"}, ""),
-        ({"host": "/run/postgresql"}, ""),
-        ({"host": "@abstract"}, ""),
-        ({"hostaddr": "10.0.0.5"}, ""),
-        ({"target_session_attrs": "any"}, ""),
-        ({"sslmode": "require"}, "sslmode=require"),
-        ({"sslmode": "verify-full"}, "sslmode=verify-full"),
-        ({"sslnegotiation": "direct"}, "sslnegotiation=direct"),
-        ({"gssencmode": "prefer"}, "gssencmode=prefer"),
-        ({"channel_binding": "require"}, "channel_binding=require"),
-        ({"target_session_attrs": "read-write"}, "target_session_attrs=read-write"),
-        ({"load_balance_hosts": "random"}, "load_balance_hosts=random"),
-        ({"requirepeer": "postgres"}, "requirepeer=postgres"),
-        ({"krbsrvname": "pg"}, "krbsrvname=pg"),
-        ({"replication": "database"}, "replication=database"),
-        ({"service": "shop"}, "service=shop"),
-        ({"host": "a,b"}, "several hosts"),
-        ({"host": ""}, "no host"),
-        ({"port": "five"}, "port=five"),
+        ({}, "", ""),
+        ({"sslmode": "disable"}, "", ""),
+        ({"sslmode": "prefer"}, "", ""),
+        ({"sslmode": "allow"}, "", ""),
+        ({"host": "/run/postgresql"}, "", ""),
+        ({"host": "@abstract"}, "", ""),
+        ({"hostaddr": "10.0.0.5"}, "", ""),
+        ({"target_session_attrs": "any"}, "", ""),
+        ({"sslmode": "require"}, "sslmode=require", "tls"),
+        ({"sslmode": "verify-full"}, "sslmode=verify-full", "tls"),
+        ({"sslnegotiation": "direct"}, "sslnegotiation=direct", "tls"),
+        ({"gssencmode": "prefer"}, "gssencmode=prefer", "gssapi"),
+        ({"channel_binding": "require"}, "channel_binding=require", "tls"),
+        ({"target_session_attrs": "read-write"}, "target_session_attrs=read-write", "hosts"),
+        ({"load_balance_hosts": "random"}, "load_balance_hosts=random", "hosts"),
+        ({"requirepeer": "postgres"}, "requirepeer=postgres", "other"),
+        ({"krbsrvname": "pg"}, "krbsrvname=pg", "gssapi"),
+        ({"replication": "database"}, "replication=database", "other"),
+        ({"service": "shop"}, "service=shop", "service"),
+        ({"host": "a,b"}, "several hosts", "hosts"),
+        ({"host": ""}, "no host", "no_host"),
+        ({"port": "five"}, "port=five", "other"),
     ],
 )
-def test_what_a_relay_cannot_carry_stays_and_says_why(more: dict[str, str], says: str) -> None:
+def test_what_a_relay_cannot_carry_stays_and_says_why(more: dict[str, str], says: str, word: str) -> None:
     target = resolve({**GOOD, **more}, 170000)
     assert (says in target.stays) if says else not target.stays
     assert (target.server is None) == bool(says)
+    assert not says or word_for(target.stays) == word
 
 
 def test_the_environment_counts_where_the_string_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,21 @@ class Postgres(Daemon):
         subprocess.run([*as_somebody(), "cp", "-a", str(_template()), str(self.data)], check=True, cwd="/")
         (self.data / "pg_hba.conf").write_text(f"local all all trust\nhost all all 127.0.0.1/32 {auth}\n")
 
+    @classmethod
+    def with_tls(cls, **settings: str) -> Postgres:
+        """One that speaks TLS, with a certificate that it has signed itself; not started."""
+        server = cls(ssl="on", **settings)
+        if shutil.which("openssl") is None:
+            server.end()
+            raise Missing("binary openssl is missing")
+        subprocess.run(
+            [*as_somebody(), "openssl", "req", "-new", "-x509", "-days", "2", "-nodes", "-subj", "/CN=127.0.0.1",
+             "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+             "-out", server.data / "server.crt", "-keyout", server.data / "server.key"],
+            check=True, cwd="/", capture_output=True,
+        )  # fmt: skip
+        return server
+
     def begin(self) -> Postgres:
         """Start it and wait until it answers queries."""
         self.start(self.port)
@@ -205,7 +220,8 @@ class Postgres(Daemon):
 class PgBouncer(Daemon):
     """pgbouncer before a server, in transaction mode unless said otherwise."""
 
-    def __init__(self, postgres: Postgres, **settings: str) -> None:
+    def __init__(self, postgres: Postgres, *, port: int = 0, login: str = "user=app", **settings: str) -> None:
+        """With `port` it reaches the server there, by a detour."""
         directory = private_directory("sp-pgb-")
         self.port = free_port()
         given = {
@@ -215,7 +231,7 @@ class PgBouncer(Daemon):
         }  # fmt: skip
         config = directory / "pgbouncer.ini"
         lines = "\n".join(f"{name} = {value}" for name, value in given.items())
-        database = f"postgres = host=127.0.0.1 port={postgres.port} user=app dbname=postgres"
+        database = f"postgres = host=127.0.0.1 port={port or postgres.port} {login} dbname=postgres"
         config.write_text(f"[databases]\n{database}\n[pgbouncer]\n{lines}\n")
         config.chmod(0o644)
         program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

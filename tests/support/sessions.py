@@ -65,6 +65,13 @@ def query(state: State, text: str, parameters: Any = None, label: str = "db", **
             found.checkin()
 
 
+def staying(state: State, label: str = "db") -> dict[str, int]:
+    """The driver's sessions that cannot move, by reason."""
+    from sharedpool.postgres import sessions_that_stay
+
+    return sessions_that_stay(state.things[label])
+
+
 def try_sql(state: State, text: str, name: str = "a") -> str:
     """What a query says, or its error's name."""
     try:

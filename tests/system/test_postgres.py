@@ -50,6 +50,11 @@ def test_what_one_process_left_in_a_session_is_gone_in_another(
     one.call(sessions.query, "CREATE TEMP TABLE mine (x int)")
     assert one.call(sessions.query, "SELECT to_regclass('mine')::text") == ("mine",), "its own use keeps it"
     assert other.call(sessions.query, "SELECT to_regclass('mine')::text") == (None,)
+    one.call(sessions.query, "DECLARE mine CURSOR WITH HOLD FOR SELECT 1")
+    one.call(sessions.query, "SELECT pg_advisory_lock(7)")
+    left = "SELECT (SELECT count(*) FROM pg_cursors WHERE is_holdable), (SELECT count(*) FROM pg_locks"
+    left += " WHERE locktype = 'advisory')"
+    assert (one.call(sessions.query, left), other.call(sessions.query, left)) == ((1, 1), (0, 0))
     other.call(sessions.query, "SET search_path = nowhere")
     assert one.call(sessions.query, "SHOW search_path") == ('"$user", public',)
 

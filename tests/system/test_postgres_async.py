@@ -86,7 +86,7 @@ async def test_callbacks_are_coroutines(postgres: Postgres) -> None:
         called.append("reset")
 
     with pytest.raises(OptionError, match="'name' is not given"):
-        AsyncConnectionPool(conninfo, max_size=2)
+        AsyncConnectionPool(conninfo, min_size=0, max_size=2)
     async with AsyncConnectionPool(
         conninfo, name="own", min_size=0, max_size=1, configure=configure, check=check, reset=reset
     ) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -215,6 +216,23 @@ def test_a_server_that_comes_back_in_time_serves(postgres: Postgres) -> None:
         threading.Timer(0.3, lambda: where.__setitem__(0, postgres.conninfo)).start()
         with pool.connection(timeout=20) as conn:
             assert conn.execute("SELECT 1").fetchone() == (1,)
+
+
+@in_a_worker
+def test_its_stats_say_why_sessions_stay(postgres: Postgres) -> None:
+    services = postgres.directory / "services"
+    services.write_text(f"[shop]\nport={postgres.port}\n")
+    os.environ["PGSERVICEFILE"] = str(services)
+    for more, why in (
+        ("", ""), ("target_session_attrs=read-write", "hosts"), ("host=127.0.0.1,127.0.0.1", "hosts"),
+        ("service=shop", "service"),
+    ):  # fmt: skip
+        found = {f"sessions_stay_{why}": 1} if why else {}
+        with ConnectionPool(f"{postgres.conninfo} {more}", min_size=0, max_size=2) as pool:
+            for _ in range(2):
+                with pool.connection() as conn:
+                    assert conn.execute("SELECT 1").fetchone() == (1,)
+            assert {name: n for name, n in pool.get_stats().items() if name.startswith("sessions_")} == found
 
 
 @in_a_worker

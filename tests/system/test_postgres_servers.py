@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import commands, sessions
-from tests.support.postgres import CLIENTS, PgBouncer, Postgres, as_somebody, too_many
+from tests.support.postgres import CLIENTS, PgBouncer, Postgres, too_many
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
@@ -67,13 +66,7 @@ def test_a_wrong_password_says_so(worker: Worker, kind: str, guarded: Postgres) 
 @pytest.fixture(scope="module")
 def secure(fork_server: object) -> Iterator[Postgres]:
     """Speaks TLS, with a certificate that it has signed itself."""
-    server = Postgres(ssl="on")
-    subprocess.run(
-        [*as_somebody(), "openssl", "req", "-new", "-x509", "-days", "2", "-nodes", "-subj", "/CN=127.0.0.1",
-         "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-out", server.data / "server.crt", "-keyout", server.data / "server.key"],
-        check=True, cwd="/", capture_output=True,
-    )  # fmt: skip
+    server = Postgres.with_tls()
     yield server.begin()
     server.end()
 
@@ -97,6 +90,7 @@ def test_under_tls_each_process_keeps_its_session_and_says_why_once(
         said = [text for text in worker.call(commands.log, "WARNING") if "stay in the process" in text]
         assert len(said) == 1
         assert "TLS" in said[0]
+    assert [worker.call(sessions.staying) for worker in two] == [{"tls": 1}, {"tls": 1}]
 
 
 def test_under_tls_a_cap_that_is_reached_is_held(two: list[Worker], kind: str, secure: Postgres) -> None:

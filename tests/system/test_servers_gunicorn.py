@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_workers_of_every_kind_keep_the_cap_when_they_are_recycled_reloaded_and_
         stats = server.stats()
         assert (stats["in_use"], stats["waiting"], stats["max_connections"]) == (0, 0, CAP)
         print(f"{recycled} workers recycled, {opened} connections; in the end {web.opened()}")
+
+
+def test_told_to_end_all_at_once_with_the_arbiter_they_serve_what_they_are_at_and_nothing_is_left(
+    directory: Path, scope: Scope, web: Web
+) -> None:
+    """As systemd and a container's end do it: TERM for every process of the group."""
+    with Gunicorn(directory, scope, web) as server:
+        everybody = {scope.arbiter(), server.master, *server.workers()}
+        with Load(server.get) as load:
+            load.wait_more(100)
+            for pid in everybody:
+                os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not any(map(processes.alive, everybody)), what="all have ended")
+        assert not load.failed, (load.statuses, load.failed[:3], server.log[-3000:])
+        assert not scope.arbiters()
+        assert "Traceback" not in server.log
+    assert web.opened() <= 2 * CAP
 
 
 # --- pools declared in the configuration ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""uvicorn with workers of its own, each of which is a fresh interpreter, and a FastAPI application."""
+"""uvicorn with workers of its own, each of which is a fresh interpreter, and a FastAPI application on asyncio."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ def test_workers_keep_the_cap_when_they_are_recycled_reloaded_and_killed_for_han
             server.kill_a_hanging_worker()
             load.wait_more(50)
         assert not load.failed
+        assert [server.get(path) for path in ("/close", "/missing", "/a%20b")] == [
+            (200, b"the last\n"), (404, b"nothing\n"), (404, b"nothing\n"),
+        ]  # fmt: skip
         stats = server.stats()
         assert (stats["in_use"], stats["waiting"], stats["max_connections"]) == (0, 0, CAP)
         print(f"{recycled} workers recycled, {opened} connections; with one killed {web.opened()}")

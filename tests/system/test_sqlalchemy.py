@@ -633,6 +633,60 @@ def test_tasks_of_two_processes_share_the_cap(two: list[Worker], postgres: Postg
     wait_until(lambda: len(postgres.backends()) <= 3)
 
 
+def set_up_async(state: State, schema: str) -> None:
+    """Connect listeners that set the session up, and note that they ran; a time zone that is another's each time."""
+    state.things["heard"] = heard = []
+    engine = state.things["engine"].sync_engine
+
+    def connect(connection: Any, _: Any) -> None:
+        heard.append("connect")
+        cursor = connection.cursor()
+        cursor.execute(f"SET search_path = {schema}")
+        cursor.close()
+        connection.commit()
+
+    event.listen(engine, "connect", connect)
+    event.listen(engine, "checkout", lambda *_: heard.append("checkout"))
+
+
+def look_around_async(state: State) -> tuple[int, str, str, list[str]]:
+    """The session, its search path and time zone, which this then changes, and what the listeners heard."""
+
+    async def look() -> Any:
+        async with state.things["engine"].connect() as connection:
+            query = "SELECT pg_backend_pid(), current_setting('search_path'), current_setting('TimeZone')"
+            found = (await connection.execute(text(query))).one()
+            await connection.execute(text("SET TimeZone = 'Asia/Tokyo'"))
+            await connection.commit()
+            return found
+
+    heard = state.things["heard"]
+    heard.clear()
+    return (*in_loop(state, look()), list(heard))
+
+
+def moves(state: State) -> dict[str, int]:
+    return dict(state.things["engine"].pool.sessions_that_stay())
+
+
+def test_sessions_of_psycopg_move_between_loops_of_processes(two: list[Worker], postgres: Postgres) -> None:
+    for number, worker in enumerate(two):
+        worker.call(make_async, url(postgres, "psycopg"), pool_size=1, pool_pre_ping=True)
+        worker.call(set_up_async, f"mine{number}")
+    found = [two[i % 2].call(look_around_async) for i in (0, 0, 1, 0, 1)]
+    assert len({pid for pid, *_ in found}) == 1
+    assert [path for _, path, *_ in found] == ["mine0", "mine0", "mine1", "mine0", "mine1"]
+    assert {zone for _, _, zone, _ in found} == {"UTC"}  # set back at the checkin
+    assert all(heard == ["connect", "checkout"] for *_, heard in found)  # it was set back each time
+    kept = two[0].call(hold_async)
+    assert two[0].call(moves) == {}
+    two[0].call(give_back_async)
+    assert two[1].call(ask_async, 20) == [kept] * 20
+    two[1].call(make_async, url(postgres, "psycopg") + "&target_session_attrs=read-write", pool_size=1)
+    assert two[1].call(ask_async) != [kept]
+    assert two[1].call(moves) == {"hosts": 1}
+
+
 @pytest.mark.parametrize("aiolib", ["asyncpg"])
 def test_who_waits_does_not_block_the_loop_and_may_be_cancelled(
     two: list[Worker], postgres: Postgres, aiolib: str
@@ -655,5 +709,7 @@ def test_what_a_task_forgets_is_closed_and_dispose_closes_the_rest(
     worker.call(lose_async)
     worker.call(ask_async)
     worker.call(dispose_async)
+    if aiolib == "psycopg":  # what moves is left for other processes
+        worker.call(alchemy.on_pool, "drain", "engine", 10)
     wait_until(lambda: postgres.backends() == [])
     worker.call(ask_async)

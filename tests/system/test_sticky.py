@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from sharedpool import PoolTimeout
@@ -72,6 +74,22 @@ def test_after_steal_after_the_permit_goes_to_the_longest_waiter(
         assert two[0].call(use_until_refused, tcp) == {1}
     assert two[1].exchange(waiting.result()) == 2
     assert (backend.peak, backend.ids()) == (1, [2])
+
+
+def test_what_its_process_does_not_use_goes_over_long_before_steal_after(
+    two: list[Worker], backend: Backend, tcp: Target
+) -> None:
+    attach(two, steal_after=10)
+    label = two[0].checkout(tcp)
+    began = time.monotonic()
+    first, second = line_up(two[0], [(two[1], tcp), (two[1], tcp)])
+    two[0].checkin(label)
+    label = first.result()
+    assert 1 <= time.monotonic() - began < 10  # a tenth: it was idle for so long
+    two[1].checkin(label)
+    assert two[1].exchange(second.result()) == 2
+    assert two[0].stats().closes["evicted"] == 1
+    assert (backend.peak, backend.accepted) == (1, 2)
 
 
 def test_sticky_order_can_be_chosen_for_what_could_move(two: list[Worker], backend: Backend, tcp: Target) -> None:
