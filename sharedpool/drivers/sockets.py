@@ -181,7 +181,7 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
         conn.connect(address)
     except TimeoutError as error:
         conn.close()
-        raise ConnectTimeout(f"{where} did not answer within {seconds:.3g} s (connect_timeout)") from error
+        raise ConnectTimeout(f"{where} did not answer within {max(seconds, 0):.3g} s (connect_timeout)") from error
     except OSError as error:
         conn.close()
         raise ConnectFailed(f"{where} cannot be reached: {error}") from error
