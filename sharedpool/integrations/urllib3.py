@@ -41,6 +41,7 @@ from urllib3.exceptions import (
     ProtocolError,
 )
 from urllib3.util.ssl_ import resolve_cert_reqs
+from urllib3.util.ssltransport import SSLTransport
 from urllib3.util.timeout import Timeout
 
 from .. import control, options
@@ -171,9 +172,9 @@ class _Leased(_Connection):
     def _give_back(self) -> None:
         """The answer has been read: the connection is for others, unless it has ended or was left in the midst."""
         lease = self._lease
-        if lease is None and self.sock is None:
+        if self.sock is None and lease is None and self._is_through():
             return
-        if lease is None or self.sock is None or self._spent or not self._is_through():
+        if self.sock is None or lease is None or self._spent or not self._is_through():
             self.close()
             return
         self._lease = self.sock = None
@@ -265,7 +266,7 @@ class SharedHTTPSConnection(_Leased, HTTPSConnection):
         self._socket = sock
         try:
             super(_Leased, self).connect()
-            if cast(Any, self.sock).selected_alpn_protocol() == "h2":
+            if getattr(self.sock, "selected_alpn_protocol", str)() == "h2":
                 raise ProtocolError("HTTP/2 is not spoken over a shared pool: do not offer it (ALPN)")
             return _Link(self)
         except BaseException:
@@ -316,6 +317,13 @@ class _Link:
         return getattr(self.sock, "socket", self.sock)
 
 
+def _unread(sock: Any) -> bool:
+    """Whether bytes wait in a TLS socket: ssl's own, urllib3's for TLS within TLS, or pyOpenSSL's."""
+    if isinstance(sock, SSLTransport):
+        return bool(sock.sslobj.pending() or sock.incoming.pending) or _unread(sock.socket)
+    return bool((sock if hasattr(sock, "pending") else sock.connection).pending())
+
+
 class _TlsDriver:
     """Opens https:// connections by the object that wants one; they stay in their process."""
 
@@ -350,12 +358,8 @@ class _TlsDriver:
 
     def clean(self, conn: _Link) -> bool:
         """Nothing that came is left in a buffer."""
-        sock, inner = conn.sock, conn.inner
-        if inner.fileno() < 0 or getattr(inner, "_io_refs", 0):
-            return False
-        if sock is not inner and (sock.sslobj.pending() or sock.incoming.pending):
-            return False
-        return not inner.pending()
+        inner = conn.inner
+        return inner.fileno() >= 0 and not getattr(inner, "_io_refs", 0) and not _unread(conn.sock)
 
     def export(self, conn: _Link) -> None:
         """None: it cannot move."""
