@@ -21,6 +21,7 @@ GROUPS = (
     "policies",
     "aio",
     "postgres",
+    "http",
     "django",
 )
 

@@ -122,7 +122,7 @@ def _answers(port: int, child: subprocess.Popen[bytes], log: Path) -> bool:
 
 
 @contextmanager
-def _running(
+def running(
     argv: list[str], port: int, directory: Path, stop: signal.Signals = signal.SIGTERM, user: str | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     log = directory / "output.log"
@@ -207,7 +207,7 @@ def nginx() -> Iterator[Nginx]:
             )
         )
         argv = [binary, "-p", str(directory), "-c", str(config), "-e", str(directory / "error.log")]
-        with _running(argv, server.status_port, directory):
+        with running(argv, server.status_port, directory):
             yield server
 
 
@@ -243,7 +243,7 @@ def haproxy(backend: int, cap: int) -> Iterator[int]:
         port = free_port()
         config = directory / "haproxy.cfg"
         config.write_text(_HAPROXY.format(host=HOST, port=port, backend=backend, cap=cap))
-        with _running([binary, "-db", "-f", str(config)], port, directory):
+        with running([binary, "-db", "-f", str(config)], port, directory):
             yield port
 
 
@@ -265,7 +265,7 @@ def redis() -> Iterator[int]:
             "--dir",
             str(directory),
         ]
-        with _running(argv, port, directory):
+        with running(argv, port, directory):
             yield port
 
 
@@ -297,7 +297,7 @@ def postgres() -> Iterator[str]:
             extra_groups=[] if user else None,
         )
         argv = [server, "-D", str(data), "-p", str(port), "-h", HOST, "-k", str(directory), "-F"]
-        with _running(argv, port, directory, signal.SIGINT, user):
+        with running(argv, port, directory, signal.SIGINT, user):
             conninfo = f"host={HOST} port={port} user=bench dbname=postgres"
             wait_until(lambda: _accepts(conninfo), what="PostgreSQL takes sessions")
             yield conninfo

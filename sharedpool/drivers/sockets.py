@@ -56,8 +56,11 @@ class _Pooled(_Socket):
 
     def settimeout(self, value: float | None) -> None:
         """As socket.settimeout; None is the longest timeout there is."""
-        self._touched |= _TIMED
-        super().settimeout(LONGEST if value is None else value)
+        if value is None:
+            super().settimeout(LONGEST)  # as at rest: there is nothing to set back that was not before
+        else:
+            self._touched |= _TIMED
+            super().settimeout(value)
 
     def setblocking(self, flag: bool) -> None:
         """As socket.setblocking; True is the longest timeout there is."""

@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
+import io
 import itertools
 import os
 import queue
+import re
 import socket
 import sys
 import threading
@@ -98,12 +101,17 @@ class _Leased(_Connection):
             self._end_lease()
         seconds = Timeout.resolve_default_timeout(self.timeout)
         host, port, transport = self._where()
+        patience: Any = self._patience
+        connect_timeout: Any = NOT_GIVEN
+        if seconds is not None:  # which says nothing about waiting for one's turn
+            connect_timeout = min(seconds, options.LONGEST)
+            patience = self._handle.patience if patience is None else patience
+        elif patience is None:
+            patience = NOT_GIVEN
         try:
             lease = self._handle.checkout(
-                host, port, transport,
-                checkout_timeout=self._handle.patience if self._patience is None else self._patience,
-                connect_timeout=NOT_GIVEN if seconds is None else min(seconds, options.LONGEST),
-            )  # fmt: skip
+                host, port, transport, checkout_timeout=patience, connect_timeout=connect_timeout
+            )
         except SharedPoolError as error:
             raise self._translated(error) from error
         self._lease, self._spent = lease, False
@@ -153,7 +161,23 @@ class _Leased(_Connection):
         self._answering = False
         if response.status == 101:  # from here on it is no HTTP
             self._spent = True
+        if self._lease is None:
+            response._sock_shutdown = None  # it is somebody else's
         return response
+
+    if not TYPE_CHECKING:
+
+        def response_class(self, *args: Any, **kwargs: Any) -> _Answer:
+            """What http.client reads the answer with."""
+            return _Answer(self, *args, **kwargs)
+
+    def let_go(self) -> None:
+        """The answer has come whole, and is still to be understood: meanwhile others may have the connection."""
+        lease = self._lease
+        if lease is not None and not self._spent:
+            self._lease = self.sock = None
+            with contextlib.suppress(LeaseError):
+                lease.checkin()
 
     def close(self) -> None:
         """End the connection, and the lease."""
@@ -173,6 +197,7 @@ class _Leased(_Connection):
         """The answer has been read: the connection is for others, unless it has ended or was left in the midst."""
         lease = self._lease
         if self.sock is None and lease is None and self._is_through():
+            self._forget()
             return
         if self.sock is None or lease is None or self._spent or not self._is_through():
             self.close()
@@ -183,10 +208,10 @@ class _Leased(_Connection):
             lease.checkin()
 
     def _is_through(self) -> bool:
-        """Whether what was asked for has come whole."""
-        http: Any = self
-        response = http._HTTPConnection__response
-        return http._HTTPConnection__state == "Idle" and (response is None or response.isclosed())
+        """Whether what was asked for has come whole, and has been read."""
+        this: Any = self
+        response = this._HTTPConnection__response
+        return this._HTTPConnection__state == "Idle" and (response is None or response.isclosed())
 
     def _forget(self) -> None:
         """Nothing of one connection stays for the next."""
@@ -195,6 +220,48 @@ class _Leased(_Connection):
             self.proxy_is_verified = None
             self._has_connected_to_proxy = False
             self._tunnel_host = self._tunnel_port = self._tunnel_scheme = None
+
+
+#: The head of an answer after which nothing but its body comes, and then the next answer.
+_HEAD: Final = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) ")
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: ?(\d{1,4})\r\n")
+
+
+def _is_whole(came: bytes, method: str | None) -> bool:
+    """Whether these bytes are an answer, to its end and no further, after which the connection stays."""
+    end = came.find(b"\r\n\r\n") + 4
+    status = _HEAD.match(came)
+    if end < 4 or status is None:
+        return False
+    head = came[:end].lower()
+    length = _LENGTH.search(head)
+    if length is None or head.count(b"content-length") != 1 or b"transfer-encoding" in head:
+        return False
+    if b"connection:" in head and b"\r\nconnection: keep-alive\r\n" not in head:
+        return False
+    bodiless = method == "HEAD" or status[1] in (b"204", b"304")
+    return len(came) == end + (0 if bodiless else int(length[1]))
+
+
+class _Answer(http.client.HTTPResponse):
+    """http.client's response. One that has come whole at once, as most do, is read from memory.
+
+    To understand it takes Python longer than a near server takes to answer: meanwhile others have the connection.
+    """
+
+    def __init__(self, connection: _Leased, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._leased = connection
+
+    def begin(self) -> None:
+        this: Any = self
+        if this.headers is None:
+            came = this.fp.peek()
+            if _is_whole(came, this._method):
+                this.fp.close()
+                this.fp = io.BufferedReader(cast(Any, io.BytesIO(came)))
+                self._leased.let_go()
+        super().begin()
 
 
 class SharedHTTPConnection(_Leased, HTTPConnection):
@@ -226,10 +293,10 @@ class SharedHTTPSConnection(_Leased, HTTPSConnection):
     _socket: socket.socket | None = None
 
     def _where(self) -> tuple[str, int, Any]:
-        http: Any = self
+        this: Any = self
         tunnel = None
         if self._tunnel_host is not None:
-            tunnel = (self._tunnel_scheme, self._tunnel_host, self._tunnel_port, tuple(http._tunnel_headers.items()))
+            tunnel = (self._tunnel_scheme, self._tunnel_host, self._tunnel_port, tuple(this._tunnel_headers.items()))
         if self._known is None or self._known[0] != tunnel:
             self._known = tunnel, self._driver(tunnel)
         if tunnel is None:
@@ -476,8 +543,12 @@ class _Shared(_Pool):
         if isinstance(conn, _Leased):
             conn._queued = False
             conn._give_back()
-        if self.pool is None or self.block or not self.pool.full():
+        known = self.pool
+        if known is None or self.block:
             super()._put_conn(conn)
+            return
+        with contextlib.suppress(queue.Full):
+            known.put(conn, block=False)
 
 
 class SharedHTTPConnectionPool(_Shared, HTTPConnectionPool):

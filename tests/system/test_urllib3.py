@@ -163,7 +163,7 @@ def reconnect(state: State, host: str, port: int) -> None:
     with SharedHTTPConnectionPool(host, port, pool=http.POOL, max_connections=1, checkout_timeout=5) as pool:
         conn = pool._get_conn()
         for _ in range(3):
-            conn.request("GET", "/id")
+            conn.request("GET", "/chunked")
             assert conn.getresponse().status == 200
             assert pool.shared_pool.stats().in_use == 1
             conn.close()
