@@ -23,6 +23,7 @@ GROUPS = (
     "aio",
     "postgres",
     "distance",
+    "http",
     "django",
     "redis",
 )

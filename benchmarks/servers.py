@@ -122,7 +122,7 @@ def _answers(port: int, child: subprocess.Popen[bytes], log: Path) -> bool:
 
 
 @contextmanager
-def _running(
+def running(
     argv: list[str], port: int, directory: Path, stop: signal.Signals = signal.SIGTERM, user: str | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     log = directory / "output.log"
@@ -224,7 +224,7 @@ def nginx(certificate: Path | None = None) -> Iterator[Nginx]:
             )
         )
         argv = [binary, "-p", str(directory), "-c", str(config), "-e", str(directory / "error.log")]
-        with _running(argv, server.status_port, directory):
+        with running(argv, server.status_port, directory):
             yield server
 
 
@@ -261,7 +261,7 @@ def haproxy(backend: int, cap: int, authority: Path | None = None) -> Iterator[i
         config = directory / "haproxy.cfg"
         tls = f" ssl verify required ca-file {authority} verifyhost localhost" if authority else ""
         config.write_text(_HAPROXY.format(host=HOST, port=port, backend=backend, cap=cap, tls=tls))
-        with _running([binary, "-db", "-f", str(config)], port, directory):
+        with running([binary, "-db", "-f", str(config)], port, directory):
             yield port
 
 
@@ -283,7 +283,7 @@ def redis() -> Iterator[int]:
             "--dir",
             str(directory),
         ]
-        with _running(argv, port, directory):
+        with running(argv, port, directory):
             yield port
 
 
@@ -315,7 +315,7 @@ def postgres() -> Iterator[str]:
             extra_groups=[] if user else None,
         )
         argv = [server, "-D", str(data), "-p", str(port), "-h", HOST, "-k", str(directory), "-F"]
-        with _running(argv, port, directory, signal.SIGINT, user):
+        with running(argv, port, directory, signal.SIGINT, user):
             conninfo = f"host={HOST} port={port} user=bench dbname=postgres"
             wait_until(lambda: _accepts(conninfo), what="PostgreSQL takes sessions")
             yield conninfo

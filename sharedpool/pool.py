@@ -268,6 +268,12 @@ class _Handle(Generic[T]):
         return self._attached
 
     @property
+    def patience(self) -> float | None:
+        """Seconds that a checkout takes at most if nothing is said there; None: no limit."""
+        found: Any = self._patience
+        return None if found is None else float(found)
+
+    @property
     def app(self) -> str | None:
         """The scope's name, if the handle was made with one."""
         return self._app

@@ -61,8 +61,11 @@ class Pooled(_Socket):
 
     def settimeout(self, value: float | None) -> None:
         """As socket.settimeout; None is the longest timeout there is."""
-        self._touched |= TIMED
-        super().settimeout(LONGEST if value is None else value)
+        if value is None:
+            super().settimeout(LONGEST)  # as at rest: there is nothing to set back that was not before
+        else:
+            self._touched |= TIMED
+            super().settimeout(value)
 
     def setblocking(self, flag: bool) -> None:
         """As socket.setblocking; True is the longest timeout there is."""
@@ -189,7 +192,7 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
         conn.connect(address)
     except TimeoutError as error:
         conn.close()
-        raise ConnectTimeout(f"{where} did not answer within {seconds:.3g} s (connect_timeout)") from error
+        raise ConnectTimeout(f"{where} did not answer within {max(seconds, 0):.3g} s (connect_timeout)") from error
     except OSError as error:
         conn.close()
         raise ConnectFailed(f"{where} cannot be reached: {error}") from error

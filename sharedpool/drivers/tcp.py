@@ -5,16 +5,33 @@ from __future__ import annotations
 import os
 import socket
 import time
+from typing import Final
 
 from ..errors import NO_DESCRIPTOR, ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, named, register
 from .sockets import PooledSocket, StreamDriver, connect, fresh
 
+SocketOptions = tuple[tuple[int, int, int | bytes], ...]
+
+#: What is set on every socket: no waiting for more to send.
+NODELAY: Final[SocketOptions] = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
+
 
 class TcpDriver(StreamDriver):
-    """`transport="tcp"`: host is a name or an address, port 1 to 65535. TCP_NODELAY is set."""
+    """`transport="tcp"`: host is a name or an address, port 1 to 65535. TCP_NODELAY is set.
 
-    name = "tcp"
+    Args:
+        name: Another one for other settings, so that connections that differ are not shared.
+        options: What is set on the socket before it connects: level, name and value of each.
+        source: The local address to connect from; port 0: any.
+    """
+
+    def __init__(
+        self, name: str = "tcp", options: SocketOptions = NODELAY, source: tuple[str, int] | None = None
+    ) -> None:
+        self.name = name
+        self._options = options
+        self._source = source
 
     def address(self, host: str, port: int) -> tuple[str, int]:
         """Host names are compared in lower case."""
@@ -44,7 +61,10 @@ class TcpDriver(StreamDriver):
             except OSError as error:
                 raise file_limit(error, f"open {where}") from error
             try:
-                conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for option in self._options:
+                    conn.setsockopt(*option)
+                if self._source is not None:
+                    self._bind(conn, self._source, where)
                 register(conn)
                 connect(conn, address, where, limit - time.monotonic())
                 return conn
@@ -54,6 +74,13 @@ class TcpDriver(StreamDriver):
                 conn.close()
                 raise
         raise last
+
+    def _bind(self, conn: PooledSocket, source: tuple[str, int], where: str) -> None:
+        try:
+            conn.bind(source)
+        except OSError as error:
+            conn.close()
+            raise ConnectFailed(f"{where} cannot be reached from {source[0]}:{source[1]}: {error}") from error
 
 
 def _no_descriptor(error: OSError) -> OSError | None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,10 +28,15 @@ Answer = tuple[int, bytes]
 
 
 class Web:
-    """A running http_server.py."""
+    """A running http_server.py.
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-I", str(Path(__file__).with_name("http_server.py"))]
+    Args:
+        files: For TLS, as it says itself.
+    """
+
+    def __init__(self, *files: Path) -> None:
+        command = [sys.executable, "-I", str(Path(__file__).with_name("http_server.py")), *map(str, files)]
+        self._tls = bool(files)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         self.address = f"127.0.0.1:{int(self._process.stdout.readline())}"
@@ -41,9 +47,17 @@ class Web:
     def __exit__(self, *_: object) -> None:
         self._process.__exit__(None, None, None)
 
+    @property
+    def url(self) -> str:
+        """Where it is, without a path; by its name where it speaks TLS."""
+        return f"https://localhost:{self.address.rpartition(':')[2]}" if self._tls else f"http://{self.address}"
+
     def numbers(self) -> dict[str, int]:
         """What it counts; this question is one connection more, which has ended when this returns."""
         connection = http.client.HTTPConnection(self.address, timeout=20)
+        if self._tls:
+            context = ssl._create_unverified_context()
+            connection = http.client.HTTPSConnection(self.address, timeout=20, context=context)
         connection.request("GET", "/numbers", headers={"Connection": "close"})
         found: dict[str, int] = json.loads(connection.getresponse().read())
         assert connection.sock.recv(1) == b""
