@@ -58,7 +58,7 @@ def twemproxy(backend: int) -> Iterator[int]:
             "-m",
             "512",
         ]
-        with servers._running(argv, port, directory):
+        with servers.running(argv, port, directory):
             yield port
 
 
