@@ -60,8 +60,9 @@ def test_told_to_end_all_at_once_with_the_arbiter_they_serve_what_they_are_at_an
 ) -> None:
     """As systemd and a container's end do it: TERM for every process of the group."""
     with Gunicorn(directory, scope, web) as server:
-        everybody = {scope.arbiter(), server.master, *server.workers()}
+        everybody = [server.master, scope.arbiter(), *server.workers()]
         with Load(server.get) as load:
+            wait_until(lambda: server.stats()["processes"] == server.count, what="every worker has the pool")
             load.wait_more(100)
             for pid in everybody:
                 os.kill(pid, signal.SIGTERM)
