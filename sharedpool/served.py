@@ -202,7 +202,7 @@ def _options_in(w: memoryview[int]) -> dict[str, Any]:
         "reserve": w[RESERVE],
         "idle_timeout": seconds(IDLE_TIMEOUT),
         "close_timeout": seconds(CLOSE_TIMEOUT) or 1.0,
-        "steal_after": NOT_GIVEN if not w[STEAL_AFTER] else w[STEAL_AFTER] / 1e9,
+        "steal_after": NOT_GIVEN if not w[STEAL_AFTER] else 0.0 if w[STEAL_AFTER] == _AT_ONCE else w[STEAL_AFTER] / 1e9,
         "move": bool(flags & CAN_MOVE),
         "order": "sticky" if flags & STICKY else "fifo" if flags & STRICT else "auto",
         "max_foreign": None if w[MAX_FOREIGN] == ANY_NUMBER else w[MAX_FOREIGN] - 1 if w[MAX_FOREIGN] else NOT_GIVEN,
@@ -214,6 +214,10 @@ def _options_in(w: memoryview[int]) -> dict[str, Any]:
         "check": "none" if flags & UNPOLLED else "active" if flags & ACTIVE else "poll",
         "check_after": seconds(CHECK_AFTER) or 0.0,
     }
+
+
+#: In STEAL_AFTER, where 0 stands for "not given".
+_AT_ONCE: Final = 1
 
 
 def _foreign_word(number: int | None) -> int:
@@ -395,7 +399,8 @@ class ServedPool:
         w = self.words
         w[IDLE_TIMEOUT] = nanoseconds(options.idle_timeout)
         w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
-        w[STEAL_AFTER] = 0 if options.steal_after is NOT_GIVEN else nanoseconds(options.steal_after)  # type: ignore[arg-type]
+        steal: Any = options.steal_after
+        w[STEAL_AFTER] = 0 if steal is NOT_GIVEN else nanoseconds(steal) or _AT_ONCE
         w[RULES] = (
             (CAN_MOVE if options.move else 0)
             | (RECLAIM if options.reclaim else 0)

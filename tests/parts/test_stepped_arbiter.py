@@ -323,8 +323,14 @@ def test_pausing_and_resuming_leave_the_reserve_as_it_is(arbiter: SteppedArbiter
         {"max_connections": 4, "max_waiting": 9, "reserve": 2, "min_idle": 3, "max_idle": 2, "reclaim": True},
         {"check": "active", "check_after": 5.0, "max_lifetime": 8.0, "lease_timeout": 7.0, "order": "fifo"},
         {"check": "none", "idle_timeout": None, "order": "sticky", "move": False, "steal_after": 0.5},
+        {"steal_after": 0},
     ],
 )
+def test_no_wait_before_stealing_is_not_the_same_as_none_given(arbiter: SteppedArbiter) -> None:
+    assert view.steal_after(arbiter.pool(steal_after=0).words) <= 1
+    assert view.steal_after(arbiter.pool("other").words) >= 50_000_000
+
+
 def test_an_heir_finds_the_options_in_the_table(arbiter: SteppedArbiter, given: dict[str, Any]) -> None:
     pool = arbiter.pool(**given)
     assert options_in(pool.words) == pool.options
