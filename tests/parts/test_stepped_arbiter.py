@@ -316,6 +316,11 @@ def test_pausing_and_resuming_leave_the_reserve_as_it_is(arbiter: SteppedArbiter
         check(pool.table)
 
 
+def test_no_wait_before_stealing_is_not_the_same_as_none_given(arbiter: SteppedArbiter) -> None:
+    assert view.steal_after(arbiter.pool(steal_after=0).words) <= 1
+    assert view.steal_after(arbiter.pool("other").words) >= 50_000_000
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -326,11 +331,6 @@ def test_pausing_and_resuming_leave_the_reserve_as_it_is(arbiter: SteppedArbiter
         {"steal_after": 0},
     ],
 )
-def test_no_wait_before_stealing_is_not_the_same_as_none_given(arbiter: SteppedArbiter) -> None:
-    assert view.steal_after(arbiter.pool(steal_after=0).words) <= 1
-    assert view.steal_after(arbiter.pool("other").words) >= 50_000_000
-
-
 def test_an_heir_finds_the_options_in_the_table(arbiter: SteppedArbiter, given: dict[str, Any]) -> None:
     pool = arbiter.pool(**given)
     assert options_in(pool.words) == pool.options
