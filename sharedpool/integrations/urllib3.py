@@ -222,25 +222,37 @@ class _Leased(_Connection):
             self._tunnel_host = self._tunnel_port = self._tunnel_scheme = None
 
 
-#: The head of an answer after which nothing but its body comes, and then the next answer.
-_HEAD: Final = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) ")
-_LENGTH: Final = re.compile(rb"\r\ncontent-length: ?(\d{1,4})\r\n")
+#: An answer's status and fields, where none of them needs a second look; and one such field.
+_HEAD: Final = re.compile(
+    rb"HTTP/1\.1 ([2-5]\d\d) ?([ -~]*)\r\n((?:[!#-'*+\-.0-9A-Z^-z|~]+:[\t -~\x80-\xff]*\r\n)+)\r\n"
+)
+_FIELD: Final = re.compile("([^:]+):[\t ]*([^\r]*)\r\n")
+#: http.client refuses more fields.
+_MOST_FIELDS: Final = 100
 
 
-def _is_whole(came: bytes, method: str | None) -> bool:
-    """Whether these bytes are an answer, to its end and no further, after which the connection stays."""
-    end = came.find(b"\r\n\r\n") + 4
-    status = _HEAD.match(came)
-    if end < 4 or status is None:
-        return False
-    head = came[:end].lower()
-    length = _LENGTH.search(head)
-    if length is None or head.count(b"content-length") != 1 or b"transfer-encoding" in head:
-        return False
-    if b"connection:" in head and b"\r\nconnection: keep-alive\r\n" not in head:
-        return False
-    bodiless = method == "HEAD" or status[1] in (b"204", b"304")
-    return len(came) == end + (0 if bodiless else int(length[1]))
+def _whole(came: bytes, method: str | None) -> tuple[int, str, list[tuple[str, str]], int] | None:
+    """Status, reason, fields and the body's place, if these bytes are an answer to its last one and no further.
+
+    After such an answer the connection stays. None: it may be anything else, which http.client understands.
+    """
+    head = _HEAD.match(came)
+    if head is None:
+        return None
+    length = ""
+    fields: list[tuple[str, str]] = _FIELD.findall(head[3].decode("latin-1"))
+    for name, value in fields:
+        kind = name.lower()
+        if kind == "content-length":
+            if length or not value.isdecimal():
+                return None
+            length = value
+        elif kind == "transfer-encoding" or (kind == "connection" and value.lower() != "keep-alive"):
+            return None
+    bodiless = method == "HEAD" or head[1] in (b"204", b"304")
+    if not length or len(fields) > _MOST_FIELDS or len(came) != head.end() + (0 if bodiless else int(length)):
+        return None
+    return int(head[1]), head[2].decode("ascii").strip(), fields, head.end()
 
 
 class _Answer(http.client.HTTPResponse):
@@ -255,12 +267,21 @@ class _Answer(http.client.HTTPResponse):
 
     def begin(self) -> None:
         this: Any = self
-        if this.headers is None:
+        if this.headers is None and not this.debuglevel:
             came = this.fp.peek()
-            if _is_whole(came, this._method):
+            whole = _whole(came, this._method)
+            if whole is not None:
                 this.fp.close()
-                this.fp = io.BufferedReader(cast(Any, io.BytesIO(came)))
                 self._leased.let_go()
+                this.status, this.reason, fields, at = whole
+                this.fp = io.BufferedReader(io.BytesIO(came[at:]))
+                this.code, this.version = this.status, 11
+                this.chunked = this.will_close = False
+                this.chunk_left, this.length = None, len(came) - at
+                this.headers = this.msg = http.client.HTTPMessage()
+                for name, value in fields:
+                    this.msg.set_raw(name, value)
+                return
         super().begin()
 
 

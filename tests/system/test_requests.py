@@ -13,6 +13,7 @@ import requests
 import trustme
 
 from sharedpool.integrations.requests import SharedPoolAdapter
+from tests.suites.urllib3 import KNOWN, ROOT
 from tests.support import http
 from tests.support.backend import Backend
 from tests.support.scope import Scope
@@ -132,3 +133,10 @@ def test_an_adapter_says_at_once_which_option_is_wrong() -> None:
         SharedPoolAdapter("api", max_connections=0)
     with pytest.raises(ValueError, match="maxsize"):
         SharedPoolAdapter("api", maxsize=3)
+
+
+def test_the_page_lists_why_tests_of_urllib3_fail_here() -> None:
+    page = (ROOT / "docs" / "urllib3.md").read_text(encoding="utf-8")
+    assert KNOWN["deviations"]
+    for name, reason in (KNOWN["deviations"] | KNOWN["either"]).items():
+        assert f"| `{name}` | {reason}" in page
