@@ -2,8 +2,8 @@
 HAProxy, which then is the one that speaks TLS.
 
 Connections under TLS do not move: on a cap of 8 each process has its own, on a cap of 4 only the permits go over.
-Ours send prepared bytes, as the raw peers do; or, where `sharedpool.integrations.urllib3` is there, by urllib3 over a
-shared pool (`--client` of BENCH_HTTPS_CLIENT: "raw" or "urllib3").
+Ours, and the clients of HAProxy, send prepared bytes as the raw peers do; or they are urllib3's, where
+`sharedpool.integrations.urllib3` is there. BENCH_HTTPS_CLIENT chooses: "raw" or "urllib3".
 """
 
 from __future__ import annotations
