@@ -91,6 +91,19 @@ def plain(state: State, host: str, port: int) -> bytes:
         return answer[-1:]
 
 
+def settings(state: State, host: str, port: int) -> None:
+    """Sockets with other settings are others."""
+    alive = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for given in ({"source_address": ("127.0.0.2", 0)}, {"socket_options": [alive]}):
+        for _ in range(2):
+            with SharedHTTPConnectionPool(host, port, pool=http.POOL, **given) as pool:
+                conn = pool._get_conn()
+                conn.connect()
+                assert (conn.sock.getsockname()[0] == "127.0.0.2") == ("source_address" in given)
+                assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == ("socket_options" in given)
+                pool._put_conn(conn)
+
+
 def test_one_connection_serves_processes_in_turn_and_whoever_uses_sockets(two: list[Worker], web: Web) -> None:
     for worker in two:
         worker.call(http.make, max_connections=1)
@@ -98,6 +111,8 @@ def test_one_connection_serves_processes_in_turn_and_whoever_uses_sockets(two: l
     host, _, port = web.address.rpartition(":")
     assert two[0].call(plain, host, int(port)) == b"1"
     assert web.opened(1) == 1
+    two[1].call(settings, host, int(port))
+    assert web.opened(1) == 1 + 2 + 1  # and the question before
 
 
 def test_under_load_of_every_kind_the_cap_holds_and_every_answer_is_its_own(three: list[Worker], web: Web) -> None:
