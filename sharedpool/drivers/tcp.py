@@ -26,6 +26,10 @@ class TcpDriver(StreamDriver):
         source: The local address to connect from; port 0: any.
     """
 
+    name = "tcp"
+    _options = NODELAY
+    _source: tuple[str, int] | None = None
+
     def __init__(
         self, name: str = "tcp", options: SocketOptions = NODELAY, source: tuple[str, int] | None = None
     ) -> None:

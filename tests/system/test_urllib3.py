@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import http.client as http_client
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,9 @@ from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import ForkServer, Harness, Worker
 from tests.system.servers import Web
+
+#: States of a TCP connection as the kernel numbers them.
+ESTABLISHED, CLOSE_WAIT = 1, 8
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +91,19 @@ def plain(state: State, host: str, port: int) -> bytes:
         return answer[-1:]
 
 
+def settings(state: State, host: str, port: int) -> None:
+    """Sockets with other settings are others."""
+    alive = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for given in ({"source_address": ("127.0.0.2", 0)}, {"socket_options": [alive]}):
+        for _ in range(2):
+            with SharedHTTPConnectionPool(host, port, pool=http.POOL, **given) as pool:
+                conn = pool._get_conn()
+                conn.connect()
+                assert (conn.sock.getsockname()[0] == "127.0.0.2") == ("source_address" in given)
+                assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == ("socket_options" in given)
+                pool._put_conn(conn)
+
+
 def test_one_connection_serves_processes_in_turn_and_whoever_uses_sockets(two: list[Worker], web: Web) -> None:
     for worker in two:
         worker.call(http.make, max_connections=1)
@@ -94,6 +111,8 @@ def test_one_connection_serves_processes_in_turn_and_whoever_uses_sockets(two: l
     host, _, port = web.address.rpartition(":")
     assert two[0].call(plain, host, int(port)) == b"1"
     assert web.opened(1) == 1
+    two[1].call(settings, host, int(port))
+    assert web.opened(1) == 1 + 2 + 1  # and the question before
 
 
 def test_under_load_of_every_kind_the_cap_holds_and_every_answer_is_its_own(three: list[Worker], web: Web) -> None:
@@ -137,6 +156,8 @@ def stream(state: State, url: str) -> None:
     assert (leased(), number()) == (0, first + 2)
     answer = ask("/large-close")
     assert (leased(), len(answer.read(1000))) == (1, 1000)
+    sock = answer.connection._lease.conn  # http.client has given it up, and said no goodbye: who does may get no more
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in (ESTABLISHED, CLOSE_WAIT)
     assert len(answer.read()) == (1 << 20) - 1000
     assert (leased(), number()) == (0, first + 3)
     answer = ask("/large")
@@ -167,6 +188,8 @@ def reconnect(state: State, host: str, port: int) -> None:
             assert conn.getresponse().status == 200
             assert pool.shared_pool.stats().in_use == 1
             conn.close()
+        conn.request("GET", "/large-close", preload_content=False)
+        conn.getresponse()  # whose connection is no longer the object's
         conn.request("GET", "/id")  # and no answer is read
         pool._put_conn(conn)
         assert pool.request("GET", "/page").data == b"the page\n"
@@ -177,7 +200,7 @@ def reconnect(state: State, host: str, port: int) -> None:
 def test_within_a_lease_nothing_is_connected_a_second_time(worker: Worker, web: Web) -> None:
     host, _, port = web.address.rpartition(":")
     worker.call(reconnect, host, int(port))
-    assert web.opened(1) == 5
+    assert web.opened(1) == 6
 
 
 def errors(state: State, url: str, full: int, silent: int) -> None:
@@ -288,6 +311,14 @@ def secure(state: State, url: str, ca_file: str, proxy: str) -> None:
         with pool.request("GET", "/large", preload_content=False) as answer:
             answer.read(10)
         assert int(pool.request("GET", "/id").data) > proven  # closed in the midst of an answer: not lent again
+        conn = pool._get_conn()
+        conn.connect()
+        conn.sock.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert conn.sock.recv(1000).startswith(b"HTTP/1.1 200")
+        assert conn.sock.recv(1)
+        assert conn.sock.pending()
+        assert not conn._known[1].clean(conn._lease.conn)  # part of a record is left
+        conn.close()
 
     def tunnel(password: str) -> int:
         headers = urllib3.make_headers(proxy_basic_auth=f"me:{password}")
