@@ -216,7 +216,7 @@ def _options_in(w: memoryview[int]) -> dict[str, Any]:
     }
 
 
-#: In STEAL_AFTER, where 0 stands for "not given".
+#: What `nanoseconds` makes of 0; in STEAL_AFTER 0 stands for "not given".
 _AT_ONCE: Final = 1
 
 
@@ -296,6 +296,7 @@ class ServedPool:
         self.expected: set[int] = set()
         self._unbacked = False
         self._unheld: dict[int, tuple[int, int]] = {}  # by slot: generation and row of what could not be received
+        self._took_over = 0
         self._inherited: dict[int, int] | None = None  # generations: connections of which there may be no descriptor
         self.table = self.segment.table(ARBITER_ROW)
         self.words = self.table.words
@@ -400,7 +401,7 @@ class ServedPool:
         w[IDLE_TIMEOUT] = nanoseconds(options.idle_timeout)
         w[CLOSE_TIMEOUT] = nanoseconds(options.close_timeout)
         steal: Any = options.steal_after
-        w[STEAL_AFTER] = 0 if steal is NOT_GIVEN else nanoseconds(steal) or _AT_ONCE
+        w[STEAL_AFTER] = 0 if steal is NOT_GIVEN else nanoseconds(steal)
         w[RULES] = (
             (CAN_MOVE if options.move else 0)
             | (RECLAIM if options.reclaim else 0)
@@ -614,6 +615,7 @@ class ServedPool:
         """Begin where a killed arbiter was: rows that it was reaping, and a section that it may have left half done."""
         self._mend()
         self.words[MAX_FOREIGN] = _foreign_word(self.options.max_foreign)
+        self._took_over = self._clock()
         self._inherited = {index: generation_of(word) for index, _, word in self.slots()}
         for row in range(FIRST_ROW, self.segment.geometry.rows):
             if self.words[HEADER + ROW * row] & STATE == ROW_DEAD:
@@ -762,7 +764,8 @@ class ServedPool:
         elif self.expected:  # somebody may hold it; found again by the sweep
             return
         opened, reason = self.words[at + OPENED] != 0, view.reason(self.words, self.segment.geometry, at)
-        began = self.words[at + SINCE]
+        # Where an arbiter held the descriptor alone, the goodbye was said when it was killed, long after it was due.
+        began = max(self.words[at + SINCE], self._took_over)
         give_up = began + self.words[CLOSE_TIMEOUT]
         unseen = ending is None and self._inherited is not None and self._inherited.get(index) == generation
         known, opener = self._unheld.get(index, (-1, 0))

@@ -71,6 +71,24 @@ def test_what_a_worker_had_that_died_before_it_told_may_still_be_open_at_the_rem
         assert old.words[at] & STATE == FREE
 
 
+def test_what_a_stopped_arbiter_had_not_closed_when_it_was_killed_may_be_open_at_the_remote_for_close_timeout() -> None:
+    """Its descriptor was the last one: the kernel said goodbye when it was killed, however long it had been due."""
+    with closing(SteppedArbiter()) as dead, closing(SteppedArbiter()) as heir:
+        old = dead.pool(max_connections=2, close_timeout=3)
+        worker = dead.worker(old, os.getpid())
+        at = worker.open()
+        w, table = worker.table.words, worker.table
+        assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), dead.clock()) == DONE
+        heir.pass_time(10)
+        heir.inherit("default", old.segment)
+        heir.pass_time(0.1)
+        heir.pools["default"].registered(worker.table.row, heir.clock())
+        heir.pass_time(2.5)
+        assert w[at] & STATE == CLOSING
+        heir.pass_time(1)
+        assert w[at] & STATE == FREE
+
+
 def test_a_grant_that_a_killed_arbiter_had_only_begun_to_give_is_known_to_its_waiter() -> None:
     """Nobody else enters a section: the waiter sleeps, and all there is has been given."""
     with closing(SteppedArbiter()) as dead, closing(SteppedArbiter()) as heir:
