@@ -302,7 +302,7 @@ class Chaos:
         if "*" in self.troubled:
             return False
         self.troubled.add("*")
-        self.backend.do("hold_closes")
+        self.backend.do("hold_closes", seconds=SLOW)  # whatever keeps this process busy: close_timeout is longer
 
         def undo() -> None:
             self.backend.do("release_closes")

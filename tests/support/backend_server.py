@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import selectors
 import socket
@@ -102,12 +103,13 @@ class Server:
         self.closed: dict[str, int] = {}
         self.events: deque[list[object]] = deque(maxlen=KEPT)
         self.held: set[str] = set()
+        self.release_at = math.inf
         self.pending = b""
         self.running = True
 
     def run(self) -> None:
         while self.running:
-            for key, _ in self.selector.select():
+            for key, _ in self.selector.select(self._until_release()):
                 # Accepting first, before every single read, is what makes an overlap of two connections visible.
                 self._accept_all()
                 key.data(key.fileobj)
@@ -323,9 +325,18 @@ class Server:
                 self._log("half close", connection, "")
         return len(chosen)
 
-    def do_hold_closes(self, listener: str = "*") -> None:
-        """From now on a client's end of stream is read but not answered by a close."""
+    def do_hold_closes(self, listener: str = "*", seconds: float = math.inf) -> None:
+        """From now on a client's end of stream is read but not answered by a close; for so long at most."""
         self.held.add(listener)
+        self.release_at = time.monotonic() + seconds
+
+    def _until_release(self) -> float | None:
+        """Answer what was held back, if it is time; else how long that is to come."""
+        left = self.release_at - time.monotonic()
+        if left <= 0:
+            self.release_at = math.inf
+            self.do_release_closes()
+        return None if self.release_at == math.inf else left
 
     def do_release_closes(self, ids: list[int] | None = None, keep_holding: bool = False) -> int:
         if not keep_holding:
