@@ -895,7 +895,7 @@ class Attachment:
         try:
             entry.let_go()  # first: of what never moves, the end is seen only after its object has been closed
             left = max(0.05, (limit - monotonic_ns()) / 1e9)
-            confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9))
+            confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9), cut=False)  # the arbiter goes on watching
         finally:
             sock.close()
             self._was_closed(route, reason)

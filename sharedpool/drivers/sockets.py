@@ -312,15 +312,20 @@ class Ending:
         return float(min(0.05, 0.0005 * 2 ** min(self.asked, 10)))
 
 
-def end(sock: socket.socket, seconds: float) -> bool:
-    """Close a connection to the end, waiting for it; False if the peer had not closed within `seconds`."""
+def end(sock: socket.socket, seconds: float, *, cut: bool = True) -> bool:
+    """Close a connection to the end, waiting for it; False if the peer had not closed within `seconds`.
+
+    Then it is cut off, unless others watch for its end: a peer that says something more would be reset, and they could
+    no longer see when it closes.
+    """
     ending = Ending(sock)
     ending.begin()
     limit = time.monotonic() + seconds
     while not ending.ended():
         left = limit - time.monotonic()
         if left <= 0:
-            ending.force()
+            if cut:
+                ending.force()
             return False
         time.sleep(min(left, ending.pause()))
     return True

@@ -262,6 +262,21 @@ def test_a_peer_that_is_busy_has_its_work_called_off_once() -> None:
             conn.close()
 
 
+def test_a_peer_that_others_go_on_watching_is_not_reset_by_what_it_still_says() -> None:
+    """Others watch for its end; a reset would look like one."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as conn:
+        peer, _ = server.accept()
+        watched = Ending(socket.socket(fileno=os.dup(conn.fileno())))
+        assert not end(conn, 0.01, cut=False)
+        conn.close()
+        peer.sendall(b"late")
+        assert not watched.ended()
+        peer.sendall(b"later")
+        peer.close()
+        wait_until(watched.ended, 5)
+        watched._sock.close()
+
+
 def test_a_peer_that_closed_first_has_ended_at_once(both: Both) -> None:
     conn, peer = both
     peer.close()
