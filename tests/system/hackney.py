@@ -112,14 +112,6 @@ def wait_pool_of_another(state: State, name: str, pid: int) -> sharedpool.PoolIn
     return wait_until(found)  # type: ignore[return-value]
 
 
-def fill_events(state: State, name: str, processes_reached: int) -> int:
-    """Notify until no more than so many processes get it; gives how many messages that took."""
-    for number in range(1, 1000):
-        if sharedpool.notify(name, "x" * 50_000) <= processes_reached:
-            return number
-    raise AssertionError("the channels never fill up")
-
-
 def plain(value: Any) -> Any:
     """A message as JSON gives it back."""
     return json.loads(json.dumps(value))
