@@ -181,6 +181,7 @@ def discard_while_its_end_is_told(state: State) -> list[str]:
 
     attached.returns._tell_close = both
     lease.discard()
+    wait_until(lambda: told)  # the pool's own event thread may be the one that tells it
     return told
 
 
