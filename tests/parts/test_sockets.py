@@ -18,6 +18,7 @@ from sharedpool.drivers.sockets import Ending, PooledSocket, StreamDriver, end
 from sharedpool.errors import ConnectFailed, ConnectTimeout, OptionError
 from sharedpool.options import LONGEST
 
+from ..support.descriptors import open_descriptors
 from ..support.waiting import wait_until
 
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -169,11 +170,11 @@ def test_a_tcp_socket_is_registered_before_it_connects_and_sends_at_once() -> No
 def test_a_refused_connect_says_where_and_why_and_leaves_nothing_open() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with pytest.raises(ConnectFailed, match=rf"tcp://127\.0\.0\.1:{port}.*refused") as caught:
         tcp.TcpDriver().open("127.0.0.1", port, 5, lambda sock: None)
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
-    assert os.listdir("/proc/self/fd") == before
+    assert not open_descriptors() - before
 
 
 def test_a_connect_that_nobody_answers_ends_with_its_timeout(tmp_path: os.PathLike[str]) -> None:
@@ -198,12 +199,12 @@ def test_what_goes_wrong_while_registering_leaves_nothing_open(tmp_path: os.Path
     def register(sock: socket.socket) -> None:
         raise LookupError
 
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with pytest.raises(LookupError):
         tcp.TcpDriver().open("127.0.0.1", 1, 1, register)
     with pytest.raises(LookupError):
         unix.UnixDriver().open(os.path.join(tmp_path, "none"), 0, 1, register)
-    assert os.listdir("/proc/self/fd") == before
+    assert not open_descriptors() - before
 
 
 def test_equal_addresses_have_one_form_and_others_are_refused() -> None:
