@@ -33,7 +33,8 @@ from benchmarks.harness import (
 from benchmarks.throughput import Run, describe, together
 
 GROUP = "postgres"
-SHARED, BOUNCER, PLAIN = "sharedpool", "pgbouncer", "psycopg"
+SHARED, STICKY, BOUNCER, PLAIN = "sharedpool", "sticky order", "pgbouncer", "psycopg"
+TOKEN = "psycopg, and a token from a pipe for each lease"
 ONE, THREE = "SELECT 1", "BEGIN, 3 queries, COMMIT"
 
 
@@ -44,8 +45,8 @@ class Client:
         self.loops: dict[str, Callable[[float], array[float]]] = {}
         self.pools: dict[str, Any] = {}
 
-    def prepare_shared(self, way: str, conninfo: str, cap: int, three: bool, reset: str) -> None:
-        pool = library().attach(way.replace(" ", "").replace(",", "")[:60], max_connections=cap)
+    def prepare_shared(self, way: str, conninfo: str, cap: int, three: bool, reset: str, order: str = "auto") -> None:
+        pool = library().attach(way.replace(" ", "").replace(",", "")[:60], max_connections=cap, order=order)
         driver = need("sharedpool.postgres.psycopg3", "psycopg").Psycopg3Driver(
             conninfo, {"autocommit": True, "prepare_threshold": None}, reset=reset
         )
@@ -55,6 +56,11 @@ class Client:
     def prepare_own(self, way: str, conninfo: str, three: bool) -> None:
         conn = need("psycopg").connect(conninfo, autocommit=True, prepare_threshold=None)
         self.loops[way] = lambda end: owned(conn, _work(three), end)
+
+    def prepare_token(self, way: str, conninfo: str, three: bool, path: str) -> None:
+        conn = need("psycopg").connect(conninfo, autocommit=True, prepare_threshold=None)
+        pipe = os.open(path, os.O_RDWR)
+        self.loops[way] = lambda end: in_turn(conn, pipe, _work(three), end)
 
     def run(self, way: str, start: float, seconds: float) -> bytes:
         time.sleep(max(0.0, start - time.monotonic()))
@@ -128,6 +134,20 @@ def owned(conn: Any, work: Callable[[Any], None], end: float) -> array[float]:
     return latencies
 
 
+def in_turn(conn: Any, pipe: int, work: Callable[[Any], None], end: float) -> array[float]:
+    """The least that an order over processes costs: who waits is woken by who gives back, and nothing else is done."""
+    clock, latencies = time.monotonic, array("d")
+    before = clock()
+    while before < end:
+        token = os.read(pipe, 1)
+        work(conn)
+        os.write(pipe, token)
+        after = clock()
+        latencies.append(after - before)
+        before = after
+    return latencies
+
+
 @contextmanager
 def server() -> Iterator[Any]:
     """PostgreSQL, stopped at the end."""
@@ -157,7 +177,7 @@ def bouncer(postgres: Any) -> Iterator[str]:
 
 
 def _compare(
-    postgres: Any, through: str, workers: int, cap: int, three: bool, plain: bool, seconds: float, rounds: int
+    postgres: Any, through: str, workers: int, cap: int, three: bool, seconds: float, rounds: int
 ) -> tuple[dict[str, list[Run]], int]:
     """The runs of every way, and how many sessions of sharedpool's the server had at most between them."""
     most = 0
@@ -165,18 +185,29 @@ def _compare(
         stack.enter_context(servers.scope())
         clients = [stack.enter_context(Actor(Client, forked=True)) for _ in range(workers)]
         name = f"pg{workers}x{cap}{'t' if three else ''}"
+        ways = {SHARED: name, BOUNCER: BOUNCER, PLAIN: PLAIN}
         for client in clients:
             client.call("prepare_shared", name, f"{postgres.conninfo} application_name=ours", cap, three, "never")
             client.call("prepare_own", BOUNCER, through, three)
-            if plain:
-                client.call("prepare_own", PLAIN, postgres.conninfo, three)
-        ways = {SHARED: name, BOUNCER: BOUNCER} | ({PLAIN: PLAIN} if plain else {})
+            client.call("prepare_own", PLAIN, postgres.conninfo, three)
+        if workers > cap:
+            path = str(stack.enter_context(servers.temp_dir()) / "tokens")
+            os.mkfifo(path)
+            tokens = os.open(path, os.O_RDWR)
+            stack.callback(os.close, tokens)
+            os.write(tokens, b"x" * cap)
+            for client in clients:
+                client.call("prepare_token", TOKEN, postgres.conninfo, three, path)
+                client.call("prepare_shared", f"{name}s", f"{postgres.conninfo} application_name=sticky", cap, three,
+                            "never", "sticky")  # fmt: skip
+            ways |= {STICKY: f"{name}s", TOKEN: TOKEN}
 
         def run(way: str) -> Run:
             nonlocal most
             found = together(clients, ways[way], seconds)
-            query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ours'"
-            most = max(most, int(postgres.ask(query)[0][0]))
+            for own in ("ours", "sticky"):
+                query = f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{own}'"
+                most = max(most, int(postgres.ask(query)[0][0]))
             return found
 
         for way in ways:
@@ -184,15 +215,32 @@ def _compare(
         return interleave(rounds, {way: (lambda way=way: run(way)) for way in ways}), most
 
 
-def _rate(what: str, peer: str, limit: Limit, runs: dict[str, list[Run]]) -> Row:
-    ratios = paired_ratios([run.rate for run in runs[SHARED]], [run.rate for run in runs[peer]])
-    return Row(GROUP, what, ratios, "x", limit, describe(runs[SHARED]), describe(runs[peer]))
+def _rate(what: str, peer: str, limit: Limit | None, runs: dict[str, list[Run]], ours: str = SHARED) -> Row:
+    ratios = paired_ratios([run.rate for run in runs[ours]], [run.rate for run in runs[peer]])
+    return Row(GROUP, what, ratios, "x", limit, describe(runs[ours]), describe(runs[peer]))
 
 
-def _tail(what: str, peer: str, runs: dict[str, list[Run]]) -> Row:
-    ratios = paired_ratios([run.p99 for run in runs[SHARED]], [run.p99 for run in runs[peer]])
-    sides = [milli(statistics.median(run.p99 for run in runs[way])) for way in (SHARED, peer)]
+def _tail(what: str, peer: str, runs: dict[str, list[Run]], ours: str = SHARED) -> Row:
+    ratios = paired_ratios([run.p99 for run in runs[ours]], [run.p99 for run in runs[peer]])
+    sides = [milli(statistics.median(run.p99 for run in runs[way])) for way in (ours, peer)]
     return Row(GROUP, what, ratios, "x", Limit("<=", 1.0, 1.0), *sides)
+
+
+def _against_bouncer(text: str, limit: Limit, runs: dict[str, list[Run]]) -> list[Row]:
+    """Strict order, sticky order, and what bounds them: no limit at all, and the least that strict order costs."""
+    what = f"8 on cap 4, {text} / pgbouncer"
+    return [
+        _rate(f"{what}, throughput", BOUNCER, limit, runs),
+        _tail(f"{what}, p99", BOUNCER, runs),
+        _rate(f"{what}, in sticky order, throughput", BOUNCER, limit, runs, STICKY),
+        _tail(f"{what}, in sticky order, p99", BOUNCER, runs, STICKY),
+        Row(GROUP, "the longest in sticky order / in strict order",
+            paired_ratios([run.most for run in runs[STICKY]], [run.most for run in runs[SHARED]]), "x", None,
+            milli(statistics.median(run.most for run in runs[STICKY])),
+            milli(statistics.median(run.most for run in runs[SHARED]))),
+        _rate("8 connections, no limit / pgbouncer", BOUNCER, None, runs, PLAIN),
+        _rate("8 connections, a token from a pipe for each lease / pgbouncer", BOUNCER, None, runs, TOKEN),
+    ]  # fmt: skip
 
 
 def _takeovers(postgres: Any, rounds: int) -> list[Row]:
@@ -244,9 +292,9 @@ def rows(quick: bool) -> list[Row]:
     os.environ.pop("PGOPTIONS", None)
     try:
         with server() as postgres, bouncer(postgres) as through:
-            one, most = _compare(postgres, through, 8, 4, False, False, seconds, rounds)
-            three, also = _compare(postgres, through, 8, 4, True, False, seconds, rounds)
-            two, _ = _compare(postgres, through, 2, 2, False, True, seconds, rounds)
+            one, most = _compare(postgres, through, 8, 4, False, seconds, rounds)
+            three, also = _compare(postgres, through, 8, 4, True, seconds, rounds)
+            two, _ = _compare(postgres, through, 2, 2, False, seconds, rounds)
             taken = _takeovers(postgres, 20 if quick else 60)
     except Missing as exc:
         return [missing_row(GROUP, "PostgreSQL and pgbouncer", str(exc))]
@@ -254,10 +302,8 @@ def rows(quick: bool) -> list[Row]:
         for way, results in runs.items():
             say(f"  {name}, {way}: {describe(results)}")
     return [
-        _rate(f"8 on cap 4, {ONE} / pgbouncer, throughput", BOUNCER, Limit(">=", 1.2, 1.5), one),
-        _tail(f"8 on cap 4, {ONE} / pgbouncer, p99", BOUNCER, one),
-        _rate(f"8 on cap 4, {THREE} / pgbouncer", BOUNCER, Limit(">=", 1.5, 2.0), three),
-        _tail("the same, p99", BOUNCER, three),
+        *_against_bouncer(ONE, Limit(">=", 1.2, 1.5), one),
+        *_against_bouncer(THREE, Limit(">=", 1.5, 2.0), three),
         Row(GROUP, "8 on cap 4, sessions at the server", [max(most, also)], "", Limit("<=", 4, 4)),
         _rate(f"2 on cap 2, {ONE} / pgbouncer", BOUNCER, Limit(">=", 2.0, 2.5), two),
         _rate(f"2 on cap 2, {ONE} / psycopg", PLAIN, Limit(">=", 0.9, 0.97), two),

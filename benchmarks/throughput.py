@@ -122,12 +122,15 @@ def plain(sock: Any, size: int, end: float) -> array[float]:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of one way: requests per second, latencies in seconds, slowest worker over fastest."""
+    """One run of one way: requests per second, latencies in seconds (two quantiles, the longest), slowest worker over
+    fastest.
+    """
 
     rate: float
     p50: float
     p99: float
     fairness: float
+    most: float
 
 
 def together(clients: list[Actor], way: str, seconds: float) -> Run:
@@ -143,7 +146,8 @@ def together(clients: list[Actor], way: str, seconds: float) -> Run:
         counts.append(len(own))
         latencies.extend(own)
     ordered = sorted(latencies)
-    return Run(len(ordered) / seconds, quantile(ordered, 0.5), quantile(ordered, 0.99), min(counts) / max(counts))
+    p50, p99 = quantile(ordered, 0.5), quantile(ordered, 0.99)
+    return Run(len(ordered) / seconds, p50, p99, min(counts) / max(counts), ordered[-1])
 
 
 def _prepare(stack: ExitStack, clients: list[Actor], lost: dict[str, str]) -> dict[str, servers.Nginx]:

@@ -44,6 +44,7 @@ from .layout import (
     ANY_NUMBER,
     BEAT,
     CAN_MOVE,
+    CELL_KEY,
     CELL_SINCE,
     CHECK_AFTER,
     CLOSE_TIMEOUT,
@@ -103,6 +104,7 @@ from .native import FILENO, Call, patched
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats, from_closes
+from .sticky import steal_after
 from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, Waiter, WaitingRoom
 from .warming import Opening, Warmer
@@ -538,7 +540,7 @@ class Attachment:
         if straight:
             self.gate = gate
         at = 0
-        if straight or (route.sticky and not gate & RESERVING and self._may_stick(gate, now)):
+        if straight or (route.sticky and self._may_stick(route, gate, now)):
             at, seen = self._find_idle(route, refused, own_only=not straight)
         if at:
             counter = route.reuses if holder_of(seen) == self.row else route.takeovers
@@ -621,13 +623,27 @@ class Attachment:
             return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now, first, waits, most, keyed)
         return self.table.take_free(at, seen, new, gate, lease, route.key, counter, now)
 
-    def _may_stick(self, gate: int, now: int) -> bool:
-        """Sticky order: others wait, but a process's own idle connection is its own until they have waited long."""
-        w = self.words
+    def _keeps(self, route: Route, gate: int, now: int) -> bool:
+        """Whether a connection that is given back while others wait stays idle here, its key being what they want."""
+        w = self._words
         head = w[HEAD]
-        if not head or gate & (OVER | PAUSED):
+        if not head or gate & (OVER | PAUSED | RESERVING | STOPPED) or self.room.any_waiting():
             return False
-        return now - w[head + CELL_SINCE] < view.steal_after(w)
+        if now - w[head + CELL_SINCE] >= steal_after(w, route.stays):
+            return False
+        return bool(route.stays) or w[head + CELL_KEY] == route.key
+
+    def _may_stick(self, route: Route, gate: int, now: int) -> bool:
+        """Sticky order: whether a process may take its own idle connection while others wait.
+
+        What stays here: until they have waited long. What may move was left idle when it was given back because they
+        had not: once more. It would lie idle else until the head of the queue looks for it.
+        """
+        w = self._words
+        head = w[HEAD]
+        if not head or gate & (OVER | PAUSED | RESERVING):
+            return False
+        return not route.stays or now - w[head + CELL_SINCE] < steal_after(w, route.stays)
 
     def _find_idle(self, route: Route, refused: set[int], *, own_only: bool) -> tuple[int, int]:
         """An idle connection of the key and its word, this process's own first; or (0, 0)."""
@@ -952,8 +968,8 @@ class Attachment:
             if not route.clean(conn) or FILENO[conn] != entry.number or -entry.gate < 0:
                 self._close(entry, word, "unclean")
                 return
-            gate = self.gate
-            if w[GATE] == gate:
+            gate = w[GATE]
+            if gate == self.gate or (route.sticky and self._keeps(route, gate, now)):
                 new = word - 1
                 if self.table.put_idle(entry.at, word, new, gate, route.tag, now) == DONE:
                     entry.word = new

@@ -245,6 +245,11 @@ def opening_word(word: int, row: int, state: int = OPENING) -> int:
     return (((word & SERIAL) + SERIAL_ONE) & MASK64) | generation << GEN_SHIFT | row << HOLDER_SHIFT | state
 
 
+def granted_word(word: int, cell: int) -> int:
+    """A slot's word once granted to a cell: what flags it had, but not DOOMED, are kept only with a connection."""
+    return word & ~(STATE | HOLDER | 0xF0) | (word & STAYS) | cell << HOLDER_SHIFT | GRANTED
+
+
 def ticket_of(word: int) -> int:
     """The ticket in a waiting cell's word; those with high priority may share one with whom they passed."""
     return word >> NUMBER_SHIFT & NUMBER_MASK

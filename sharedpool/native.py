@@ -70,6 +70,14 @@ class Subscript:
 FILENO: Final = Subscript()
 
 
+def libpq_number(conn: Any) -> int:
+    """The number of the descriptor that libpq has for a psycopg connection; -1 once it is closed."""
+    try:
+        return int(conn.pgconn.socket)
+    except Exception:  # noqa: BLE001 - psycopg's OperationalError, which is not known here
+        return -1
+
+
 def original(module: str, name: str) -> Any:
     """What a module of the standard library has under a name, whatever gevent's monkey patching has put there."""
     monkey = sys.modules.get("gevent.monkey")
@@ -261,3 +269,4 @@ with contextlib.suppress(ImportError):
 if not TYPE_CHECKING and calls is not None:
     any_set, finder, waker, Gate, Sleeper = calls.AnySet, calls.Finder, calls.Waker, calls.Gate, calls.Sleeper
     FILENO = calls.FileNumber()
+    libpq_number = calls.libpq_number

@@ -185,11 +185,12 @@ class PoolOptions:
         connect_timeout: Opening a connection may take so long.
         close_timeout: How long a closed connection's permit waits for the remote to close, too.
         steal_after: With sticky order: the longest wait after which a connection that can't move is closed for its
-            permit; one that was idle for a tenth of it goes at once. Not given: 20 times the measured connect time,
-            within 0.05 and 0.5 s.
+            permit, and one that can is handed over; one that was idle for a tenth of it goes at once. Not given: 20
+            times the measured connect time, within 0.05 and 0.5 s; 0.05 s for what can move.
         move: False: only permits move between processes, never a socket.
-        order: "fifo": first come, first served over all processes; "sticky": a process's own waiters first, up to
-            steal_after; "auto": fifo for what can move, sticky for what can't.
+        order: "fifo": first come, first served over all processes; "sticky": a process's own waiters and newcomers
+            first, up to steal_after: more leases a second, and longer waits; "auto": fifo for what can move, sticky for
+            what can't.
         max_idle: At most so many idle connections over all processes; the least recently used are closed first. None:
             no limit but max_connections.
         max_lifetime: A connection older than this is closed once nobody leases it, up to 10 % earlier so that those

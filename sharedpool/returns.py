@@ -45,6 +45,7 @@ from .layout import (
 )
 from .lines import CLOSES, Lines
 from .segment import Segment
+from .sticky import steal_after
 from .table import BUSY, DONE, Table
 
 #: What a connection keeps of its slot's word when it is granted: serial, generation, and whether it stays.
@@ -95,14 +96,17 @@ class Returns:
         w = self._words
         gate = w[GATE]
         cell = w[HEAD]
-        if gate & GATE_FLAGS != QUEUED or not cell or route.sticky or route.stays:
+        if gate & GATE_FLAGS != QUEUED or not cell or route.stays:
             return False
         cell_word = w[cell]  # before its key: with another ticket it may wait for something else
         if w[cell + CELL_KEY] != route.key:
             return False
+        now = monotonic_ns()
+        if route.sticky and now - w[cell + CELL_SINCE] < steal_after(w, 0):
+            return False
         waker = self._wakers.get(cell) or self._waker(cell)
         new = word & _KEPT | cell - self._cells >> CELL_SHIFT << HOLDER_SHIFT | GRANTED
-        if self._table.hand(at, word, new, gate, cell, cell_word, 0, monotonic_ns()) != DONE:
+        if self._table.hand(at, word, new, gate, cell, cell_word, 0, now) != DONE:
             return False
         -waker
         return True
@@ -164,7 +168,7 @@ class Returns:
             outcome = with_state(seen, IDLE) | route.stays
             return self._put_idle(at, seen, outcome, gate, route.tag, now, head, waits, most), outcome
         if route.sticky and not gate & RESERVING:
-            if now - w[head + CELL_SINCE] < view.steal_after(w):
+            if now - w[head + CELL_SINCE] < steal_after(w, route.stays):
                 own, own_waits = self._own_waiter(route.key)
                 if own:
                     return self._hand(at, seen | route.stays, seen, own, own_waits, gate, now), GIVEN

@@ -104,6 +104,7 @@ from .layout import (
     WITH_KEYS,
     Geometry,
     generation_of,
+    granted_word,
     holder_of,
     is_high,
     tag_of,
@@ -114,8 +115,9 @@ from .options import NOT_GIVEN, PoolOptions
 from .policies import COUNT_EVERY, Drain, Policies
 from .sanity import lasting_damage
 from .stats import ARBITER_COUNTERS
+from .sticky import steal_after
 from .table import DONE, STALE, NoLease
-from .view import row_pid, stats, steal_after
+from .view import row_pid, stats
 from .wire import LONGEST_NAME, Kind, Message, WireError
 
 log = logging.getLogger("sharedpool.arbiter")
@@ -825,7 +827,7 @@ class ServedPool:
                 most = view.share_for(w, gate, waits)
                 if not keyed and most and view.in_use(w) > most:
                     return self.table.free(at, word, gate, old_cell, cell, waits, most)
-                new = _granted(word, self.table.cell_index(cell)) | BARE
+                new = granted_word(word, self.table.cell_index(cell)) | BARE
                 result = self.table.hand(at, word, new, gate, cell, waits, old_cell, now, most and most + 1, keyed)
                 if result == DONE:
                     self._wake(cell)
@@ -861,7 +863,7 @@ class ServedPool:
             if w[USED] < w[MAX]:
                 at = w[FREE_SLOT] or self.table.slot_at(w[HIGH])
                 word = w[at]
-                new = _granted(word + GEN_ONE & GEN | word & SERIAL, self.table.cell_index(cell)) | BARE
+                new = granted_word(word + GEN_ONE & GEN | word & SERIAL, self.table.cell_index(cell)) | BARE
                 if self._settle(lambda: self.table.hand_free(at, word, new, gate, cell, cell_word, now, most)):  # noqa: B023
                     self._count("rescued", w[cell + CELL_KEY])
                     self._wake(cell)
@@ -893,14 +895,14 @@ class ServedPool:
                 continue
             if key in movable:
                 at, word = movable[key]
-                new = _granted(word, table.cell_index(cell))
+                new = granted_word(word, table.cell_index(cell))
                 return self._rescue(cell, lambda: table.hand(at, word, new, gate, cell, waits, 0, now, most, keyed))  # noqa: B023
             wanted[key] = wanted.get(key, 0) + 1
             room = w[MAX_PER_KEY] - counts.get(key, 0)
             if room > 0 and w[USED] < w[MAX]:
                 at = w[FREE_SLOT] or table.slot_at(w[HIGH])
                 word = w[at]
-                new = _granted(word + GEN_ONE & GEN | word & SERIAL, table.cell_index(cell)) | BARE
+                new = granted_word(word + GEN_ONE & GEN | word & SERIAL, table.cell_index(cell)) | BARE
                 return self._rescue(cell, lambda: table.hand_free(at, word, new, gate, cell, waits, now, most, keyed))  # noqa: B023
             if wanted[key] > room and key not in staying:
                 continue
@@ -931,7 +933,7 @@ class ServedPool:
             own = holder_of(word) == (cell_word & CELL_ROW) >> CELL_ROW_SHIFT
             free = not word & STAYS and (own or not self._sticks(word, cell, now))
             if word & STATE == IDLE and w[at + KEY] == key and free:
-                new = _granted(word, self.table.cell_index(cell))
+                new = granted_word(word, self.table.cell_index(cell))
                 if self._settle(lambda: self.table.hand(at, word, new, gate, cell, cell_word, 0, now, most)):  # noqa: B023
                     self._count("rescued", key)
                     self._wake(cell)
@@ -960,7 +962,7 @@ class ServedPool:
         if w[GATE] & RESERVING or holder_of(word) == ARBITER_ROW:
             return False
         sticky = rules & STICKY or (word & STAYS and not rules & STRICT)
-        return bool(sticky) and now - w[cell + CELL_SINCE] < steal_after(w)
+        return bool(sticky) and now - w[cell + CELL_SINCE] < steal_after(w, word & STAYS)
 
     def look_for_grants(self) -> None:
         """Somebody queues, and may be given something before the next turn sees the queue."""
@@ -1007,7 +1009,7 @@ class ServedPool:
             return
         if gate & (OVER | PAUSED | STOPPED):
             return
-        new = _granted(word, self.table.cell_index(head)) | bare
+        new = granted_word(word, self.table.cell_index(head)) | bare
         if self._settle(lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1)):
             self._count("revoked", key)
             self._wake(head)
@@ -1028,7 +1030,7 @@ class ServedPool:
                 self._count("revoked", w[cell + CELL_KEY])
             return
         most = view.share_for(w, gate, waits)
-        new = _granted(word, self.table.cell_index(head)) | bare
+        new = granted_word(word, self.table.cell_index(head)) | bare
         attempt = lambda: self.table.hand(at, word, new, gate, head, waits, cell, now, most and most + 1, keyed)  # noqa: E731
         if self._settle(attempt):
             self._count("revoked", w[cell + CELL_KEY])
@@ -1210,11 +1212,6 @@ class ServedPool:
                 else:
                     self._close(at, word, "expired", now)
         return soonest
-
-
-def _granted(word: int, cell: int) -> int:
-    """A slot's word once granted to a cell: what flags it had, but not DOOMED, are kept only with a connection."""
-    return word & ~(STATE | HOLDER | 0xF0) | (word & STAYS) | cell << HOLDER_SHIFT | GRANTED
 
 
 def _remote_closed(sock: socket.socket) -> bool:

@@ -19,7 +19,6 @@ from .layout import (
     CELL_SINCE,
     CELL_WAITING,
     CLOSING,
-    CONNECT_TIME,
     FIRST_ROW,
     FREE,
     GRANT,
@@ -64,7 +63,6 @@ from .layout import (
     SLOT,
     STATE,
     STAYS,
-    STEAL_AFTER,
     TAIL,
     TICKET,
     TOTALS_ROW,
@@ -95,22 +93,17 @@ _READS: Final = 20
 
 #: Slots looked at before the first victim found is taken.
 _HAND_SPAN: Final = 16
-#: Sticky order steals after this many connect times, within these bounds, ns.
-_STEAL_CONNECTS: Final = 20
-_STEAL_LEAST: Final = 50_000_000
-_STEAL_MOST: Final = 500_000_000
-#: What was idle for a part of that time, two connect times, goes at once: to wait longer costs more than to open anew.
-_UNUSED: Final = 10
 
 
-def steal_after(w: memoryview[int]) -> int:
-    """How long sticky order lets the longest waiter wait, ns."""
-    return w[STEAL_AFTER] or min(_STEAL_MOST, max(_STEAL_LEAST, _STEAL_CONNECTS * w[CONNECT_TIME]))
-
-
-def unused_after(w: memoryview[int]) -> int:
-    """How long a connection has to be idle, ns, for sticky order to let the longest waiter have its permit at once."""
-    return steal_after(w) // _UNUSED
+def idle_that_moves(w: memoryview[int], marks: memoryview[int], geometry: Geometry, key: int) -> tuple[int, int]:
+    """The place and the word of the key's idle connection longest unused that may move; or zeros."""
+    base = geometry.slot_base
+    found = [
+        (w[at + SINCE], at, word)
+        for at in (base + SLOT * index for index in range(w[HIGH]) if marks[index])
+        if (word := w[at]) & STATE == IDLE and not word & STAYS and w[at + KEY] == key
+    ]
+    return min(found, default=(0, 0, 0))[1:]
 
 
 def in_use(w: memoryview[int]) -> int:

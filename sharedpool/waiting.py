@@ -56,6 +56,7 @@ from .layout import (
     VER,
     WATCH,
     generation_of,
+    granted_word,
     holder_of,
     opening_word,
 )
@@ -64,6 +65,7 @@ from .lines import CLOSES, COUNTS, Lines
 from .native import Sleeper, any_set, heed
 from .returns import Returns
 from .segment import Segment
+from .sticky import steal_after, unused_after
 from .table import BUSY, DONE, FULL, STALE, NoLease, Table
 
 _NEVER: Final = 0x4000_0000_0000_0000
@@ -72,6 +74,8 @@ _LOOK_UP: Final = 1_000_000_000
 _GIVE_UP: Final = 50_000_000
 #: Sticky order: who has waited long enough looks so often for an idle connection to close, ns.
 _STEAL_LOOK: Final = 5_000_000
+#: Who waits for what may move looks for it by itself so long after its time has come.
+_STEAL_SLACK: Final = 1_000_000
 #: The others look so often whether they are at the head now; there may be a thousand.
 _STEAL_BEHIND: Final = 20_000_000
 #: In the queue, and nothing was granted yet.
@@ -151,6 +155,10 @@ class WaitingRoom:
         self.returns: Returns | None = None
         #: In the place of a thread's sleep: (who, its kick as seen, ns at most).
         self.pause: Callable[[Waiter, int, int], None] | None = None
+
+    def any_waiting(self) -> bool:
+        """Whether a thread or task of this process waits in sticky order."""
+        return bool(self._waiting)
 
     def longest_for(self, key: int) -> tuple[int, int]:
         """The cell of this process that has waited longest for a key, not yet granted anything, and its word."""
@@ -414,7 +422,10 @@ class WaitingRoom:
     def nap(self, waiter: Waiter, route: Route, left: int, now: int) -> int:
         """How long to sleep at most until the next look, ns."""
         nap = left if left < _LOOK_UP else _LOOK_UP
-        return min(nap, self._steal(waiter.cell, now)) if route.sticky else nap
+        if route.sticky:
+            look = self._steal(waiter.cell, route, now)
+            return look if look < nap else nap
+        return nap
 
     def _take(self, at: int, cell: int, route: Route, lease: Lease[Any], now: int) -> int:
         """Take what was granted: a connection becomes LEASED, a bare permit OPENING (or LEASED, where that is all)."""
@@ -447,19 +458,43 @@ class WaitingRoom:
         if self._table.rejoin(cell, word, after, before, ver, gate) == DONE:
             self._tell_watch()
 
-    def _steal(self, cell: int, now: int) -> int:
-        """Sticky order: at the head, close somebody's idle connection, when it is time; gives how long to sleep."""
-        w = self.words
-        if w[GATE] & RESERVING:  # with a reserve there is no sticky order
+    def _steal(self, cell: int, route: Route, now: int) -> int:
+        """Sticky order: at the head, have or close an idle connection, when it is time; gives how long to sleep.
+
+        Those who have a connection that may move hand it over at a checkin once its time has come. Only what is idle
+        then, because its process does something else, is taken from here, `_STEAL_SLACK` later: who is about to be
+        handed one is not to wake up for nothing.
+        """
+        w = self._words
+        over: int = w[cell + CELL_SINCE] + steal_after(w, route.stays) - now
+        if not route.stays:
+            over += _STEAL_SLACK
+            if 0 < over <= _STEAL_LOOK:
+                return over
+        gate = w[GATE]
+        if gate & RESERVING:  # with a reserve there is no sticky order
             return _LOOK_UP
-        over = w[cell + CELL_SINCE] + view.steal_after(w) - now
-        unused = view.unused_after(w)
-        if w[HEAD] == cell and self.returns is not None and not w[GATE] & PAUSED:
-            victim = view.victim(w, self.marks, self._segment.geometry, 0)
+        unused = unused_after(w, route.stays)
+        if w[HEAD] == cell and self.returns is not None and not gate & PAUSED:
+            if self._take_over(cell, route, gate, now, 0 if over <= 0 else unused):
+                return 0
+            victim = view.victim(self.words, self.marks, self._segment.geometry, 0 if route.stays else route.key)
             if victim and (over <= 0 or now - w[victim + SINCE] >= unused):
                 self.returns.evict(victim)
             return _STEAL_LOOK if over <= 0 else min(over, unused)
-        return max(unused, _STEAL_BEHIND)
+        behind = max(unused, _STEAL_BEHIND)
+        return behind if over <= 0 else min(over, behind)
+
+    def _take_over(self, cell: int, route: Route, gate: int, now: int, unused: int) -> bool:
+        """Grant the head of the queue, which is this process's, what was idle for so long, ns, and may move."""
+        w, table = self.words, self._table
+        if route.stays or gate & OVER:
+            return False
+        at, seen = view.idle_that_moves(w, self.marks, self._segment.geometry, route.key)
+        if not at or now - w[at + SINCE] < unused:
+            return False
+        new = granted_word(seen, table.cell_index(cell))
+        return table.hand(at, seen, new, gate, cell, w[cell], 0, now) == DONE
 
     def _abandon(self, waiter: Waiter, seconds: int) -> bool:
         """Leave the queue after an exception, passing on what was granted meanwhile; False: the cell is not free."""

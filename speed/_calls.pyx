@@ -178,6 +178,14 @@ cdef class FileNumber:
         return sock.fileno()
 
 
+def libpq_number(conn):
+    """As native.libpq_number."""
+    try:
+        return conn.pgconn.socket
+    except Exception:
+        return -1
+
+
 _fileno = plain.socket.fileno
 _sendall = plain.socket.sendall
 

@@ -3,11 +3,13 @@ from libc.stdint cimport uint64_t
 
 from sharedpool._calls cimport Gate
 from sharedpool.clock cimport get_ident, monotonic_ns
+from sharedpool.counting cimport bucket_of
 from sharedpool.memory cimport Mark, Word
 from sharedpool.held cimport Entry, Patience, Route
 from sharedpool.layout cimport generation_of, holder_of, leased_word, opening_word
 from sharedpool.lease cimport Lease
 from sharedpool.returns cimport Returns
+from sharedpool.sticky cimport steal_after
 from sharedpool.table cimport Table
 from sharedpool.waiting cimport WaitingRoom
 
@@ -59,6 +61,12 @@ cdef class Attachment:
     @cython.locals(w=Word[::1], gate=uint64_t, ver=uint64_t, at=uint64_t, seen=uint64_t, result=int, straight=bint,
                    counter=uint64_t)
     cpdef attempt(self, Route route, Lease lease, long long limit, set refused, list line=*)
+
+    @cython.locals(w=Word[::1], head=uint64_t)
+    cdef bint _may_stick(self, Route route, uint64_t gate, uint64_t now) except *
+
+    @cython.locals(w=Word[::1], head=uint64_t)
+    cdef bint _keeps(self, Route route, uint64_t gate, uint64_t now) except *
 
     @cython.locals(w=Word[::1], word=uint64_t, entry=Entry, route=Route, gate=uint64_t, new=uint64_t,
                    now=cython.longlong, took=cython.longlong, bucket=uint64_t)

@@ -3,10 +3,12 @@ from libc.stdint cimport uint64_t
 
 from sharedpool._calls cimport Sleeper
 from sharedpool.clock cimport monotonic_ns
+from sharedpool.counting cimport bucket_of
 from sharedpool.memory cimport Mark, Word
 from sharedpool.held cimport Patience, Route
 from sharedpool.lease cimport Lease
-from sharedpool.layout cimport generation_of, holder_of, opening_word
+from sharedpool.layout cimport generation_of, granted_word, holder_of, opening_word
+from sharedpool.sticky cimport steal_after, unused_after
 from sharedpool.table cimport Table
 
 
@@ -45,8 +47,14 @@ cdef class WaitingRoom:
     @cython.locals(w=Word[::1], cell=uint64_t, at=uint64_t, result=int, word=uint64_t)
     cpdef int look(self, Waiter waiter, Route route, Lease lease, long long limit, long long now) except -2
 
-    @cython.locals(nap=cython.longlong)
+    @cython.locals(w=Word[::1], over=cython.longlong, unused=cython.longlong, behind=cython.longlong, victim=uint64_t,
+                   gate=uint64_t)
+    cdef long long _steal(self, uint64_t cell, Route route, long long now) except -1
+
+    @cython.locals(nap=cython.longlong, look=cython.longlong)
     cpdef long long nap(self, Waiter waiter, Route route, long long left, long long now) except -1
+
+    cpdef bint any_waiting(self) except *
 
     @cython.locals(w=Word[::1], at=uint64_t)
     cpdef waited(self, long long took)

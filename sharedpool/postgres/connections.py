@@ -13,8 +13,9 @@ import psycopg
 from psycopg import errors as e
 from psycopg import pq
 from psycopg._connection_info import ConnectionInfo
-from psycopg._preparing import Prepare, PrepareManager
+from psycopg._preparing import PrepareManager
 
+from ..native import libpq_number
 from .sessions import Session
 
 #: Seconds for a CancelRequest.
@@ -26,12 +27,7 @@ class OwnNames(PrepareManager):
 
     def __init__(self) -> None:
         super().__init__()
-        self._own = f"_{secrets.token_hex(6)}".encode()
-
-    def get(self, query: Any, prepare: bool | None = None) -> tuple[Prepare, bytes]:
-        """As psycopg's, with a name of this object's."""
-        prep, name = super().get(query, prepare)
-        return prep, name + self._own if prep is Prepare.SHOULD else name
+        self._prepared_idx = secrets.randbits(62)  # the number in the names, counted up from here
 
     def clear(self) -> bool:
         """As psycopg's, but one by one: DEALLOCATE ALL would take other objects' statements away."""
@@ -86,12 +82,7 @@ class _Shared:
     _baseline: tuple[tuple[bytes, ...], list[bytes | None]] = ((), [])
     _configured = False
 
-    def fileno(self) -> int:
-        """The number of libpq's descriptor; -1 once it is closed."""
-        try:
-            return int(self.pgconn.socket)  # type: ignore[attr-defined]
-        except e.OperationalError:
-            return -1
+    fileno = libpq_number  # compiled, no other thread comes between it and what it is asked for
 
     @property
     def info(self) -> ConnectionInfo:

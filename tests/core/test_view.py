@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from sharedpool import view
+from sharedpool import sticky, view
 from sharedpool.layout import (
     ARBITER_ROW,
     BARE,
@@ -21,6 +21,7 @@ from sharedpool.layout import (
     ROW_CLOSES,
     ROW_COUNTERS,
     SINCE,
+    STAYS,
     STEAL_AFTER,
     TOTALS_ROW,
 )
@@ -122,13 +123,33 @@ def test_the_hand_goes_round_so_that_not_always_the_same_are_looked_at() -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "measured", "expected"),
-    [(5, 10**12, 5), (0, 0, 50_000_000), (0, 4_000_000, 80_000_000), (0, 10**10, 500_000_000)],
+    ("given", "measured", "stays", "expected"),
+    [
+        (5, 10**12, STAYS, 5),
+        (0, 0, STAYS, 50_000_000),
+        (0, 4_000_000, STAYS, 80_000_000),
+        (0, 10**10, STAYS, 500_000_000),
+        (5, 10**12, 0, 5),
+        (0, 10**10, 0, 50_000_000),
+    ],
 )
-def test_the_longest_wait_before_a_connection_is_stolen(given: int, measured: int, expected: int) -> None:
+def test_the_longest_wait_before_others_get_a_connection(given: int, measured: int, stays: int, expected: int) -> None:
     world = World()
     world.words[STEAL_AFTER], world.words[CONNECT_TIME] = given, measured
-    assert view.steal_after(world.words) == expected
+    assert sticky.steal_after(world.words, stays) == expected
+    assert sticky.unused_after(world.words, stays) == max(1_000_000, expected // 10)
+
+
+def test_the_longest_unused_connection_of_a_key_that_may_move() -> None:
+    world = World(maximum=6, slots=8)
+    world.idle(ONE, B)
+    staying, younger, older = world.idle(ONE), world.idle(TWO), world.idle(ONE)
+    world.words[staying] |= STAYS
+    for at, since in ((staying, 1), (younger, 9), (older, 5)):
+        world.words[at + SINCE] = since
+    find = lambda key: view.idle_that_moves(world.words, world.marks, world.geometry, key)  # noqa: E731
+    assert find(A) == (older, world.words[older])
+    assert find(C) == (0, 0)
 
 
 def test_keys_count_slots_by_state_and_who_waits() -> None:

@@ -19,8 +19,8 @@ from sharedpool.layout import (
     SINCE,
     STATE,
     VER,
+    granted_word,
 )
-from sharedpool.served import _granted
 from sharedpool.table import DONE
 from sharedpool.testing import SteppedArbiter
 
@@ -99,7 +99,7 @@ def test_a_grant_that_a_killed_arbiter_had_only_begun_to_give_is_known_to_its_wa
         assert table.claim_cell(cell) == DONE
         assert table.enqueue(cell, 1, w[GATE], w[VER], 0, 0, 0, table.counter(5), dead.clock()) == DONE
         assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), dead.clock()) == DONE
-        granted = _granted(w[at], table.cell_index(cell)) | BARE
+        granted = granted_word(w[at], table.cell_index(cell)) | BARE
         killed = os.fork()
         if killed == 0:  # in the midst of `hand`: the grant is committed, and what is derived not yet
             -old.table.mutex

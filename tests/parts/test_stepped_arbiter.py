@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sharedpool
-from sharedpool import view
+from sharedpool import sticky, view
 from sharedpool.layout import (
     CELL_HIGH,
     DOOMED,
@@ -317,8 +317,8 @@ def test_pausing_and_resuming_leave_the_reserve_as_it_is(arbiter: SteppedArbiter
 
 
 def test_no_wait_before_stealing_is_not_the_same_as_none_given(arbiter: SteppedArbiter) -> None:
-    assert view.steal_after(arbiter.pool(steal_after=0).words) <= 1
-    assert view.steal_after(arbiter.pool("other").words) >= 50_000_000
+    assert sticky.steal_after(arbiter.pool(steal_after=0).words, 0) <= 1
+    assert sticky.steal_after(arbiter.pool("other").words, 0) >= 50_000_000
 
 
 @pytest.mark.parametrize(

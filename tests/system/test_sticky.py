@@ -104,6 +104,53 @@ def test_sticky_order_can_be_chosen_for_what_could_move(two: list[Worker], backe
     assert (backend.accepted, two[0].stats().waiting) == (1, 1)
 
 
+def attach_moving(workers: list[Worker], **options: object) -> None:
+    for worker in workers:
+        worker.attach(max_connections=1, order="sticky", **options)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_what_could_move_is_handed_over_after_steal_after(
+    two: list[Worker], backend: Backend, tcp: Target, busy: bool
+) -> None:
+    attach_moving(two, steal_after=1.5)
+    label = two[0].checkout(tcp)
+    (waiting,) = line_up(two[0], [(two[1], tcp)])
+    two[0].checkin(label)
+    if busy:
+        assert two[0].call(use_until_refused, tcp) == {1}
+    assert two[1].exchange(waiting.result()) == 1
+    assert (backend.peak, backend.accepted) == (1, 1)
+    assert sum(two[0].stats().closes.values()) == 0
+
+
+def test_what_could_move_goes_over_long_before_when_its_process_does_not_use_it(
+    two: list[Worker], backend: Backend, tcp: Target
+) -> None:
+    attach_moving(two, steal_after=10)
+    label = two[0].checkout(tcp)
+    began = time.monotonic()
+    first, second = line_up(two[0], [(two[1], tcp), (two[1], tcp)])
+    two[0].checkin(label)
+    label = first.result()
+    assert 1 <= time.monotonic() - began < 10  # a tenth: it was idle for so long
+    two[1].checkin(label)
+    assert two[1].exchange(second.result()) == 1
+    assert backend.accepted == 1
+
+
+def test_where_another_address_is_wanted_what_could_move_is_closed_at_once(
+    two: list[Worker], backend: Backend, tcp: Target, unix: Target
+) -> None:
+    attach_moving(two, steal_after=60)
+    label = two[0].checkout(tcp)
+    (waiting,) = line_up(two[0], [(two[1], unix)])
+    two[0].checkin(label)
+    assert two[1].exchange(waiting.result()) == 2
+    assert two[0].stats().closes["evicted"] == 1
+    assert (backend.peak, backend.accepted) == (1, 2)
+
+
 def test_strict_order_can_be_chosen_for_what_may_not_move(two: list[Worker], backend: Backend, tcp: Target) -> None:
     attach(two, order="fifo")
     label = two[0].checkout(tcp)

@@ -1,0 +1,1 @@
+cpdef int bucket_of(long long nanoseconds) except -1
