@@ -49,6 +49,8 @@ _ACCEPT_AGAIN: Final = 100_000_000
 #: That nobody can be accepted is said so often, ns.
 _SAY_EVERY: Final = 1_000_000_000
 _LONG: Final = select.EPOLLRDHUP | select.EPOLLET
+#: What a handler gives after which there is nothing else to do in a turn.
+_ANSWERED: Final = object()
 
 log = logging.getLogger("sharedpool.arbiter")
 
@@ -100,12 +102,12 @@ class Arbiter:
         self.incarnation = 1
         self._authkey = authkey
         self._scope = scope
-        self._unanswered: dict[Client, Message] = {}
+        self._unanswered: dict[Client, tuple[int, int, int]] = {}
         self._hellos: list[tuple[Client, Message, socket.socket]] = []
         self._linger = linger
         self._epoll = select.epoll()
         self._clients: set[Client] = set()
-        self._by_fd: dict[int, Callable[[int], None]] = {}
+        self._by_fd: dict[int, Callable[[int], object]] = {}
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._quiet_since = self._seconds() + _FIRST
@@ -113,6 +115,8 @@ class Arbiter:
         self._now_ending = False
         self.records = Records()
         self._attached = 0
+        self._due = 0
+        self._stirred = True
         self._accept_at = 0
         self._accept_said = -_SAY_EVERY
         self._spare = os.dup(self._bell)
@@ -135,12 +139,17 @@ class Arbiter:
     def step(self, longest: float = 0.0) -> float:
         """Wait for at most so many seconds, do what is to be done; gives how long the next wait may be."""
         due_now = [(fd, events, self._by_fd.get(fd)) for fd, events in self._epoll.poll(longest)]
+        self._stirred = not due_now
         for fd, events, handler in due_now:
             if handler is not None and self._by_fd.get(fd) is handler:  # else an earlier one of the batch closed it
-                self._guarded(handler, events)
+                if self._guarded(handler, events) is not _ANSWERED:
+                    self._stirred = True
         while self._calls:
+            self._stirred = True
             self._answer(*self._calls.popleft())
         now = self._clock()
+        if not self._stirred and now < self._due:  # as if nobody had asked: he may wait for this very processor
+            return (self._due - now) / 1e9
         due = now + _BEAT_EVERY
         for pool in list(self.pools.values()):
             due = min(due, self._turn_of(pool, now))
@@ -155,14 +164,15 @@ class Arbiter:
             due = min(due, int((self._quiet_since + self._linger) * 1e9))
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
             self.pools.pop(name).segment.let_go()
+        self._due = due
         return max(0.0, (due - self._clock()) / 1e9)
 
     def _answer_the_rest(self) -> None:
         """What could not be answered when it came: an heir did not know yet, or a pool's mutex was busy."""
         unanswered, self._unanswered = self._unanswered, {}
-        for client, message in unanswered.items():
+        for client, asked in unanswered.items():
             if client.pool is not None:
-                self._within(client, functools.partial(self._fetch, client, client.pool, message))
+                self._within(client, functools.partial(self._fetch, client, client.pool, *asked))
         hellos, self._hellos = self._hellos, []
         for client, message, events in hellos:
             if client.channel is None or client.pool is not None:  # it has not waited for so long, or asks twice
@@ -178,14 +188,15 @@ class Arbiter:
             log.exception("pool %r: the arbiter goes on after an error", pool.name)
             return now + _BEAT_EVERY
 
-    def _guarded(self, handler: Callable[[int], None], events: int) -> None:
-        """One client's misbehaviour, or one busy mutex, must not end the loop."""
+    def _guarded(self, handler: Callable[[int], object], events: int) -> object:
+        """One client's misbehaviour, or one busy mutex, must not end the loop. Gives what the handler gives."""
         try:
-            handler(events)
+            return handler(events)
         except Later:
             pass  # found again by the pool's next turn
         except Exception:
             log.exception("the arbiter goes on after an error")
+        return None
 
     @property
     def over(self) -> bool:
@@ -241,7 +252,7 @@ class Arbiter:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._bell)
 
-    def _watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+    def _watch(self, fd: int, events: int, handler: Callable[[int], object]) -> None:
         self._by_fd[fd] = handler
         self._epoll.register(fd, events)
 
@@ -297,33 +308,47 @@ class Arbiter:
             self._watch(self.listener.fileno(), select.EPOLLIN, self._accept)
         return now
 
-    def _readable(self, client: Client, events: int) -> None:
-        self._read(client)
+    def _readable(self, client: Client, events: int) -> object:
+        return self._read(client, short=True)
 
-    def _read(self, client: Client, most: int = _BATCH) -> None:
-        """Read and carry out what a client sent."""
-        for _ in range(most):
+    def _read(self, client: Client, *, short: bool = False) -> object:
+        """Read and carry out what a client sent.
+
+        Args:
+            client: Whose channel to read.
+            short: Whether to come back at once after the answer to a FETCH, for which somebody waits.
+
+        Returns:
+            _ANSWERED if it did, and the pool has taken no notice.
+        """
+        for number in range(_BATCH):
             if client.channel is None:
-                return
+                return None
             try:
                 data, descriptor = fdpass.receive(client.channel, wire.LONGEST, wait=False)
             except BlockingIOError:
-                return
+                return None
             except fdpass.NoRoom as error:
                 if not self._within(client, functools.partial(self._unreceived, client, error)):
-                    return
+                    return None
                 continue
             except OSError as error:
                 log.warning("process %d: %s", client.pid, error)
                 self._lost(client)
-                return
+                return None
             if not data:
                 if descriptor is not None:
                     os.close(descriptor)
                 self._lost(client)
-                return
+                return None
+            if short and not number and descriptor is None and client.pool is not None:
+                asked = wire.unpack_plainly(data)
+                if asked is not None:
+                    act = functools.partial(self._fetch, client, client.pool, *asked, plain=True)
+                    return _ANSWERED if self._within(client, act) else None
             if not self._within(client, functools.partial(self._carry_out, client, data, descriptor)):
-                return
+                return None
+        return None
 
     def _within(self, client: Client, act: Callable[[], None]) -> bool:
         """Do what a client asks for; whatever is wrong with it costs this client its channel, and nobody else."""
@@ -389,7 +414,7 @@ class Arbiter:
         """What an attached worker says of its pool."""
         kind = message.kind
         if kind is Kind.FETCH:
-            self._fetch(client, pool, message)
+            self._fetch(client, pool, message.request, message.slot, message.generation)
         elif kind is Kind.DECLARE:
             self._declare(client, pool, message)
         elif kind is Kind.KEY_NAME:
@@ -409,22 +434,32 @@ class Arbiter:
 
     def _reply(self, client: Client, message: Message, descriptor: int | None = None) -> None:
         """Answer; a client that does not read its answers loses its channel."""
+        self._send_answer(client, wire.pack(message), descriptor)
+
+    def _send_answer(self, client: Client, data: bytes, descriptor: int | None) -> None:
         if client.channel is None:
             return
         try:
-            fdpass.send(client.channel, wire.pack(message), descriptor)
+            fdpass.send(client.channel, data, descriptor)
         except OSError:
             self._lost(client)
 
-    def _fetch(self, client: Client, pool: PoolServer, message: Message) -> None:
-        found = pool.fetch(client.row, message.slot, message.generation)
-        if found is None and pool.expected:  # whoever holds it has not said so yet
-            self._unanswered[client] = message  # a worker asks one thing at a time
-            return
-        kind = Kind.GONE if found is None else Kind.CONNECTION
-        body = {} if found is None else wire.with_state(found.driver, found.state)
-        answer = Message(kind, message.request, message.slot, message.generation, body)
-        self._reply(client, answer, None if found is None else found.sock.fileno())
+    def _fetch(
+        self, client: Client, pool: PoolServer, request: int, slot: int, generation: int, *, plain: bool = False
+    ) -> None:
+        found = pool.fetch(client.row, slot, generation)
+        if found is not None and plain:
+            data = wire.pack_plainly(Kind.CONNECTION, request, slot, generation, found.state or b"")
+            self._send_answer(client, data, found.sock.fileno())
+        elif found is not None:
+            body = wire.with_state(found.driver, found.state)
+            answer = Message(Kind.CONNECTION, request, slot, generation, body)
+            self._reply(client, answer, found.sock.fileno())
+        elif pool.expected:  # whoever holds it has not said so yet
+            self._stirred = True
+            self._unanswered[client] = request, slot, generation  # a worker asks one thing at a time
+        else:
+            self._reply(client, Message(Kind.GONE, request, slot, generation))
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 
@@ -705,6 +740,7 @@ class Arbiter:
 
     def _lost(self, client: Client) -> None:
         """A channel ended; the process may live, and come back for its row."""
+        self._stirred = True
         self._drop_channel(client)
         if client.pool is None:
             self._clients.discard(client)
@@ -809,6 +845,7 @@ class Arbiter:
         return True
 
     def _drain_pool(self, pool: PoolServer) -> None:
+        self._stirred = True
         for client in self._rows(pool):
             self._read(client)
 

@@ -29,7 +29,6 @@ from .errors import (
     ArbiterLost,
     AttachRefused,
     ConnectFailed,
-    FileLimit,
     LeaseError,
     PoolBroken,
     PoolStopped,
@@ -673,20 +672,36 @@ class Attachment:
     # --- connections --------------------------------------------------------------------------------------------------
 
     def _fetch(self, route: Route, lease: Lease[Any], limit: int, refused: set[int]) -> Entry | None:
-        """An object for a connection just leased that this process does not hold. None: look for another."""
-        at, word = lease.place, lease.word
-        index = self.table.slot_index(at)
+        """An object for a connection just leased that this process does not hold. None: look for another.
+
+        The driver makes what it can of it while the arbiter looks for the connection.
+        """
+        ahead: list[drivers.Ahead] = []
         try:
-            found = self.channel.fetch(index, generation_of(word), max(limit, monotonic_ns() + _FETCH))
-        except FileLimit:
-            self._give_on(lease, route)
-            raise
+            return self._fetch_meanwhile(route, lease, limit, refused, ahead)
+        finally:
+            for one in ahead:
+                one.close()
+
+    def _fetch_meanwhile(
+        self, route: Route, lease: Lease[Any], limit: int, refused: set[int], ahead: list[drivers.Ahead]
+    ) -> Entry | None:
+        prepare = getattr(route.driver, "prepare", None)
+        at, word = lease.place, lease.word
+        index, until = self.table.slot_index(at), max(limit, monotonic_ns() + _FETCH)
+        try:
+            found = self.channel.fetch(
+                index, generation_of(word), until, None if prepare is None else lambda: prepare(ahead)
+            )
         except ArbiterLost:
             self._give_on(lease, route)
             if index in refused:
                 raise
             refused.add(index)
             return None
+        except BaseException:
+            self._give_on(lease, route)
+            raise
         if found is None:
             self._give_up(lease, refused=False, registered=False, reason="gone")
             return None
@@ -694,7 +709,7 @@ class Attachment:
         descriptor, state = found
         conn = None
         try:
-            conn = route.driver.adopt(descriptor, state)
+            conn = route.driver.adopt(descriptor, state, *ahead)
             entry = self._keep(route, at, word, conn, state)
         except BaseException:
             if conn is not None:  # the connection itself is alive, and may be somebody else's next

@@ -178,13 +178,16 @@ class Channel:
         Raises:
             ArbiterLost: It stayed busy until the deadline.
         """
-        left = (limit - time.monotonic_ns()) / 1e9
-        if not self._lock.acquire(timeout=min(max(left, 0.0), 3600.0)):
-            raise ArbiterLost("the channel to the arbiter stayed busy until the deadline")
+        self._lock_it(limit)
         try:
             yield
         finally:
             self._lock.release()
+
+    def _lock_it(self, limit: int) -> None:
+        left = (limit - time.monotonic_ns()) / 1e9
+        if not self._lock.acquire(timeout=min(max(left, 0.0), 3600.0)):
+            raise ArbiterLost("the channel to the arbiter stayed busy until the deadline")
 
     @property
     def busy(self) -> bool:
@@ -211,21 +214,31 @@ class Channel:
             raise _refusal(answer)
         return list(answer.body.get("warnings") or [])
 
-    def fetch(self, slot: int, generation: int, limit: int) -> tuple[int, bytes] | None:
+    def fetch(
+        self, slot: int, generation: int, limit: int, meanwhile: Callable[[], object] | None = None
+    ) -> tuple[int, bytes] | None:
         """The descriptor of a leased connection and its session's state, or None if the arbiter has none.
 
         Args:
             slot: The slot's number.
             generation: Its connection's.
             limit: Until when to wait, monotonic ns.
+            meanwhile: Called once, while the arbiter looks for the answer; takes microseconds, and does not fail.
 
         Raises:
             ArbiterLost: It could not be asked, or did not answer in time.
         """
-        with self._locked(limit):
+        self._lock_it(limit)
+        try:
             while True:
                 try:
-                    return self._fetch(slot, generation, limit)
+                    self._request = request = self._request + 1 & 0xFFFF_FFFF
+                    channel = self._socket or self._reopen(limit)
+                    fdpass.send(channel, wire.pack_plainly(Kind.FETCH, request, slot, generation))
+                    if meanwhile is not None:
+                        first, meanwhile = meanwhile, None
+                        first()
+                    return self._hear(channel, request, slot, generation, limit)
                 except FileLimit:
                     raise
                 except (OSError, ArbiterLost) as error:
@@ -236,28 +249,40 @@ class Channel:
                     self._broken()
                     raise
                 time.sleep(_PAUSE / 1e9)
+        finally:
+            self._lock.release()
 
-    def _fetch(self, slot: int, generation: int, limit: int) -> tuple[int, bytes] | None:
-        self._request = self._request + 1 & 0xFFFF_FFFF
-        message = Message(Kind.FETCH, self._request, slot, generation)
-        channel = self._socket or self._reopen(limit)
-        fdpass.send(channel, wire.pack(message))
+    def _hear(
+        self, channel: socket.socket, request: int, slot: int, generation: int, limit: int
+    ) -> tuple[int, bytes] | None:
+        """The answer to that request; those to others, which were given up, are dropped."""
+        plain = wire.pack_plainly(Kind.CONNECTION, request, slot, generation)
         while True:
-            _await(channel, limit)
             lost: fdpass.NoRoom | None = None
             try:
                 data, descriptor = fdpass.receive(channel, wire.LONGEST, wait=False)
+            except BlockingIOError:
+                _await(channel, limit)
+                continue
             except fdpass.NoRoom as error:
                 data, descriptor, lost = error.data, None, error
             if not data:
                 raise ConnectionResetError("the arbiter closed the channel")
-            answer = wire.unpack(data)
-            if lost is not None and answer.request == message.request:
-                raise FileLimit(f"a connection could not be taken over: {lost}") from lost
-            if (answer.request, answer.slot, answer.generation) == (message.request, slot, generation):
-                return None if descriptor is None else (descriptor, wire.state_of(answer) or b"")
-            if descriptor is not None:  # of a request that was given up
-                os.close(descriptor)
+            try:
+                if descriptor is not None and data.startswith(plain):
+                    found, descriptor = (descriptor, data[wire.HEAD :]), None
+                    return found
+                answer = wire.unpack(data)
+                if lost is not None and answer.request == request:
+                    raise FileLimit(f"a connection could not be taken over: {lost}") from lost
+                if (answer.request, answer.slot, answer.generation) == (request, slot, generation):
+                    if descriptor is None:
+                        return None
+                    found, descriptor = (descriptor, wire.state_of(answer) or b""), None
+                    return found
+            finally:
+                if descriptor is not None:  # of a request that was given up, or with an answer that is none
+                    os.close(descriptor)
 
     def _reopen(self, limit: int) -> socket.socket:
         """Come back for the same row after the channel broke, to a successor if need be."""

@@ -15,6 +15,15 @@ _INT = struct.calcsize("i")
 #: Room for a few descriptors although one is allowed: more than one must be seen to be refused.
 _ROOM = socket.CMSG_SPACE(8 * _INT)
 
+# As plain numbers: the socket module's are of enumerations, whose sums take microseconds.
+_SEND = int(socket.MSG_NOSIGNAL)
+_RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
+_AT_ONCE = int(socket.MSG_DONTWAIT)
+_CUT_OFF = int(socket.MSG_TRUNC)
+_CONTROL_CUT_OFF = int(socket.MSG_CTRUNC)
+_LEVEL = int(socket.SOL_SOCKET)
+_RIGHTS = int(socket.SCM_RIGHTS)
+
 
 class PassError(OSError):
     """What came was cut off, or had more descriptors than one."""
@@ -39,12 +48,12 @@ def send(channel: socket.socket, data: bytes, descriptor: int | None = None, *, 
         BlockingIOError: The channel is full, and `wait` is false.
         OSError: The other side has gone.
     """
-    flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
-    control = []
-    if descriptor is not None:
-        control.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor])))
+    flags = _SEND if wait else _SEND | _AT_ONCE
     try:
-        channel.sendmsg([data], control, flags)
+        if descriptor is None:
+            channel.send(data, flags)
+        else:
+            channel.sendmsg([data], [(_LEVEL, _RIGHTS, array.array("i", [descriptor]))], flags)
     except TimeoutError as error:
         raise _in_time(error, wait) from None
 
@@ -59,19 +68,21 @@ def receive(channel: socket.socket, longest: int, *, wait: bool = True) -> tuple
         NoRoom: No descriptor is left for the one that came (the limit of open files).
         PassError: The message was cut off, or more descriptors than one came.
     """
-    flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+    flags = _RECEIVE if wait else _RECEIVE | _AT_ONCE
     try:
         data, control, answer, _ = channel.recvmsg(longest, _ROOM, flags)
     except TimeoutError as error:
         raise _in_time(error, wait) from None
+    if not control and not answer & (_CONTROL_CUT_OFF | _CUT_OFF):
+        return data, None
     descriptors = array.array("i")
     for level, kind, content in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+        if level == _LEVEL and kind == _RIGHTS:
             descriptors.frombytes(content[: len(content) - len(content) % _INT])
-    if len(descriptors) > 1 or answer & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    if len(descriptors) > 1 or answer & (_CONTROL_CUT_OFF | _CUT_OFF):
         for descriptor in descriptors:
             os.close(descriptor)
-        if not descriptors and not answer & socket.MSG_TRUNC:
+        if not descriptors and not answer & _CUT_OFF:
             raise NoRoom(data)
         raise PassError(f"a message came cut off, or with {len(descriptors)} descriptors instead of one at most")
     return data, descriptors[0] if descriptors else None

@@ -20,7 +20,10 @@ LONGEST = 60_000
 #: Longest name of a key in characters: an address, and no more.
 LONGEST_NAME = 300
 
-_HEAD = struct.Struct("<HHIQQ")  # kind, spare, request, slot, generation
+_HEAD = struct.Struct("<HHIQQ")  # kind, whether it is plain, request, slot, generation
+_PLAIN = 1
+#: Bytes before the state in a plain CONNECTION.
+HEAD = _HEAD.size
 
 
 class WireError(SharedPoolError):
@@ -81,20 +84,42 @@ def pack(message: Message) -> bytes:
     return data
 
 
+def pack_plainly(kind: Kind, request: int, slot: int, generation: int, state: bytes = b"") -> bytes:
+    """A FETCH whose CONNECTION may be plain, or such a CONNECTION: its body is the session's state, and no JSON.
+
+    Somebody waits for it, so it is made without a Message. Versions that know nothing of that ask and answer otherwise.
+
+    Raises:
+        WireError: It is too long.
+    """
+    data = _HEAD.pack(kind, _PLAIN, request, slot, generation) + state
+    if len(data) > LONGEST:
+        raise WireError(f"a message {kind.name} of {len(data)} bytes is longer than {LONGEST}")
+    return data
+
+
+def unpack_plainly(data: bytes) -> tuple[int, int, int] | None:
+    """(request, slot, generation) if that is a FETCH whose answer may be plain; else None: any message."""
+    if len(data) != _HEAD.size:
+        return None
+    kind, plain, request, slot, generation = _HEAD.unpack(data)
+    return (request, slot, generation) if kind == Kind.FETCH and plain == _PLAIN else None
+
+
 def unpack(data: bytes) -> Message:
-    """Bytes as a message.
+    """Bytes as a message; a plain CONNECTION, to whoever has not asked for it, has no body.
 
     Raises:
         WireError: They are none; the message says why.
     """
     if not _HEAD.size <= len(data) <= LONGEST:
         raise WireError(f"a message of {len(data)} bytes; {_HEAD.size} to {LONGEST} are allowed")
-    number, _, request, slot, generation = _HEAD.unpack_from(data)
+    number, plain, request, slot, generation = _HEAD.unpack_from(data)
     try:
         kind = Kind(number)
     except ValueError:
         raise WireError(f"a message of unknown kind {number}") from None
-    rest = data[_HEAD.size :]
+    rest = b"" if plain == _PLAIN and kind is Kind.CONNECTION else data[_HEAD.size :]
     body: Any = {}
     if rest:
         try:

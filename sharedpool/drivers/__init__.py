@@ -21,6 +21,14 @@ T = TypeVar("T")
 Register = Callable[[socket.socket], None]
 
 
+class Ahead(Protocol):
+    """What a driver's `prepare` has made for one `adopt`."""
+
+    def close(self) -> None:
+        """Whatever `adopt` has not made use of goes; must not fail."""
+        ...
+
+
 class Driver(Protocol[T]):
     """What sharedpool needs to know about one kind of connection.
 
@@ -40,6 +48,9 @@ class Driver(Protocol[T]):
         always: True: `reset` is called at the beginning of every lease but the one that opened the connection.
         resets: False: `reset` has nothing to do, and is not called.
         idle_readable(conn) -> bool: An idle connection has said something: whether it may be lent all the same.
+        prepare(ahead): Called while the descriptor of a connection is on its way here: makes what `adopt` needs, and
+            appends it to the list `ahead`. It is given to `adopt` as a third argument, and closed at last in any case.
+            Nothing is appended where that fails: `adopt` then does without. Takes microseconds, must not fail.
         goodbye(conn): Said before this process ends a connection of its own accord; must not block, and not fail.
     """
 

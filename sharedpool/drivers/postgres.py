@@ -24,6 +24,7 @@ from .sockets import connect_unix
 NAME: Final = "postgres"
 
 _CHUNK: Final = 1 << 16
+_AT_ONCE: Final = int(socket.MSG_DONTWAIT)
 _SSL_REQUEST: Final = struct.pack("!ii", 8, 80877103)
 _CANCEL_REQUEST: Final = 80877102
 _AUTHENTICATION_OK: Final = b"R" + struct.pack("!ii", 8, 0)
@@ -41,17 +42,18 @@ class CannotMove(Exception):
 
 
 def messages(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The type and the body of each of the server's messages."""
+    """The type and the body of each of the server's messages; ValueError or struct.error if they are none."""
     at = 0
     while at < len(data):
         kind, length = struct.unpack_from("!ci", data, at)
+        if length < 4:  # it counts itself
+            raise ValueError(f"a message of PostgreSQL with a length of {length}")
         yield kind, data[at + 5 : at + 1 + length]
         at += 1 + length
 
 
-@functools.lru_cache(64)  # 12 us, where an object for a session takes 80
 def parameters(state: bytes) -> dict[bytes, bytes]:
-    """What the server has reported of a session, by name; not to be changed."""
+    """What the server has reported of a session, by name."""
     found = {}
     for kind, body in messages(state):
         if kind == b"S":
@@ -110,9 +112,13 @@ class Door:
         Raises:
             TimeoutError: It has not come until then (monotonic seconds).
         """
-        self._sock.settimeout(max(0.001, until - time.monotonic()))
+        self._sock.setblocking(False)  # it is there already, as a rule
         while True:
-            sock, _ = self._sock.accept()
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                self._sock.settimeout(max(0.001, until - time.monotonic()))
+                continue
             pid, _, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
             if pid == os.getpid():
                 return sock
@@ -210,37 +216,44 @@ class Relay:
                 raise CannotMove("the server asks for GSSAPI or SSPI, which are about its host's name")
 
 
-class Replay:
-    """Tells a library's connection of a session that is there already; no word goes to the server.
+def hear(near: socket.socket, until: float) -> None:
+    """Wait until a library has asked for a session, whatever it asks for.
 
-    Args:
-        state: What the server said at the session's start.
+    Raises:
+        TimeoutError: Nothing came until then (monotonic seconds).
+        EOFError: It has closed.
     """
-
-    def __init__(self, state: bytes) -> None:
-        self.near: socket.socket | None = None
-        self._state = state
-        self._said = b""
-
-    def step(self, until: float) -> None:
-        """Hear the library, and tell it all once it has asked.
-
-        Raises:
-            TimeoutError: Nothing came until then (monotonic seconds).
-            EOFError: It has closed.
-        """
-        near = self.near
-        assert near is not None
+    said = b""
+    while len(said) < 4 or len(said) < struct.unpack_from("!i", said)[0]:
         try:
-            data = near.recv(_CHUNK, socket.MSG_DONTWAIT)
+            data = near.recv(_CHUNK, _AT_ONCE)
         except BlockingIOError:
             near.settimeout(max(0.001, until - time.monotonic()))
             data = near.recv(_CHUNK)
         if not data:
             raise EOFError
-        self._said += data
-        if len(self._said) >= 4 and len(self._said) >= struct.unpack_from("!i", self._said)[0]:
-            _send(near, _told(self._state), until)
+        said += data
+
+
+def tell(near: socket.socket, state: bytes, until: float) -> None:
+    """Tell a library that has asked of a session that is there already; no word goes to the server, and no more comes.
+
+    Args:
+        near: The other end of the library's connection.
+        state: What the server said at the session's start.
+        until: When to give up, monotonic seconds.
+
+    Raises:
+        TimeoutError: The library does not read it.
+    """
+    told = _told(state)
+    try:
+        sent = near.send(told, _AT_ONCE)
+    except BlockingIOError:
+        sent = 0
+    if sent < len(told):
+        _send(near, told[sent:], until)
+    near.shutdown(socket.SHUT_WR)  # a library that wants to hear more than that fails, and does not wait for it
 
 
 @functools.lru_cache(64)

@@ -36,8 +36,13 @@ C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 _OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
 #: Seconds for what a pool itself asks the server: resets, checks.
 _PATIENCE = 10.0
+#: Seconds for what is done ahead; it waits for nobody else.
+_MOMENT = 0.1
 
 _BAD = pq.ConnStatus.BAD
+_CONNECTED = pq.PollingStatus.OK
+_READING = pq.PollingStatus.READING
+_FAILED = pq.PollingStatus.FAILED
 _IDLE = int(pq.TransactionStatus.IDLE)
 _DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)
 
@@ -77,6 +82,7 @@ class Psycopg3Driver(Generic[C]):
         self._kwargs = kwargs
         kind: Any = connection_class
         self._class: type[C] = shared_class(kind)
+        self._plain = _is_plain(kind)
         self._reset = check_reset(reset)
         self.always = self._reset == "always"
         self.resets = self._reset != "never" or configure is not None
@@ -179,11 +185,11 @@ class Psycopg3Driver(Generic[C]):
         assert target.server is not None
         with ended_if_it_fails(target.server.connect(until, register)) as far:
             relay = wire.Relay(far)
-            pgconn = _start(relay, target, lambda door: _text(target.at(door)), until)
+            pgconn = _start(relay, target, until)
             try:
                 session = Session.of(target, relay.state(), far)
                 lay_over(far, pgconn.socket)
-                return self._made(pgconn, own, session)
+                return self._about(self._made(pgconn, own), session)
             except BaseException:
                 pgconn.finish()
                 raise
@@ -206,14 +212,12 @@ class Psycopg3Driver(Generic[C]):
                     number, wait = generator.send(ready)
             except StopIteration as stop:
                 pgconn: pq.abc.PGconn = stop.value
-        return self._made(pgconn, own, None)
+        return self._about(self._made(pgconn, own), None)
 
-    def _made(self, pgconn: pq.abc.PGconn, own: dict[str, Any], session: Session | None) -> C:
+    def _made(self, pgconn: pq.abc.PGconn, own: dict[str, Any]) -> C:
         """The object of psycopg, as its connect() would make it."""
         conn: Any = self._class(pgconn)
         conn._pool = None
-        conn._shared = session
-        conn._baseline = _knows(conn)
         conn._configured = False
         if self._reset == "never":
             conn._prepared = OwnNames()
@@ -227,6 +231,13 @@ class Psycopg3Driver(Generic[C]):
             conn._adapters = AdaptersMap(own["context"].adapters)
         found: C = conn
         return found
+
+    @staticmethod
+    def _about(conn: C, session: Session | None) -> C:
+        """The same, about its session."""
+        conn._shared = session  # type: ignore[union-attr]
+        conn._baseline = _knows(conn)  # type: ignore[union-attr]
+        return conn
 
     def _configured(self, conn: C) -> None:
         """Have the user's callback set the connection up; it must leave no transaction open."""
@@ -245,19 +256,60 @@ class Psycopg3Driver(Generic[C]):
         session: Session | None = conn._shared  # type: ignore[union-attr]
         return session.state if session is not None else None
 
-    def adopt(self, descriptor: int, state: bytes) -> C:
+    def prepare(self, ahead: list[Any]) -> None:
+        """What can be made before it is known for which session: libpq's connection, which has asked, and the object.
+
+        It takes about as long as the arbiter takes to hand over the descriptor, and who is at work need not be woken.
+        """
+        with contextlib.suppress(Exception):  # then `adopt` does it, and its error is told
+            self._get_ready(ahead, time.monotonic() + _MOMENT)
+
+    def _get_ready(self, ahead: list[Any], until: float) -> None:
+        target, own = self._known()
+        if not self._again:
+            self._again = _text(target.again_at(wire.Door.SAMPLE))
+        near = _Near(target, self._again_at, until)
+        ready: _Ahead[C] = _Ahead(near)
+        try:
+            while near.poll() != _READING:
+                pass
+            wire.hear(near.sock, until)
+            if self._plain:
+                ready.conn = self._made(near.pgconn, own)
+        except BaseException:
+            ready.close()
+            raise
+        ahead.append(ready)
+
+    def adopt(self, descriptor: int, state: bytes, ahead: _Ahead[C] | None = None) -> C:
         """An object for a session that another process has opened; no word goes to the server."""
         with socket.socket(fileno=descriptor) as far:
-            target, own = self._known()
-            if not self._again:
-                self._again = _text(target.again_at(wire.Door.SAMPLE))
-            pgconn = _start(wire.Replay(state), target, self._again_at, time.monotonic() + _PATIENCE)
+            until = time.monotonic() + _PATIENCE
+            if ahead is not None:
+                return self._adopted(ahead, far, state, until)
+            made: list[_Ahead[C]] = []
             try:
-                lay_over(far, pgconn.socket)
-                return self._made(pgconn, own, Session.of(target, state, far))
-            except BaseException:
-                pgconn.finish()
-                raise
+                self._get_ready(made, until)
+                return self._adopted(made[0], far, state, until)
+            finally:
+                for ready in made:
+                    ready.close()
+
+    def _adopted(self, ready: _Ahead[C], far: socket.socket, state: bytes, until: float) -> C:
+        target, own = self._known()
+        near = ready.near
+        pgconn = near.pgconn
+        wire.tell(near.sock, state, until)
+        while near.poll() != _CONNECTED:
+            pass
+        pgconn.nonblocking = 1
+        session = Session.of(target, state, far)
+        lay_over(far, pgconn.socket)
+        conn = ready.conn or self._made(pgconn, own)
+        conn._shared = session  # type: ignore[union-attr]
+        conn._baseline = session.names, session.values  # type: ignore[union-attr]
+        ready.taken = True
+        return conn
 
     def _again_at(self, door: str) -> bytes:
         """The connection string for a session that is there already: the parts are put together once, not for each."""
@@ -390,36 +442,94 @@ def _forget(conn: Any) -> None:
         conn._notifies_backlog.clear()
 
 
+def _is_plain(kind: Any) -> bool:
+    """Whether a class's objects are made as psycopg makes them, so that it does not matter when."""
+    return any(
+        kind.__init__ is base.__init__ and kind.__new__ is base.__new__
+        for base in (psycopg.Connection, psycopg.AsyncConnection)
+    )
+
+
 def _text(parameters: dict[str, str]) -> bytes:
     return make_conninfo("", **parameters).encode()
 
 
-def _start(
-    relay: wire.Relay | wire.Replay, target: Target, text: Callable[[str], bytes], until: float
-) -> pq.abc.PGconn:
-    """The connection of libpq at the near end of a relay, ready; `text` is its connection string for a door."""
-    door = wire.Door()
-    try:
-        pgconn = pq.PGconn.connect_start(text(door.name))
-        if pgconn.status == _BAD:
-            raise _failure(pgconn, door.name, target)
-        near = relay.near = door.accept(until)
-    finally:
-        door.close()
-    with near:
-        while (status := pgconn.connect_poll()) != pq.PollingStatus.OK:
-            if status == pq.PollingStatus.FAILED:
-                raise _failure(pgconn, door.name, target)
-            if status == pq.PollingStatus.READING:
+class _Near:
+    """libpq's connection to a door of this process, and that door's end of it.
+
+    Args:
+        target: Where it is to lead.
+        text: The connection string for a door.
+        until: When to give up, monotonic seconds.
+
+    Attributes:
+        pgconn: libpq's connection.
+        sock: What libpq is connected to.
+    """
+
+    def __init__(self, target: Target, text: Callable[[str], bytes], until: float) -> None:
+        self._target = target
+        door = wire.Door()
+        self._name = door.name
+        try:
+            self.pgconn = pq.PGconn.connect_start(text(door.name))
+            if self.pgconn.status == _BAD:
+                raise self.failure()
+            self.sock = door.accept(until)
+        finally:
+            door.close()
+
+    def poll(self) -> int:
+        """One step of libpq's; gives what it waits for.
+
+        Raises:
+            OperationalError: It has failed.
+        """
+        status = self.pgconn.connect_poll()
+        if status == _FAILED:
+            raise self.failure()
+        return status
+
+    def failure(self) -> e.OperationalError:
+        """What libpq says of its failure."""
+        text = real_names(self.pgconn.get_error_message("utf-8"), self._name, self._target)
+        return e.OperationalError(f"connection failed: {text}", pgconn=e.finish_pgconn(self.pgconn))
+
+
+class _Ahead(Generic[C]):
+    """An object of psycopg for a session that is not known yet: libpq has connected and asked, and nobody has answered.
+
+    Attributes:
+        conn: The object, unless the user's class wants it to be connected before it is made.
+        taken: Whether it has a session; no longer ours, then.
+    """
+
+    def __init__(self, near: _Near) -> None:
+        self.near = near
+        self.conn: C | None = None
+        self.taken = False
+
+    def close(self) -> None:
+        """Let go of what was not needed; no word goes to a server whose connection is there already."""
+        near = self.near
+        if not self.taken:
+            self.taken, self.conn = True, None
+            with contextlib.suppress(e.OperationalError):  # it has none
+                os.dup2(near.sock.fileno(), near.pgconn.socket, inheritable=False)
+            near.pgconn.finish()
+        near.sock.close()
+
+
+def _start(relay: wire.Relay, target: Target, until: float) -> pq.abc.PGconn:
+    """The connection of libpq at the near end of a relay, ready."""
+    near = _Near(target, lambda door: _text(target.at(door)), until)
+    with near.sock as relay.near:
+        while (status := near.poll()) != _CONNECTED:
+            if status == _READING:
                 with contextlib.suppress(EOFError):  # libpq says what that means
                     relay.step(until)
-    pgconn.nonblocking = 1
-    return pgconn
-
-
-def _failure(pgconn: pq.abc.PGconn, door: str, target: Target) -> e.OperationalError:
-    text = real_names(pgconn.get_error_message("utf-8"), door, target)
-    return e.OperationalError(f"connection failed: {text}", pgconn=e.finish_pgconn(pgconn))
+    near.pgconn.nonblocking = 1
+    return near.pgconn
 
 
 def _wait(number: int, wait: Any, until: float) -> Any:

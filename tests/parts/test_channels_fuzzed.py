@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharedpool import fdpass, segment, wire
+from sharedpool.channel import Channel
 from sharedpool.layout import LAYOUT
 from sharedpool.testing import SteppedArbiter
 from sharedpool.wire import Kind, Message
@@ -246,6 +247,69 @@ def test_a_connection_of_a_pool_goes_to_those_of_that_pool_and_to_its_holder_onl
         assert peer.ask(Message(Kind.FETCH, 1, slot, generation)).kind is kind
     for peer in (ours, colleague, stranger):
         peer.close()
+
+
+def test_who_asks_plainly_is_answered_plainly_and_the_pools_take_their_turn_when_it_is_due(
+    arbiter: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Peer(arbiter)
+    row = ours.hello("ours").body["row"]
+    slot, generation, _ = lease_of(arbiter, "ours", row)
+    held = arbiter.pools["ours"].held[slot]
+    held.driver, held.state = "postgres", b"S\0\xff{"
+    turns: list[int] = []
+    monkeypatch.setattr(arbiter.pools["ours"], "turn", lambda now: turns.append(now) or now + 10**9)
+    arbiter.step(0)
+    turns.clear()
+    for again in range(3):
+        ours.send(wire.pack_plainly(Kind.FETCH, again, slot, generation))
+        data, descriptor = fdpass.receive(ours.channel, wire.LONGEST)
+        assert (data, descriptor is not None) == (
+            wire.pack_plainly(Kind.CONNECTION, again, slot, generation, held.state), True
+        )  # fmt: skip
+        os.close(descriptor)  # type: ignore[arg-type]
+        assert turns == []
+        assert wire.unpack(data) == Message(Kind.CONNECTION, again, slot, generation), "for who does not wait for it"
+    old = ours.ask(Message(Kind.FETCH, 9, slot, generation))  # of a version that knows nothing of that
+    assert (wire.state_of(old), len(turns)) == (held.state, 1)
+    ours.send(wire.pack_plainly(Kind.FETCH, 10, slot, generation + 1))
+    assert [answer.kind for answer, _ in ours.answers()] == [Kind.GONE]
+    arbiter.clock.now += 10**10
+    ours.send(wire.pack_plainly(Kind.FETCH, 11, slot, generation))
+    ((answer, descriptor),) = ours.answers()
+    os.close(descriptor)  # type: ignore[arg-type]
+    assert (answer.kind, turns[-1]) == (Kind.CONNECTION, arbiter.clock())
+    monkeypatch.undo()
+    ours.close()
+
+
+def test_an_answer_is_understood_in_either_form_and_what_else_comes_is_dropped() -> None:
+    before = open_descriptors()
+    channel = Channel.__new__(Channel)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        late = [
+            wire.pack_plainly(Kind.CONNECTION, 1, 3, 4, b"{"), wire.pack_plainly(Kind.CONNECTION, 2, 3, 5, b"{"),
+            wire.pack(Message(Kind.CONNECTION, 1, 3, 4, wire.with_state("postgres", b"late"))),
+        ]  # fmt: skip
+        body = wire.with_state("postgres", b"\0state")
+        for answer in (
+            wire.pack_plainly(Kind.CONNECTION, 2, 3, 4, b"\0state"),
+            wire.pack(Message(Kind.CONNECTION, 2, 3, 4, body)),
+        ):
+            for data in (*late, answer):
+                fdpass.send(theirs, data, theirs.fileno())
+            found = channel._hear(ours, 2, 3, 4, 0)
+            assert found is not None
+            os.close(found[0])
+            assert found[1] == b"\0state"
+        for data in (HEAD.pack(Kind.CONNECTION, 0, 2, 3, 4) + b"{", b"short", HEAD.pack(99, 1, 2, 3, 4)):
+            fdpass.send(theirs, data, theirs.fileno())
+            with pytest.raises(wire.WireError):
+                channel._hear(ours, 2, 3, 4, 0)
+        with pytest.raises(TimeoutError):
+            channel._hear(ours, 2, 3, 4, 0)
+    assert not open_descriptors() - before
 
 
 def test_a_nonce_of_a_row_in_one_pool_is_none_in_another(arbiter: Listening) -> None:

@@ -173,3 +173,55 @@ def _talk(conn: Any, token: str, chance: random.Random, query: str) -> str:
             if found != (token, i, "ü"):
                 return f"{token} {i} was answered by {found!r}"
     return ""
+
+
+def let_go_of_all(state: State) -> int:
+    """The process has no session any more; gives how many descriptors it has."""
+    attached = commands.pool_of(state, "default").attached
+    for entry in list(attached.entries.values()):
+        assert attached._let_go_of(entry)
+    return len(os.listdir("/proc/self/fd"))
+
+
+def query_with_fault(state: State, text: str, place: str, after: bool, error: type[BaseException]) -> Any:
+    """As `query` for psycopg3 on a session that this process does not have, with an error at a step of the adoption.
+
+    Returns:
+        The error's name, or the first row's values.
+    """
+    from sharedpool.postgres import psycopg3
+
+    let_go_of_all(state)
+    owner: Any = psycopg3
+    *parts, name = place.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    real = owner.__dict__[name]
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, real)
+        if after:
+            getattr(owner, name)(*args[isinstance(real, classmethod) :], **kwargs)
+        raise error("a fault")
+
+    setattr(owner, name, classmethod(faulty) if isinstance(real, classmethod) else faulty)
+    try:
+        said = query(state, text)
+    except BaseException as caught:
+        said = type(caught).__name__
+    assert owner.__dict__[name] is real, "the fault has happened"
+    return said
+
+
+def make_with_own_class(state: State, conninfo: str, label: str = "db") -> None:
+    """psycopg3, with a class whose objects ask the server something when they are made."""
+    import psycopg
+
+    from sharedpool.postgres.psycopg3 import Psycopg3Driver
+
+    class Asking(psycopg.Connection[Any]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.pgconn.exec_(b"SET application_name = 'asked'")
+
+    state.things[label] = Psycopg3Driver(conninfo, connection_class=Asking, reset="never")

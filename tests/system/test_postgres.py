@@ -115,6 +115,38 @@ def test_a_dead_ones_idle_session_serves_the_others(two: list[Worker], kind: str
     assert backend_of(other) == pid
 
 
+def test_an_adoption_that_fails_anywhere_harms_neither_session_nor_permit(
+    two: list[Worker], postgres: Postgres
+) -> None:
+    one, other = pair(two, "psycopg3", postgres)
+    pid, again, last = (backend_of(worker) for worker in (one, other, one))
+    assert pid == again == last
+    descriptors = other.call(sessions.let_go_of_all)
+    sql = "SELECT pg_backend_pid()"
+    for place, after in [
+        ("Psycopg3Driver.prepare", False), ("Psycopg3Driver.prepare", True), ("wire.hear", True), ("wire.tell", True),
+        ("Session.of", False), ("lay_over", False), ("lay_over", True),
+    ]:  # fmt: skip
+        assert other.call(sessions.query_with_fault, sql, place, after, KeyboardInterrupt) == "KeyboardInterrupt", place
+        assert backend_of(one) == pid, place
+    for place in ("wire.hear", "wire.Door.accept"):  # what fails ahead is made later
+        assert other.call(sessions.query_with_fault, sql, place, False, OSError) == (pid,), place
+        assert backend_of(one) == pid, place
+    wait_until(lambda: other.call(sessions.let_go_of_all) == descriptors)
+    stats = one.stats()
+    assert (stats.used, stats.idle, stats.opens) == (1, 1, 1)
+
+
+def test_a_class_that_uses_its_connection_when_it_is_made_gets_one_that_is_there(
+    two: list[Worker], postgres: Postgres
+) -> None:
+    two[0].attach(max_connections=1)
+    for worker in two:
+        worker.call(sessions.make_with_own_class, postgres.conninfo)
+    assert backend_of(two[0]) == backend_of(two[1])
+    assert two[1].call(sessions.query, "SHOW application_name") == ("asked",)
+
+
 def test_move_false_keeps_sessions_where_they_are(two: list[Worker], kind: str, postgres: Postgres) -> None:
     one, other = pair(two, kind, postgres, cap=2, move=False)
     assert backend_of(one) != backend_of(other)
