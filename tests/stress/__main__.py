@@ -8,7 +8,8 @@ import random
 
 os.environ.setdefault("SHAREDPOOL_SPEED", "auto")
 
-from tests.stress.chaos import Chaos, Report
+from tests.stress.chaos import Chaos
+from tests.stress.harm import Report
 from tests.support.stage import stage
 
 
