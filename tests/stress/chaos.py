@@ -51,11 +51,7 @@ class Chaos(Harm):
     """
 
     harmful: ClassVar = {
-        "worker killed": 10,
-        "worker stopped": 8,
-        "worker recycled": 4,
-        "arbiter killed": 1,
-        "arbiter stopped": 1,
+        **Harm.harmful,
         "connection reset": 4,
         "connection closed": 4,
         "connection half closed": 3,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from tests.stress import users
 from tests.stress.board import CROSSED, UNEXPECTED, Board
-from tests.support import commands, processes
+from tests.support import processes
 from tests.support.scope import Scope
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
@@ -79,7 +79,13 @@ class Harm:
     """
 
     #: Every fault with its weight.
-    harmful: ClassVar[Mapping[str, int]]
+    harmful: ClassVar[Mapping[str, int]] = {
+        "worker killed": 10,
+        "worker stopped": 8,
+        "worker recycled": 4,
+        "arbiter killed": 1,
+        "arbiter stopped": 1,
+    }
     #: The pools' names.
     pools: ClassVar[tuple[str, ...]]
 
@@ -108,14 +114,19 @@ class Harm:
     def run(self, seconds: float) -> Report:
         """Do harm for so long, then see what is left."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            name, fault = self._choose()
-            if fault():
-                self.report.faults[name] += 1
-                self._tell(name)
-            self._turn()
-            time.sleep(self.chance.uniform(0, PAUSE))
-        self._calm()
+        try:
+            while time.monotonic() < end:
+                name, fault = self._choose()
+                if fault():
+                    self.report.faults[name] += 1
+                    self._tell(name)
+                self._turn()
+                time.sleep(self.chance.uniform(0, PAUSE))
+            self._calm()
+        finally:  # whoever is stopped could not be ended
+            for _, undo in self.later:
+                with contextlib.suppress(OSError):
+                    undo()
         self._look_at_what_is_left()
         return self.report
 
@@ -152,7 +163,7 @@ class Harm:
 
     def _collect(self, worker: Worker, status: int) -> None:
         """A worker that has ended must have ended like this."""
-        wait_until(lambda: worker.dead)
+        wait_until(lambda: worker.dead and worker.pid in processes.children())  # and not the one's that it came from
         _, found = os.waitpid(worker.pid, 0)
         if os.waitstatus_to_exitcode(found) != status:
             self.report.lost.append(f"worker {worker.pid} ended with {found}, not {status}:\n{worker.stderr()[-3000:]}")
@@ -195,7 +206,7 @@ class Harm:
         if index in self.stopped:
             return False
         worker = self.workers[index]
-        worker.begin(commands.leave)
+        worker.begin(users.leave)
         self.leaving.append((worker, time.monotonic() + 30))
         self._replace(index)
         return True

@@ -94,6 +94,12 @@ def pause_and_resume(state: State, seconds: float) -> None:
     sharedpool.resume(POOL)
 
 
+def leave(state: State) -> None:
+    """End as a program does that has come to its end, in the midst of what the users do."""
+    Turns.leaving = True
+    commands.leave(state)
+
+
 def join(state: State, seconds: float) -> list[str]:
     """Wait for the end of all users, let go of what they kept; gives the names of those that do not end."""
     limit = time.monotonic() + seconds
@@ -138,7 +144,12 @@ class Turns:
         worker: Its worker's number.
         number: Its own.
         seed: Of all that chance decides.
+
+    Attributes:
+        leaving: Whether this process is ending, and its leases with it.
     """
+
+    leaving = False
 
     def __init__(self, board: Board, worker: int, number: int, seed: int) -> None:
         self.board = board
@@ -152,20 +163,23 @@ class Turns:
             try:
                 outcome = self.turn()
             except Crossed:
-                self.words[self.row + CROSSED] += 1
-                traceback.print_exc()
+                self._says(CROSSED)
                 continue
             except Exception as error:
                 outcome = self.outcome_of(error)
                 if not outcome:
-                    self.words[self.row + UNEXPECTED] += 1
-                    traceback.print_exc()
-                    sys.stderr.flush()
+                    self._says(UNEXPECTED)
                     continue
             finally:
                 self.words[self.row + BEGAN] = 0
             at = self.row + FIRST + OUTCOMES.index(outcome)
             self.words[at] += 1
+
+    def _says(self, place: int) -> None:
+        """First what it was, because this process may be killed at any moment."""
+        traceback.print_exc()
+        sys.stderr.flush()
+        self.words[self.row + place] += 1
 
     def turn(self) -> str:
         """Do something; gives how it ended."""
