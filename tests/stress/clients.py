@@ -243,9 +243,12 @@ class ClientUser(Turns):
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, errors.SharedPoolError):
             cause = getattr(cause, "reason", None) or cause.__cause__
-        if isinstance(cause, Exception):
+        if isinstance(
+            cause, Exception
+        ):  # "stopped": its row was given up, because it had lost its channel and was stopped
             return super().outcome_of(cause)
-        ended = isinstance(error, redis.ConnectionError | urllib3.exceptions.HTTPError | OSError)
+        lost = redis.ConnectionError | redis.WatchError | urllib3.exceptions.HTTPError | OSError  # watched, and lost
+        ended = isinstance(error, lost)
         return "ended by the remote" if ended and (self._ends or Turns.leaving) else ""
 
 
