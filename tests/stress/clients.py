@@ -243,9 +243,7 @@ class ClientUser(Turns):
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, errors.SharedPoolError):
             cause = getattr(cause, "reason", None) or cause.__cause__
-        if isinstance(
-            cause, Exception
-        ):  # "stopped": its row was given up, because it had lost its channel and was stopped
+        if isinstance(cause, Exception):  # "stopped", too: an arbiter may give up the row of a process that was stopped
             return super().outcome_of(cause)
         lost = redis.ConnectionError | redis.WatchError | urllib3.exceptions.HTTPError | OSError  # watched, and lost
         ended = isinstance(error, lost)

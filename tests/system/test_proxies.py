@@ -24,6 +24,9 @@ from tests.support.waiting import wait_until
 from tests.support.workers import ForkServer, Harness, Worker
 from tests.system.servers import Web
 
+#: What HAProxy may count under a cap of one: where it closes first, a connection has ended at both of its ends before
+#: it has read so. In the same turn of its only thread it reads that, and sees the next one; never a third.
+AT_ONCE = 2
 LOGIN = urllib3.make_headers(proxy_basic_auth="me:hush")
 
 
@@ -77,7 +80,6 @@ def test_a_tunnel_stays_in_its_process_and_its_permit_goes_over(
         worker.call(make, proxy.address(kind), authority.file, max_connections=1, steal_after=0.02, checkout_timeout=20)
     numbers = [two[turn // 2 % 2].call(http.number, tls.url) for turn in range(4)]
     assert numbers == [1, 1, 2, 2]
-    assert proxy.numbers(kind)["peak"] == 1
     loads = [worker.begin(http.load, tls.url, 1) for worker in two]
     assert [load.result(60) for load in loads] == [[], []]
     one, other = two
@@ -89,7 +91,7 @@ def test_a_tunnel_stays_in_its_process_and_its_permit_goes_over(
     assert " leased=0 " in other.call(http.numbers)
     found = proxy.numbers(kind)
     assert found["open"] == 1
-    assert found["peak"] <= 2, "after `Connection: close` it has closed before it reads that we have"
+    assert found["peak"] <= AT_ONCE
     assert tls.numbers()["accepted"] - 1 == found["accepted"], "one for each tunnel, and the question"
 
 
@@ -127,4 +129,4 @@ def test_whatever_a_proxy_refuses_or_does_not_prove_is_urllib3s_error_and_leaves
 ) -> None:
     proxies = {kind: proxy.address(kind) for kind in (PLAIN, SECURE)}
     worker.call(refused, proxies, tls.url, web.url, authority.file)
-    assert [proxy.numbers(kind)["peak"] for kind in (PLAIN, SECURE)] == [1, 1]
+    assert max(proxy.numbers(kind)["peak"] for kind in (PLAIN, SECURE)) <= AT_ONCE
