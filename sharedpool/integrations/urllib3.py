@@ -29,6 +29,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
@@ -543,11 +544,14 @@ class _Shared(_Pool):
         return conn
 
     def _get_conn(self, timeout: float | None = None) -> Any:
-        """An object without a connection; it leases one as soon as there is something to send."""
+        """An object without a connection; it leases one as soon as there is something to send.
+
+        Waiting for the object and for the lease together take no longer than `timeout`, s.
+        """
         known = self.pool
         if known is None:
             raise ClosedPoolError(self, "Pool is closed.")
-        conn = None
+        conn, began = None, monotonic()
         try:
             conn = known.get(block=self.block, timeout=timeout)
         except queue.Empty:
@@ -555,7 +559,7 @@ class _Shared(_Pool):
                 text = "as many requests of this pool object are at work in this process as may be (maxsize, block)"
                 raise EmptyPoolError(self, text) from None
         conn = conn or self._new_conn()
-        conn._patience = timeout
+        conn._patience = None if timeout is None else max(0.0, timeout - (monotonic() - began))
         conn._queued = True
         return conn
 

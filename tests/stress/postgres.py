@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from tests.stress.looking import looking
 from tests.support import sessions
 from tests.support.postgres import CLIENTS, Postgres, too_many
 from tests.support.stage import stage
@@ -47,10 +49,7 @@ def chaos(harness: Harness, seconds: float, seed: int, workers: int = 8, cap: in
         server.ask("CREATE USER plain")
         server.wait_until_alone()
         info = server.conninfo.replace("user=app", "user=plain")
-        over = threading.Event()
-        judging = threading.Thread(target=_judge, args=(server, over, outcome))
-        judging.start()
-        try:
+        with server.judge() as ask, looking(lambda: _look(ask, outcome)):
             at_work = {n: _start(harness, n, info, cap, seconds, evidence) for n in range(workers)}
             end = time.monotonic() + seconds
             while time.monotonic() + KILL_EVERY < end:
@@ -62,9 +61,6 @@ def chaos(harness: Harness, seconds: float, seed: int, workers: int = 8, cap: in
             wait_until(lambda: all(worker.idle for worker in at_work.values()), deadline=60)
             stats = at_work[0].worker.wait_stats(in_use=0, waiting=0, opening=0, granted=0, closing=0)
             outcome.left = stats.connections - len(server.backends())
-        finally:
-            over.set()
-            judging.join()
         lines = evidence.read_text().splitlines()
         outcome.leases = lines.count(".")
         outcome.wrong = [line for line in lines if line != "."]
@@ -96,11 +92,9 @@ def _start(harness: Harness, n: int, info: str, cap: int, seconds: float, eviden
     return _AtWork(worker, seconds, evidence)
 
 
-def _judge(server: Postgres, over: threading.Event, outcome: Outcome) -> None:
-    with server.judge() as ask:
-        while not over.wait(0.001):
-            outcome.samples += 1
-            outcome.most = max(outcome.most, len(ask(CLIENTS)))
+def _look(ask: Callable[..., Any], outcome: Outcome) -> None:
+    outcome.samples += 1
+    outcome.most = max(outcome.most, len(ask(CLIENTS)))
 
 
 def main() -> None:

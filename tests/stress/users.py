@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ _KEEP = 100_000_000
 JUNK = "!junk"
 
 
+#: How an attempt ended that raised this.
+_ERRORS: dict[type[Exception], str] = {
+    errors.PoolTimeout: "timed out", errors.ConnectFailed: "refused", errors.ConnectTimeout: "refused",
+    errors.PoolStopped: "stopped", errors.PoolNotFound: "stopped", errors.ArbiterLost: "no arbiter",
+    errors.StartFailed: "no arbiter", errors.LeaseError: "lease taken away",
+}  # fmt: skip
+
+
 class Spoiled(Exception):
     """The back end said what nobody had asked."""
 
@@ -45,16 +54,20 @@ def begin(
     state: State, worker: int, board: tuple[str, int, int], targets: list[Target], seed: int, given: dict[str, Any]
 ) -> None:
     """Start the users of this worker."""
-    numbers = Board(Path(board[0]), *board[1:])
-    state.things["board"] = numbers
     pool = sharedpool.attach(POOL, connect_timeout=CONNECT_TIMEOUT, **given)
     state.pools[POOL] = pool
+    start(state, board, lambda numbers, number: User(pool, numbers, worker, number, targets, seed))
+
+
+def start(state: State, board: tuple[str, int, int], make: Callable[[Board, int], Turns]) -> None:
+    """A thread for every user of this worker, which `make` makes of the board and its number."""
+    numbers = Board(Path(board[0]), *board[1:])
+    state.things["board"] = numbers
     state.things["users"] = [
-        threading.Thread(target=User(pool, numbers, worker, number, targets, seed).run, name=f"user {number}")
+        threading.Thread(target=make(numbers, number).run, name=f"user {number}", daemon=True)
         for number in range(numbers.threads)
     ]
     for thread in state.things["users"]:
-        thread.daemon = True
         thread.start()
 
 
@@ -81,6 +94,12 @@ def pause_and_resume(state: State, seconds: float) -> None:
     sharedpool.resume(POOL)
 
 
+def leave(state: State) -> None:
+    """End as a program does that has come to its end, in the midst of what the users do."""
+    Turns.leaving = True
+    commands.leave(state)
+
+
 def join(state: State, seconds: float) -> list[str]:
     """Wait for the end of all users, let go of what they kept; gives the names of those that do not end."""
     limit = time.monotonic() + seconds
@@ -91,9 +110,9 @@ def join(state: State, seconds: float) -> list[str]:
     return alive
 
 
-def check(state: State) -> None:
+def check(state: State, pool: str = POOL) -> None:
     """Check every invariant of the pool's table."""
-    invariants.check(state.pools[POOL].attached.table)
+    invariants.check(state.pools[pool].attached.table)
 
 
 def rows(state: State) -> list[tuple[int, int]]:
@@ -117,53 +136,80 @@ def slots(state: State) -> str:
     return str(found)
 
 
-class User:
-    """One thread: at every turn something that chance decides."""
+class Turns:
+    """One thread: at every turn something that chance decides.
 
-    def __init__(self, pool: Any, board: Board, worker: int, number: int, targets: list[Target], seed: int) -> None:
-        self.pool, self.board, self.targets = pool, board, targets
+    Args:
+        board: Where it notes down how its turns end.
+        worker: Its worker's number.
+        number: Its own.
+        seed: Of all that chance decides.
+
+    Attributes:
+        leaving: Whether this process is ending, and its leases with it.
+    """
+
+    leaving = False
+
+    def __init__(self, board: Board, worker: int, number: int, seed: int) -> None:
+        self.board = board
         self.words, self.row = board.words, board.row(worker, number)
         self.chance = random.Random(f"{seed} {worker} {number}")
         self.name = f"{os.getpid()}-{number}"
         self.serial = 0
-        self.may_fork = number == 0
-        self.kept: list[tuple[int, Any]] = []
 
     def run(self) -> None:
         while not self.board.stopped:
             try:
                 outcome = self.turn()
-            except errors.PoolTimeout:
-                outcome = "timed out"
-            except (errors.ConnectFailed, errors.ConnectTimeout):
-                outcome = "refused"
-            except (errors.PoolStopped, errors.PoolNotFound):
-                outcome = "stopped"
-                time.sleep(0.01)
-            except (errors.ArbiterLost, errors.StartFailed):
-                outcome = "no arbiter"
-            except errors.LeaseError:
-                outcome = "lease taken away"
             except Crossed:
-                self.words[self.row + CROSSED] += 1
-                traceback.print_exc()
+                self._says(CROSSED)
                 continue
-            except Exception:
-                self.words[self.row + UNEXPECTED] += 1
-                traceback.print_exc()
-                sys.stderr.flush()
-                continue
+            except Exception as error:
+                outcome = self.outcome_of(error)
+                if not outcome:
+                    self._says(UNEXPECTED)
+                    continue
             finally:
                 self.words[self.row + BEGAN] = 0
             at = self.row + FIRST + OUTCOMES.index(outcome)
             self.words[at] += 1
-        self.kept.clear()
 
-    def _timed(self, nanoseconds: float) -> None:
+    def _says(self, place: int) -> None:
+        """First what it was, because this process may be killed at any moment."""
+        traceback.print_exc()
+        sys.stderr.flush()
+        self.words[self.row + place] += 1
+
+    def turn(self) -> str:
+        """Do something; gives how it ended."""
+        raise NotImplementedError
+
+    def outcome_of(self, error: Exception) -> str:
+        """What such an error is called; "": it must not be."""
+        if isinstance(error, errors.PoolStopped | errors.PoolNotFound):
+            time.sleep(0.01)
+        return next((outcome for kind, outcome in _ERRORS.items() if isinstance(error, kind)), "")
+
+    def timed(self, nanoseconds: float) -> None:
         """A call begins that must return within so long."""
         now = time.monotonic_ns()
         self.words[self.row + LIMIT] = now + int(nanoseconds)
         self.words[self.row + BEGAN] = now
+
+
+class User(Turns):
+    """One that leases sockets."""
+
+    def __init__(self, pool: Any, board: Board, worker: int, number: int, targets: list[Target], seed: int) -> None:
+        super().__init__(board, worker, number, seed)
+        self.pool, self.targets = pool, targets
+        self.may_fork = number == 0
+        self.kept: list[tuple[int, Any]] = []
+
+    def run(self) -> None:
+        super().run()
+        self.kept.clear()
 
     def turn(self) -> str:
         chance = self.chance.random()
@@ -188,7 +234,7 @@ class User:
         target = self.chance.choice(self.targets)
         seconds = self.chance.choice((0, 0.005, 0.05, 1.0, 4.0, 4.0, 4.0))
         # checkout_timeout=0 does everything but stand in line: it may connect, fetch, or close to the end.
-        self._timed((seconds or 4.0 + CONNECT_TIMEOUT) * 1e9)
+        self.timed((seconds or 4.0 + CONNECT_TIMEOUT) * 1e9)
         lease = self.pool.checkout(
             target.host, target.port, transport=target.transport, checkout_timeout=seconds,
             priority=self.chance.choice(("normal", "normal", "high")),
@@ -197,7 +243,7 @@ class User:
         return lease
 
     def give_back(self, lease: Any, outcome: str) -> None:
-        self._timed(_GIVE_BACK)
+        self.timed(_GIVE_BACK)
         if outcome in ("done", "closed", "left unread", "failed inside"):
             lease.checkin()
         elif outcome == "leaked":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import Any
 
 import aiohttp
@@ -12,8 +13,10 @@ from tests.support.state import State
 from tests.system import tasks
 
 
-def make(state: State, label: str = "s", **options: Any) -> None:
-    """A session with a connector of ours, under a label."""
+def make(state: State, label: str = "s", ca: str = "", **options: Any) -> None:
+    """A session with a connector of ours, under a label; `ca`: a file with whom to trust."""
+    if ca:
+        options["ssl"] = ssl.create_default_context(cafile=ca)
 
     async def begin() -> aiohttp.ClientSession:
         return aiohttp.ClientSession(connector=SharedConnector("web", **options))

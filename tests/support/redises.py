@@ -58,9 +58,12 @@ class RedisServer(Daemon):
             return bool(judge.ping())
         return False
 
-    def judge(self) -> redis.Redis:
-        """A client of the tests' own."""
-        return redis.Redis(port=self.port, username="judge", password="judge", retry=Retry(NoBackoff(), 0))
+    def judge(self, *, alone: bool = False) -> redis.Redis:
+        """A client of the tests' own; `alone`: all its threads have one connection."""
+        return redis.Redis(
+            port=self.port, username="judge", password="judge", retry=Retry(NoBackoff(), 0),
+            single_connection_client=alone,
+        )  # fmt: skip
 
     def clients(self) -> list[dict[str, str]]:
         """The connections that there are, but not the judges'."""

@@ -24,8 +24,8 @@ class Stage:
 
 
 @contextmanager
-def stage() -> Iterator[Stage]:
-    """Processes and a scope of its own for the block.
+def stage(*modules: str) -> Iterator[Stage]:
+    """Processes, which have loaded these modules, and a scope of its own for the block.
 
     Raises:
         AssertionError: Something is left behind it; with a line for each thing.
@@ -33,7 +33,7 @@ def stage() -> Iterator[Stage]:
     adopt_orphans()
     directory = Path(tempfile.mkdtemp(prefix="sp-", dir="/tmp"))
     before = take_census(directory / "s")
-    server, scope = ForkServer(), Scope(directory / "s")
+    server, scope = ForkServer(*modules), Scope(directory / "s")
     harness = Harness(directory, scope.env, server)
     try:
         with Backend(directory) as backend:

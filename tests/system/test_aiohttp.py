@@ -13,8 +13,10 @@ import pytest
 
 from sharedpool import OptionError
 from sharedpool.integrations.aiohttp import SharedConnector
-from tests.support import aiohttps
+from tests.support import aiohttps, commands
+from tests.support.nginx import BODY, Nginx
 from tests.support.scope import Scope
+from tests.support.tls import Authority
 from tests.support.waiting import wait_until
 from tests.support.workers import ForkServer, Harness, Worker
 from tests.system.servers import Web
@@ -69,6 +71,33 @@ def test_an_idle_connection_is_given_up_for_another_process_that_waits(two: list
     other.call(aiohttps.close)
     wait_until(lambda: other.call(aiohttps.stats).used == 0, what="with the connector its connections have ended")
     wait_until(lambda: web.numbers()["open"] == 1)
+
+
+def test_over_tls_the_cap_holds_connections_are_used_again_and_permits_go_over(
+    three: list[Worker], directory: Path
+) -> None:
+    authority = Authority(directory)
+    answer = (200, BODY)
+    with Nginx(authority.client("localhost")) as nginx:
+        for worker in three:
+            worker.call(aiohttps.make, ca=authority.file, max_connections=2, steal_after=0.02)
+        busy = [worker.begin(aiohttps.get_many, f"{nginx.url}/many", 40, 4) for worker in three]
+        assert [pending.result() for pending in busy] == [[answer] * 30] * 3
+        assert max(request.open for request in nginx.requests("/many", 90)) == 2
+        numbers = three[0].call(aiohttps.stats)
+        assert (numbers.in_use, numbers.granted, numbers.waiting, numbers.opening, numbers.dropped) == (0, 0, 0, 0, 0)
+        one, other, _ = three
+        one.call(commands.library, "set_max_connections", "web", 1)
+        wait_until(lambda: one.call(aiohttps.stats).used <= 1, what="what is above the limit has ended")
+        for worker in (one, one, other, other, other, one):
+            assert worker.call(aiohttps.get, f"{nginx.url}/page") == answer
+        told = nginx.requests("/page", 6)
+        first, second, third = dict.fromkeys(request.connection for request in told)
+        assert [request.connection for request in told] == [first] * 2 + [second] * 3 + [third]
+        assert {request.open for request in told} == {1}
+        other.call(aiohttps.make, "distrusts")
+        other.fails(aiohttp.ClientConnectorCertificateError, aiohttps.get, nginx.url, "distrusts")
+        assert other.call(aiohttps.get, nginx.url) == answer, "the permit of what was not trusted is free"
 
 
 def test_answers_that_end_a_connection_or_are_left_unread_free_the_permit(worker: Worker, web: Web) -> None:

@@ -7,7 +7,9 @@ import http.client as http_client
 import socket
 import ssl
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -237,6 +239,32 @@ def test_errors_are_urllib3s_and_leave_nothing_leased(worker: Worker, web: Web, 
     backend.do("hang", name="full")
     backend.do("pause", name="tcp")
     worker.call(errors, f"{web.url}/large", full.port, backend.tcp.port)
+
+
+def wait_twice(state: State, url: str) -> None:
+    """First for the pool's only object, then for a lease: what the first wait took, the second one has no more."""
+    patience = 0.4
+    manager = SharedPoolManager(http.POOL, max_connections=1, maxsize=1, block=True, retries=False)
+    pool = manager.connection_from_url(url)
+    with manager.shared_pool.checkout("mine", 0, "permit"):
+        conn = pool._get_conn()
+        with ThreadPoolExecutor() as threads:
+            waiting = threads.submit(pool._get_conn, patience)
+            wait_until(lambda: pool.pool.not_empty._waiters)  # type: ignore[union-attr]
+            seen = monotonic()
+            wait_until(lambda: monotonic() > seen + patience / 2)
+            waited = monotonic() - seen
+            pool._put_conn(conn)
+            same = waiting.result()
+        assert same is conn
+        assert same._patience <= patience - waited
+        with pytest.raises(EmptyPoolError, match="became free in time"):
+            same.connect()
+    assert pool.urlopen("GET", "/page", pool_timeout=patience).data == b"the page\n"
+
+
+def test_the_two_waits_of_a_blocking_pool_have_one_time_limit(worker: Worker, web: Web) -> None:
+    worker.call(wait_twice, web.url)
 
 
 def misuse(state: State) -> None:
