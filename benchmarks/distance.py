@@ -65,14 +65,16 @@ class Found:
     most: int = 0
 
 
-def compare(name: str, postgres: Any, to: str, bouncer: Any, cap: int, seconds: float, rounds: int) -> Found:
+def compare(
+    name: str, postgres: Any, to: str, bouncer: Any, cap: int, seconds: float, rounds: int, order: str = "auto"
+) -> Found:
     """Both ways, in turn."""
     found = Found({}, {SHARED: [], BOUNCER: []}, [])
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
         clients = [stack.enter_context(Actor(Counted, forked=True)) for _ in range(WORKERS)]
         for client in clients:
-            client.call("prepare_shared", name, f"{to} application_name=ours", cap, False, "never")
+            client.call("prepare_shared", name, f"{to} application_name=ours", cap, False, "never", order)
             client.call("prepare_own", BOUNCER, bouncer.conninfo, False)
         pids = [postgres.process.pid, bouncer.process.pid, *(client.pid for client in clients)]
 
@@ -160,10 +162,13 @@ def _far_away(seconds: float, rounds: int) -> list[Row]:
         stack.callback(bouncer.end)
         bouncer.begin()
         trips = [_trip(conninfo) for conninfo in (server.conninfo, to)]
-        found = compare("far", server, to, bouncer, 4, seconds, rounds)
+        limit, rows = Limit(">=", 1.0, 1.0), []
+        for order, what in (("auto", ""), ("sticky", ", in sticky order")):
+            found = compare(f"far{order}", server, to, bouncer, 4, seconds, rounds, order)
+            rows += _rows(f"1 ms away, {WORKERS} on cap 4{what}", limit, 4, found)
     return [
         Row(GROUP, "SELECT 1 with the delay; without", [trips[1] * 1e3], "ms", None, milli(trips[1]), milli(trips[0])),
-        *_rows(f"1 ms away, {WORKERS} on cap 4", Limit(">=", 1.0, 1.0), 4, found),
+        *rows,
     ]
 
 

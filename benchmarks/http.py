@@ -17,11 +17,24 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import servers
-from benchmarks.harness import Actor, Limit, Missing, Row, interleave, missing_row, need, number, paired_ratios, say
+from benchmarks.harness import (
+    Actor,
+    Limit,
+    Missing,
+    Row,
+    interleave,
+    milli,
+    missing_row,
+    need,
+    number,
+    paired_ratios,
+    say,
+)
 from benchmarks.throughput import WORKERS, Client, Run, describe, together
 
 SESSION, ADAPTER = "requests.Session", "SharedPoolAdapter"
 PROXY, MANAGER = "urllib3, HAProxy", "SharedPoolManager"
+STICKY = "SharedPoolManager, sticky order"
 PLAIN = "urllib3, 8 connections"
 
 
@@ -53,12 +66,20 @@ def _plain(url: str) -> Callable[[], bytes]:
     return lambda: manager.request("GET", url).data  # type: ignore[no-any-return]
 
 
-def _manager(url: str) -> Callable[[], bytes]:
-    manager = need("sharedpool.integrations.urllib3").SharedPoolManager("u4", max_connections=4, checkout_timeout=60)
+def _manager(url: str, order: str = "auto") -> Callable[[], bytes]:
+    manager = need("sharedpool.integrations.urllib3").SharedPoolManager(
+        f"u4{order}", max_connections=4, checkout_timeout=60, order=order
+    )
     return lambda: manager.request("GET", url).data  # type: ignore[no-any-return]
 
 
-_makers = {SESSION: _session, ADAPTER: _adapter, PROXY: _plain, PLAIN: _plain, MANAGER: _manager}
+def _sticky(url: str) -> Callable[[], bytes]:
+    return _manager(url, "sticky")
+
+
+_makers = {
+    SESSION: _session, ADAPTER: _adapter, PROXY: _plain, PLAIN: _plain, MANAGER: _manager, STICKY: _sticky,
+}  # fmt: skip
 
 
 def _loop(ask: Callable[[], bytes], end: float) -> array[float]:
@@ -155,9 +176,13 @@ def rows(quick: bool) -> list[Row]:
     found = [
         _rate("requests, 8 on cap 8 / plain Sessions", ADAPTER, SESSION, Limit(">=", 0.9, 1.0), runs, lost),
         _rate("urllib3, 8 on cap 4 / HAProxy, throughput", MANAGER, PROXY, Limit(">=", 1.1, 1.3), runs, lost),
+        _rate("urllib3, 8 on cap 4 / HAProxy, in sticky order", STICKY, PROXY, Limit(">=", 1.1, 1.3), runs, lost),
+        _tail("urllib3, 8 on cap 4 / HAProxy, p99", MANAGER, PROXY, runs, lost),
+        _tail("urllib3, 8 on cap 4 / HAProxy, in sticky order, p99", STICKY, PROXY, runs, lost),
         _rate("urllib3, 8 on cap 4 / 8 connections", MANAGER, PLAIN, None, runs, lost),
-        Row("http", "urllib3, 8 on cap 4, connections that nginx saw", [accepted[MANAGER]], "", Limit("<=", 4, 4)),
-    ]
+        Row("http", "urllib3, 8 on cap 4, connections that nginx saw",
+            [max(accepted[MANAGER], accepted[STICKY])], "", Limit("<=", 4, 4)),
+    ]  # fmt: skip
     count = 10_000  # also if it is to be quick: the first eight connections are ours in any case
     what = f"gunicorn, workers of 50 requests: connections for {count:,}"
     try:
@@ -173,3 +198,10 @@ def _rate(what: str, way: str, peer: str, limit: Limit | None, runs: dict[str, l
     ratios = paired_ratios([run.rate for run in runs[way]], [run.rate for run in runs[peer]])
     sides = [number(statistics.median(run.rate for run in runs[name]), "/s") for name in (way, peer)]
     return Row("http", what, ratios, "x", limit, *sides)
+
+
+def _tail(what: str, way: str, peer: str, runs: dict[str, list[Run]], lost: str) -> Row:
+    if way not in runs or peer not in runs:
+        return missing_row("http", what, lost)
+    tails = [[run.p99 for run in runs[name]] for name in (way, peer)]
+    return Row("http", what, paired_ratios(*tails), "x", None, *(milli(statistics.median(side)) for side in tails))

@@ -19,9 +19,10 @@ from benchmarks.harness import Actor, Limit, Missing, Row, interleave, milli, mi
 from benchmarks.throughput import Run, describe, together
 
 GROUP = "redis"
-SHARED, OWN, PROXY = "sharedpool", "redis-py", "twemproxy"
+SHARED, STICKY, OWN, PROXY = "sharedpool", "sharedpool, sticky order", "redis-py", "twemproxy"
 WORKERS, CAP = 8, 4
-NAME = "bench-shared"
+#: What each of ours is: the option, which is also the pool's name and, at the server, its connections'.
+ORDERS = {SHARED: "auto", STICKY: "sticky"}
 
 _TWEMPROXY = """
 bench:
@@ -68,12 +69,13 @@ class Client:
     def __init__(self) -> None:
         self.clients: dict[str, Any] = {}
 
-    def prepare_shared(self, port: int) -> None:
+    def prepare_shared(self, way: str, port: int) -> None:
         package = need("sharedpool.integrations.redis", "redis")
         pool = package.SharedConnectionPool(
-            "redis", max_connections=CAP, host=servers.HOST, port=port, protocol=2, client_name=NAME, driver_info=None
-        )
-        self._prepare(SHARED, pool)
+            ORDERS[way], order=ORDERS[way], max_connections=CAP, host=servers.HOST, port=port, protocol=2,
+            client_name=ORDERS[way], driver_info=None,
+        )  # fmt: skip
+        self._prepare(way, pool)
 
     def prepare_own(self, way: str, port: int) -> None:
         kind = need("redis").BlockingConnectionPool
@@ -108,14 +110,15 @@ def rows(quick: bool) -> list[Row]:
         judge.set("key", servers.BODY)
         stack.enter_context(servers.scope())
         clients = [stack.enter_context(Actor(Client, forked=True)) for _ in range(WORKERS)]
-        ways = [SHARED, OWN]
+        ways = [*ORDERS, OWN]
         try:
             through = stack.enter_context(twemproxy(port))
             ways.append(PROXY)
         except Missing as exc:
             lost = str(exc)
         for client in clients:
-            client.call("prepare_shared", port)
+            for way in ORDERS:
+                client.call("prepare_shared", way, port)
             client.call("prepare_own", OWN, port)
             if PROXY in ways:
                 client.call("prepare_own", PROXY, through)
@@ -124,31 +127,36 @@ def rows(quick: bool) -> list[Row]:
         runs: dict[str, list[Run]] = interleave(
             rounds, {way: (lambda way=way: together(clients, way, seconds)) for way in ways}
         )
-        most = sum(client["name"] == NAME for client in judge.client_list())
+        names = [client["name"] for client in judge.client_list()]
+        most = max(names.count(name) for name in ORDERS.values())
         judge.close()
     for way, results in runs.items():
         say(f"  {way}: {describe(results)}")
+    found = []
+    for ours, order in ((SHARED, ""), (STICKY, ", in sticky order")):
+        what = f"8 on cap {CAP}, GET{order}"
+        found.append(_rate(f"{what} / redis-py with 8 connections", ours, OWN, Limit(">=", 0.7, 0.85), runs))
+        found.append(_tail("the same, p99", ours, OWN, runs))
+        if lost:
+            found.append(missing_row(GROUP, f"{what} / twemproxy", lost))
+        else:
+            found.append(_rate(f"{what} / twemproxy", ours, PROXY, Limit(">=", 1.0, 1.2), runs))
+            found.append(_tail("the same, p99", ours, PROXY, runs))
+    longest = [[run.most for run in runs[way]] for way in (STICKY, SHARED)]
     return [
-        _rate(f"8 on cap {CAP}, GET / redis-py with 8 connections", OWN, Limit(">=", 0.7, 0.85), runs),
-        _tail("the same, p99", OWN, runs),
-        *(
-            [
-                _rate(f"8 on cap {CAP}, GET / twemproxy", PROXY, Limit(">=", 1.0, 1.2), runs),
-                _tail("the same, p99", PROXY, runs),
-            ]
-            if not lost
-            else [missing_row(GROUP, f"8 on cap {CAP}, GET / twemproxy", lost)]
-        ),
+        *found,
+        Row(GROUP, "the longest in sticky order / in strict order", paired_ratios(*longest), "x", None,
+            *(milli(sorted(side)[len(side) // 2]) for side in longest)),
         Row(GROUP, f"8 on cap {CAP}, connections at the server", [most], "", Limit("<=", CAP, CAP)),
-    ]
+    ]  # fmt: skip
 
 
-def _rate(what: str, peer: str, limit: Limit, runs: dict[str, list[Run]]) -> Row:
-    ratios = paired_ratios([run.rate for run in runs[SHARED]], [run.rate for run in runs[peer]])
-    return Row(GROUP, what, ratios, "x", limit, describe(runs[SHARED]), describe(runs[peer]))
+def _rate(what: str, ours: str, peer: str, limit: Limit, runs: dict[str, list[Run]]) -> Row:
+    ratios = paired_ratios([run.rate for run in runs[ours]], [run.rate for run in runs[peer]])
+    return Row(GROUP, what, ratios, "x", limit, describe(runs[ours]), describe(runs[peer]))
 
 
-def _tail(what: str, peer: str, runs: dict[str, list[Run]]) -> Row:
-    ratios = paired_ratios([run.p99 for run in runs[SHARED]], [run.p99 for run in runs[peer]])
-    sides = [milli(sorted(run.p99 for run in runs[way])[len(runs[way]) // 2]) for way in (SHARED, peer)]
+def _tail(what: str, ours: str, peer: str, runs: dict[str, list[Run]]) -> Row:
+    ratios = paired_ratios([run.p99 for run in runs[ours]], [run.p99 for run in runs[peer]])
+    sides = [milli(sorted(run.p99 for run in runs[way])[len(runs[way]) // 2]) for way in (ours, peer)]
     return Row(GROUP, what, ratios, "x", None, *sides)
