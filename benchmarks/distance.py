@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks import servers
 from benchmarks.delay import delayed
 from benchmarks.harness import (
-    Actor,
     Limit,
     Missing,
     Row,
@@ -32,10 +31,9 @@ from benchmarks.harness import (
     say,
 )
 from benchmarks.postgres import BOUNCER, SHARED, Client
-from benchmarks.throughput import Run, describe, together
+from benchmarks.throughput import WORKERS, Run, crew, describe, together
 
 GROUP = "distance"
-WORKERS = 8
 ROUND_TRIP = 0.001
 
 
@@ -72,24 +70,25 @@ def compare(
     found = Found({}, {SHARED: [], BOUNCER: []}, [])
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
-        clients = [stack.enter_context(Actor(Counted, forked=True)) for _ in range(WORKERS)]
-        for client in clients:
+        ours, theirs = crew(stack, Counted), crew(stack, Counted)
+        for client in ours:
             client.call("prepare_shared", name, f"{to} application_name=ours", cap, False, "never", order)
+        for client in theirs:
             client.call("prepare_own", BOUNCER, bouncer.conninfo, False)
-        pids = [postgres.process.pid, bouncer.process.pid, *(client.pid for client in clients)]
+        pids = [postgres.process.pid, bouncer.process.pid, *(client.pid for client in (*ours, *theirs))]
 
         def run(way: str) -> Run:
-            before, opened = sum(map(_busy, pids)), clients[0].call("opened", name)
-            done = together(clients, BOUNCER if way == BOUNCER else name, seconds)
+            before, opened = sum(map(_busy, pids)), ours[0].call("opened", name)
+            done = together(theirs, BOUNCER, seconds) if way == BOUNCER else together(ours, name, seconds)
             found.effort[way].append((sum(map(_busy, pids)) - before) / (done.rate * seconds))
             if way == SHARED:
-                found.opened.append((clients[0].call("opened", name) - opened) / seconds)
+                found.opened.append((ours[0].call("opened", name) - opened) / seconds)
                 query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ours'"
                 found.most = max(found.most, int(postgres.ask(query)[0][0]))
             return done
 
-        for way in (name, BOUNCER):
-            together(clients, way, seconds / 2)  # warm-up
+        together(ours, name, seconds / 2)  # warm-up
+        together(theirs, BOUNCER, seconds / 2)
         found.runs = interleave(rounds, {way: (lambda way=way: run(way)) for way in (SHARED, BOUNCER)})
     return found
 

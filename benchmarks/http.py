@@ -18,7 +18,6 @@ from pathlib import Path
 
 from benchmarks import servers
 from benchmarks.harness import (
-    Actor,
     Limit,
     Missing,
     Row,
@@ -30,7 +29,7 @@ from benchmarks.harness import (
     paired_ratios,
     say,
 )
-from benchmarks.throughput import WORKERS, Client, Run, describe, together
+from benchmarks.throughput import WORKERS, Client, Run, crew, describe, together
 
 SESSION, ADAPTER = "requests.Session", "SharedPoolAdapter"
 PROXY, MANAGER = "urllib3, HAProxy", "SharedPoolManager"
@@ -97,20 +96,20 @@ def _measure(seconds: float, rounds: int) -> tuple[dict[str, list[Run]], dict[st
     lost = ""
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
-        clients = [stack.enter_context(Actor(HttpClient, forked=True)) for _ in range(WORKERS)]
-        backends = {}
+        backends, crews = {}, {}
         for way in _makers:
             backend = stack.enter_context(servers.nginx())
+            crews[way] = crew(stack, HttpClient)
             try:
                 port = stack.enter_context(servers.haproxy(backend.port, 4)) if way == PROXY else backend.port
-                for client in clients:
+                for client in crews[way]:
                     client.call("prepare", way, port)
                 backends[way] = backend
             except Missing as exc:
                 lost = str(exc)
         for way in backends:
-            together(clients, way, seconds / 4)  # warm-up
-        ways = {way: (lambda way=way: together(clients, way, seconds)) for way in backends}
+            together(crews[way], way, seconds / 4)  # warm-up
+        ways = {way: (lambda way=way: together(crews[way], way, seconds)) for way in backends}
         runs: dict[str, list[Run]] = interleave(rounds, ways)
         return runs, {way: backend.accepted() for way, backend in backends.items()}, lost
 

@@ -30,7 +30,7 @@ from benchmarks.harness import (
     paired_ratios,
     say,
 )
-from benchmarks.throughput import Run, describe, together
+from benchmarks.throughput import Run, crew, describe, together
 
 GROUP = "postgres"
 SHARED, STICKY, BOUNCER, PLAIN = "sharedpool", "sticky order", "pgbouncer", "psycopg"
@@ -181,14 +181,18 @@ def _compare(
 ) -> tuple[dict[str, list[Run]], int]:
     """The runs of every way, and how many sessions of sharedpool's the server had at most between them."""
     most = 0
+    name = f"pg{workers}x{cap}{'t' if three else ''}"
+    ways = {SHARED: name, BOUNCER: BOUNCER, PLAIN: PLAIN} | (
+        {STICKY: f"{name}s", TOKEN: TOKEN} if workers > cap else {}
+    )
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
-        clients = [stack.enter_context(Actor(Client, forked=True)) for _ in range(workers)]
-        name = f"pg{workers}x{cap}{'t' if three else ''}"
-        ways = {SHARED: name, BOUNCER: BOUNCER, PLAIN: PLAIN}
-        for client in clients:
+        crews = {way: crew(stack, Client, workers) for way in ways}
+        for client in crews[SHARED]:
             client.call("prepare_shared", name, f"{postgres.conninfo} application_name=ours", cap, three, "never")
+        for client in crews[BOUNCER]:
             client.call("prepare_own", BOUNCER, through, three)
+        for client in crews[PLAIN]:
             client.call("prepare_own", PLAIN, postgres.conninfo, three)
         if workers > cap:
             path = str(stack.enter_context(servers.temp_dir()) / "tokens")
@@ -196,22 +200,22 @@ def _compare(
             tokens = os.open(path, os.O_RDWR)
             stack.callback(os.close, tokens)
             os.write(tokens, b"x" * cap)
-            for client in clients:
+            for client in crews[TOKEN]:
                 client.call("prepare_token", TOKEN, postgres.conninfo, three, path)
-                client.call("prepare_shared", f"{name}s", f"{postgres.conninfo} application_name=sticky", cap, three,
-                            "never", "sticky")  # fmt: skip
-            ways |= {STICKY: f"{name}s", TOKEN: TOKEN}
+            sticky = f"{postgres.conninfo} application_name=sticky"
+            for client in crews[STICKY]:
+                client.call("prepare_shared", f"{name}s", sticky, cap, three, "never", "sticky")
 
         def run(way: str) -> Run:
             nonlocal most
-            found = together(clients, ways[way], seconds)
+            found = together(crews[way], ways[way], seconds)
             for own in ("ours", "sticky"):
                 query = f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{own}'"
                 most = max(most, int(postgres.ask(query)[0][0]))
             return found
 
         for way in ways:
-            together(clients, ways[way], seconds / 4)  # warm-up
+            together(crews[way], ways[way], seconds / 4)  # warm-up
         return interleave(rounds, {way: (lambda way=way: run(way)) for way in ways}), most
 
 

@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from benchmarks import servers
-from benchmarks.harness import Actor, Limit, Missing, Row, interleave, milli, missing_row, need, paired_ratios, say
-from benchmarks.throughput import Run, describe, together
+from benchmarks.harness import Limit, Missing, Row, interleave, milli, missing_row, need, paired_ratios, say
+from benchmarks.throughput import Run, crew, describe, together
 
 GROUP = "redis"
 SHARED, STICKY, OWN, PROXY = "sharedpool", "sharedpool, sticky order", "redis-py", "twemproxy"
-WORKERS, CAP = 8, 4
+CAP = 4
 #: What each of ours is: the option, which is also the pool's name and, at the server, its connections'.
 ORDERS = {SHARED: "auto", STICKY: "sticky"}
 
@@ -109,23 +109,22 @@ def rows(quick: bool) -> list[Row]:
         judge = need("redis").Redis(port=port)
         judge.set("key", servers.BODY)
         stack.enter_context(servers.scope())
-        clients = [stack.enter_context(Actor(Client, forked=True)) for _ in range(WORKERS)]
         ways = [*ORDERS, OWN]
         try:
             through = stack.enter_context(twemproxy(port))
             ways.append(PROXY)
         except Missing as exc:
             lost = str(exc)
-        for client in clients:
-            for way in ORDERS:
-                client.call("prepare_shared", way, port)
-            client.call("prepare_own", OWN, port)
-            if PROXY in ways:
-                client.call("prepare_own", PROXY, through)
-        for way in ways:
+        crews = {way: crew(stack, Client) for way in ways}
+        for way, clients in crews.items():
+            for client in clients:
+                if way in ORDERS:
+                    client.call("prepare_shared", way, port)
+                else:
+                    client.call("prepare_own", way, through if way == PROXY else port)
             together(clients, way, seconds / 4)
         runs: dict[str, list[Run]] = interleave(
-            rounds, {way: (lambda way=way: together(clients, way, seconds)) for way in ways}
+            rounds, {way: (lambda way=way: together(crews[way], way, seconds)) for way in ways}
         )
         names = [client["name"] for client in judge.client_list()]
         most = max(names.count(name) for name in ORDERS.values())

@@ -133,6 +133,13 @@ class Run:
     most: float
 
 
+def crew(stack: ExitStack, kind: Callable[[], Any], count: int = WORKERS) -> list[Actor]:
+    """Client processes for one way. Each way has its own, as an application would: what runs in a process leaves its
+    mark on where the kernel puts it, and who it talks to, for the next.
+    """
+    return [stack.enter_context(Actor(kind, forked=True)) for _ in range(count)]
+
+
 def together(clients: list[Actor], way: str, seconds: float) -> Run:
     """All clients start at the same moment, far enough away for the last one to have got its command."""
     start = time.monotonic() + 0.1
