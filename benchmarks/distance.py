@@ -30,7 +30,7 @@ from benchmarks.harness import (
     paired_ratios,
     say,
 )
-from benchmarks.postgres import BOUNCER, SHARED, Client
+from benchmarks.postgres import BOUNCER, PLAIN, SHARED, Client
 from benchmarks.throughput import WORKERS, Run, crew, describe, together
 
 GROUP = "distance"
@@ -64,32 +64,37 @@ class Found:
 
 
 def compare(
-    name: str, postgres: Any, to: str, bouncer: Any, cap: int, seconds: float, rounds: int, order: str = "auto"
-) -> Found:
-    """Both ways, in turn."""
-    found = Found({}, {SHARED: [], BOUNCER: []}, [])
+    name: str, postgres: Any, to: str, bouncer: Any, cap: int, seconds: float, rounds: int, order: str = "auto",
+    *, plain: bool = False,
+) -> Found:  # fmt: skip
+    """Both ways in turn, and with `plain` as many clients as the cap allows, with a connection each and without a pool."""
+    found = Found({}, {SHARED: [], BOUNCER: [], PLAIN: []}, [])
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
-        ours, theirs = crew(stack, Counted), crew(stack, Counted)
-        for client in ours:
-            client.call("prepare_shared", name, f"{to} application_name=ours", cap, False, "never", order)
-        for client in theirs:
+        ways = {SHARED: name, BOUNCER: BOUNCER} | ({PLAIN: PLAIN} if plain else {})
+        crews = {way: crew(stack, Counted, cap if way == PLAIN else WORKERS) for way in ways}
+        for client in crews[SHARED]:
+            client.call("prepare_shared", name, f"{to} application_name={name}", cap, False, "never", order)
+        for client in crews[BOUNCER]:
             client.call("prepare_own", BOUNCER, bouncer.conninfo, False)
-        pids = [postgres.process.pid, bouncer.process.pid, *(client.pid for client in (*ours, *theirs))]
+        for client in crews.get(PLAIN, ()):
+            client.call("prepare_own", PLAIN, to, False)
+        ours = crews[SHARED][0]
+        pids = [postgres.process.pid, bouncer.process.pid, *(client.pid for each in crews.values() for client in each)]
 
         def run(way: str) -> Run:
-            before, opened = sum(map(_busy, pids)), ours[0].call("opened", name)
-            done = together(theirs, BOUNCER, seconds) if way == BOUNCER else together(ours, name, seconds)
+            before, opened = sum(map(_busy, pids)), ours.call("opened", name)
+            done = together(crews[way], ways[way], seconds)
             found.effort[way].append((sum(map(_busy, pids)) - before) / (done.rate * seconds))
             if way == SHARED:
-                found.opened.append((ours[0].call("opened", name) - opened) / seconds)
-                query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ours'"
+                found.opened.append((ours.call("opened", name) - opened) / seconds)
+                query = f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{name}'"
                 found.most = max(found.most, int(postgres.ask(query)[0][0]))
             return done
 
-        together(ours, name, seconds / 2)  # warm-up
-        together(theirs, BOUNCER, seconds / 2)
-        found.runs = interleave(rounds, {way: (lambda way=way: run(way)) for way in (SHARED, BOUNCER)})
+        for way, clients in crews.items():
+            together(clients, ways[way], seconds / 2)  # warm-up
+        found.runs = interleave(rounds, {way: (lambda way=way: run(way)) for way in ways})
     return found
 
 
@@ -112,7 +117,13 @@ def _rows(what: str, limit: Limit, cap: int, found: Found) -> list[Row]:
         say(f"  {what}, {way}: {describe(results)}")
     ratios = paired_ratios([run.rate for run in runs[SHARED]], [run.rate for run in runs[BOUNCER]])
     tails = [[run.p99 for run in runs[way]] for way in (SHARED, BOUNCER)]
+    most = []
+    if PLAIN in runs:
+        bound = paired_ratios([run.rate for run in runs[PLAIN]], [run.rate for run in runs[BOUNCER]])
+        text = f"{what}: {cap} clients with a connection each and no pool / pgbouncer"
+        most = [Row(GROUP, text, bound, "x", None, describe(runs[PLAIN]), describe(runs[BOUNCER]))]
     return [
+        *most,
         Row(GROUP, f"{what} / pgbouncer, throughput", ratios, "x", limit,
             describe(runs[SHARED]), describe(runs[BOUNCER])),
         Row(GROUP, f"{what} / pgbouncer, p99", paired_ratios(*tails), "x", None,
@@ -163,7 +174,7 @@ def _far_away(seconds: float, rounds: int) -> list[Row]:
         trips = [_trip(conninfo) for conninfo in (server.conninfo, to)]
         limit, rows = Limit(">=", 1.0, 1.0), []
         for order, what in (("auto", ""), ("sticky", ", in sticky order")):
-            found = compare(f"far{order}", server, to, bouncer, 4, seconds, rounds, order)
+            found = compare(f"far{order}", server, to, bouncer, 4, seconds, rounds, order, plain=True)
             rows += _rows(f"1 ms away, {WORKERS} on cap 4{what}", limit, 4, found)
     return [
         Row(GROUP, "SELECT 1 with the delay; without", [trips[1] * 1e3], "ms", None, milli(trips[1]), milli(trips[0])),

@@ -56,7 +56,9 @@ class Actor:
     def __init__(self, factory: Callable[..., object], *args: object, forked: bool = False) -> None:
         context = _forking() if forked else _SPAWN
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_obey, args=(theirs, factory, args), daemon=True)
+        # The server that forks keeps the environment of its own beginning, with the scope of an earlier comparison.
+        environment = dict(os.environ)
+        self._process = context.Process(target=_obey, args=(theirs, environment, factory, args), daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -112,7 +114,11 @@ class Actor:
             self._process.join()
 
 
-def _obey(pipe: Connection, factory: Callable[..., object], args: tuple[object, ...]) -> None:
+def _obey(
+    pipe: Connection, environment: dict[str, str], factory: Callable[..., object], args: tuple[object, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     target: object = None
     while True:
         try:

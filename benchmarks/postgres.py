@@ -149,11 +149,11 @@ def in_turn(conn: Any, pipe: int, work: Callable[[Any], None], end: float) -> ar
 
 
 @contextmanager
-def server() -> Iterator[Any]:
+def server(**settings: str) -> Iterator[Any]:
     """PostgreSQL, stopped at the end."""
     support = need("tests.support.postgres", "the tests (a source tree)")
     try:
-        running = support.Postgres()
+        running = support.Postgres(**settings)
     except support.Missing as exc:
         raise Missing(str(exc)) from exc
     try:
@@ -247,17 +247,17 @@ def _against_bouncer(text: str, limit: Limit, runs: dict[str, list[Run]]) -> lis
     ]  # fmt: skip
 
 
-def _takeovers(postgres: Any, rounds: int) -> list[Row]:
-    """Two processes and one session, in turn; against a connection of one's own."""
+def _takeovers(conninfo: str, login: str, rounds: int) -> list[Row]:
+    """Two processes and one session, in turn; against a connection of one's own, which logs in in this way."""
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
         one, other = (stack.enter_context(Actor(Client, forked=True)) for _ in range(2))
         for client in (one, other):
             for reset in ("never", "handoff"):
-                client.call("prepare_shared", f"take-{reset}", postgres.conninfo, 1, False, reset)
+                client.call("prepare_shared", f"take-{reset}", conninfo, 1, False, reset)
         times: dict[str, list[float]] = {}
         for _ in range(rounds):
-            times.setdefault("connect", []).append(other.call("connect", postgres.conninfo))
+            times.setdefault("connect", []).append(other.call("connect", conninfo))
             for reset in ("never", "handoff"):
                 for known in (
                     "driver",
@@ -273,9 +273,9 @@ def _takeovers(postgres: Any, rounds: int) -> list[Row]:
     connect = times.pop("connect")
     limits = {"never pool": Limit("<=", 0.1, 0.1), "never session": Limit("<=", 0.02, 0.02)}
     texts = {
-        "never pool": "takeover by a process that never had the session / connect",
+        "never pool": f"takeover by a process that never had the session / connect, {login}",
         "never driver": "the same, and it is the first of its driver there",
-        "never session": "takeover by one that had it before / connect",
+        "never session": f"takeover by one that had it before / connect, {login}",
         "handoff pool": "the first, with DISCARD ALL / connect",
         "handoff session": "the last, with DISCARD ALL / connect",
     }
@@ -299,7 +299,11 @@ def rows(quick: bool) -> list[Row]:
             one, most = _compare(postgres, through, 8, 4, False, seconds, rounds)
             three, also = _compare(postgres, through, 8, 4, True, seconds, rounds)
             two, _ = _compare(postgres, through, 2, 2, False, seconds, rounds)
-            taken = _takeovers(postgres, 20 if quick else 60)
+            taken = _takeovers(postgres.conninfo, "no password", 20 if quick else 60)
+        with server(auth="scram-sha-256") as postgres:
+            postgres.ask("CREATE USER scram PASSWORD 'secret'")
+            to = f"host={servers.HOST} port={postgres.port} user=scram password=secret dbname=postgres"
+            taken += _takeovers(to, "SCRAM", 20 if quick else 60)
     except Missing as exc:
         return [missing_row(GROUP, "PostgreSQL and pgbouncer", str(exc))]
     for name, runs in ((ONE, one), (THREE, three), ("2 on 2", two)):

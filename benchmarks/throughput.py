@@ -1,8 +1,8 @@
 """Rows 3 and 4: eight client processes and one nginx.
 
-The same eight processes take turns at three ways to the same kind of backend: through sharedpool, through HAProxy
-with the same cap, and over a plain socket each. All three send the same prepared bytes and take the reply in one
-recv where it comes whole. Each way has an nginx of its own, so that what it accepted proves its cap: with no
+Three ways to the same kind of backend take turns: through sharedpool (in strict and in sticky order), through HAProxy
+with the same cap, and over a plain socket each. All send the same prepared bytes and take the reply in one recv where
+it comes whole. Each way has eight processes and an nginx of its own, so that what it accepted proves its cap: with no
 more than `cap` connections ever accepted, there were never more at a time.
 """
 
@@ -34,7 +34,9 @@ from benchmarks.harness import (
 
 WORKERS = 8
 REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
-CAP4, CAP8, PROXY, PLAIN = "cap 4", "cap 8", "HAProxy", "plain sockets"
+CAP4, STICKY, CAP8, PROXY, PLAIN = "cap 4", "cap 4, sticky order", "cap 8", "HAProxy", "plain sockets"
+#: Our ways: the cap, and the order.
+POOLS = {CAP4: (4, "auto"), STICKY: (4, "sticky"), CAP8: (8, "auto")}
 
 
 def read_reply(sock: Any) -> bytes:
@@ -73,8 +75,9 @@ class Client:
         self.loops: dict[str, Callable[[float], array[float]]] = {}
         self.pools: dict[str, Any] = {}
 
-    def prepare_pool(self, way: str, cap: int, port: int) -> None:
-        pool = library().attach(way.replace(" ", ""), max_connections=cap)
+    def prepare_pool(self, way: str, port: int) -> None:
+        cap, order = POOLS[way]
+        pool = library().attach(f"{order}{cap}", max_connections=cap, order=order)
         with pool.connection(servers.HOST, port) as sock:
             sock.sendall(REQUEST)
             size = len(read_reply(sock))
@@ -157,41 +160,33 @@ def together(clients: list[Actor], way: str, seconds: float) -> Run:
     return Run(len(ordered) / seconds, p50, p99, min(counts) / max(counts), ordered[-1])
 
 
-def _prepare(stack: ExitStack, clients: list[Actor], lost: dict[str, str]) -> dict[str, servers.Nginx]:
+def _prepare(stack: ExitStack, crews: dict[str, list[Actor]], lost: dict[str, str]) -> dict[str, servers.Nginx]:
     backends: dict[str, servers.Nginx] = {}
-    for way in (CAP4, CAP8, PROXY, PLAIN):
+    for way in (*POOLS, PROXY, PLAIN):
         backend = stack.enter_context(servers.nginx())
+        crews[way] = crew(stack, Client)
         try:
-            if way == PROXY:
-                port = stack.enter_context(servers.haproxy(backend.port, 4))
-                _prepare_all(clients, "prepare_plain", way, port)
-            elif way == PLAIN:
-                _prepare_all(clients, "prepare_plain", way, backend.port)
-            else:
-                _prepare_all(clients, "prepare_pool", way, int(way[-1]), backend.port)
+            port = stack.enter_context(servers.haproxy(backend.port, 4)) if way == PROXY else backend.port
+            for client in crews[way]:
+                client.call("prepare_pool" if way in POOLS else "prepare_plain", way, port)
             backends[way] = backend
         except Missing as exc:
             lost[way] = str(exc)
     return backends
 
 
-def _prepare_all(clients: list[Actor], method: str, *args: object) -> None:
-    for client in clients:
-        client.call(method, *args)
-
-
 def _measure(seconds: float, rounds: int, lost: dict[str, str]) -> tuple[dict[str, list[Run]], dict[str, int]]:
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
-        clients = [stack.enter_context(Actor(Client, forked=True)) for _ in range(WORKERS)]
-        backends = _prepare(stack, clients, lost)
+        crews: dict[str, list[Actor]] = {}
+        backends = _prepare(stack, crews, lost)
         for way in backends:
-            together(clients, way, seconds / 4)  # warm-up
-        ways = {way: (lambda way=way: together(clients, way, seconds)) for way in backends}
+            together(crews[way], way, seconds / 4)  # warm-up
+        ways = {way: (lambda way=way: together(crews[way], way, seconds)) for way in backends}
         runs: dict[str, list[Run]] = interleave(rounds, ways)
-        for way in (CAP4, CAP8):
+        for way in POOLS:
             if way in backends:
-                say(f"  {way}: {clients[0].call('stats', way)}")
+                say(f"  {way}: {crews[way][0].call('stats', way)}")
         return runs, {way: backend.accepted() for way, backend in backends.items()}
 
 
@@ -206,6 +201,9 @@ def rows(quick: bool) -> list[Row]:
     return [
         _rate("8 on cap 4 / HAProxy, throughput", CAP4, PROXY, Limit(">=", 1.2, 1.5), runs, lost),
         _tail("8 on cap 4 / HAProxy, p99", CAP4, PROXY, runs, lost),
+        _rate("8 on cap 4 / HAProxy, in sticky order, throughput", STICKY, PROXY, Limit(">=", 1.2, 1.5), runs, lost),
+        _tail("8 on cap 4 / HAProxy, in sticky order, p99", STICKY, PROXY, runs, lost),
+        _cap("8 on cap 4, in sticky order, connections that nginx saw", STICKY, 4, accepted, lost),
         _fairness("8 on cap 4, slowest / fastest worker", runs, lost),
         _cap("8 on cap 4, connections that nginx saw", CAP4, 4, accepted, lost),
         _rate("8 on cap 8 / 8 plain sockets, throughput", CAP8, PLAIN, Limit(">=", 0.85, 0.95), runs, lost),

@@ -81,6 +81,7 @@ def options(
     idle_timeout: float | NotGiven | None = NOT_GIVEN,
     max_lifetime: float | None = None,
     steal_after: float | NotGiven = NOT_GIVEN,
+    order: str | NotGiven = NOT_GIVEN,
     reset: str = "handoff",
     move: bool = True,
     asyncio: bool = False,
@@ -94,7 +95,9 @@ def options(
         checkout_timeout: Seconds to wait for a connection; None: no limit.
         idle_timeout: Seconds after which an idle connection is closed; None: never. Not given: 150.
         max_lifetime: Seconds after which a connection is closed once nobody leases it; None: never.
-        steal_after: Seconds after which who waits gets the permit of a connection that cannot move.
+        steal_after: Seconds after which who waits gets the permit of a connection that cannot move, and with
+            order="sticky" one that can.
+        order: Who is next: "fifo", "sticky" or "auto", as for sharedpool.attach.
         reset: When a session that moves is set back (DISCARD ALL): "handoff", "never" or "always".
         move: False: sessions stay in the process that opened them.
         asyncio: For create_async_engine.
@@ -103,7 +106,7 @@ def options(
         "poolclass": AsyncSharedQueuePool if asyncio else SharedQueuePool,
         "pool_size": max_connections, "max_overflow": 0, "pool_timeout": checkout_timeout, "shared_name": shared_name,
         "app": app, "idle_timeout": idle_timeout, "max_lifetime": max_lifetime, "steal_after": steal_after,
-        "reset": reset, "move": move,
+        "order": order, "reset": reset, "move": move,
     }  # fmt: skip
     return chosen
 
@@ -181,7 +184,9 @@ class SharedQueuePool(Pool):
         app: The scope's name.
         idle_timeout: Seconds after which an idle connection is closed; None: never.
         max_lifetime: The same as `recycle`, by sharedpool's name.
-        steal_after: Seconds after which who waits gets the permit of a connection that cannot move.
+        steal_after: Seconds after which who waits gets the permit of a connection that cannot move, and with
+            order="sticky" one that can.
+        order: Who is next: "fifo", "sticky" or "auto", as for sharedpool.attach.
         reset: When a session that moves is set back: "handoff", "never" or "always".
         move: False: sessions stay in the process that opened them.
         **kw: As for Pool.
@@ -209,6 +214,7 @@ class SharedQueuePool(Pool):
         idle_timeout: float | NotGiven | None = NOT_GIVEN,
         max_lifetime: float | None = None,
         steal_after: float | NotGiven = NOT_GIVEN,
+        order: str | NotGiven = NOT_GIVEN,
         reset: str = "handoff",
         move: bool = True,
         **kw: Any,
@@ -217,7 +223,8 @@ class SharedQueuePool(Pool):
         self._arguments: dict[str, Any] = {
             "pool_size": pool_size, "max_overflow": max_overflow, "timeout": timeout, "use_lifo": use_lifo,
             "recycle": recycle, "shared_name": shared_name, "app": app, "idle_timeout": idle_timeout,
-            "max_lifetime": max_lifetime, "steal_after": steal_after, "reset": reset, "move": move,
+            "max_lifetime": max_lifetime, "steal_after": steal_after, "order": order, "reset": reset,
+            "move": move,
         }  # fmt: skip
         self._timeout = timeout
         self._given = _checked(_given(self._arguments))
@@ -780,7 +787,7 @@ def _watch(dialect: Any) -> None:
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Options of sharedpool for arguments of SQLAlchemy."""
     size, overflow = arguments["pool_size"], arguments["max_overflow"]
-    given = {name: arguments[name] for name in ("idle_timeout", "steal_after")}
+    given = {name: arguments[name] for name in ("idle_timeout", "steal_after", "order")}
     if size is not NOT_GIVEN and size is not None:
         given["max_connections"] = size
         if overflow > 0:

@@ -70,6 +70,7 @@ class BasePool(Generic[C]):
         num_workers: int = 3,
         app: str | None = None,
         move: bool = True,
+        order: str = "auto",
     ) -> None:
         if max_size is None:
             log.warning(
@@ -90,6 +91,7 @@ class BasePool(Generic[C]):
         self._reset = None if isinstance(reset, str) else reset
         self._reconnect_failed = reconnect_failed
         self._app = app
+        self._order = order
         self.driver: Psycopg3Driver[Any] = Psycopg3Driver(
             self._asked(conninfo), self._asked(kwargs), connection_class=self.connection_class,
             configure=self._asked(configure), move=move, reset=reset if isinstance(reset, str) else RESETS[0],
@@ -147,7 +149,8 @@ class BasePool(Generic[C]):
             "max_connections": self._max_size, "min_idle": 0, "idle_timeout": self.max_idle,
             "max_lifetime": self.max_lifetime, "max_waiting": self.max_waiting or None,
         }  # fmt: skip
-        return control.attach(self.name, app=self._app, **{n: v for n, v in options.items() if allows(n, v)})
+        given = {name: value for name, value in options.items() if allows(name, value)}
+        return control.attach(self.name, app=self._app, order=self._order, **given)
 
     def _begin(self) -> None:
         if self._opened:

@@ -48,6 +48,11 @@ class ConnectionPool(BasePool[C]):
         num_workers: Not needed: nothing is done in the background but what keeps min_size.
         app: The scope's name, as for sharedpool.attach.
         move: False: sessions stay in the process that opened them; only permits move.
+        order: "fifo": whoever waits is served in the order of asking; "sticky": a process goes on with its session for
+            0.05 s while others wait: more leases a second, and longer waits; "auto": "fifo" for sessions that move.
+
+    Raises:
+        OptionError: `order` is none of these.
     """
 
     _of_psycopg = psycopg.Connection

@@ -14,6 +14,8 @@ import psycopg_pool
 import pytest
 from psycopg.rows import dict_row
 
+import sharedpool
+from sharedpool import OptionError
 from sharedpool.postgres import ConnectionPool
 from tests.support import commands
 from tests.support.postgres import Postgres
@@ -310,6 +312,14 @@ def test_a_closed_pool_ends_what_comes_back_and_leaves_the_shared_one(postgres: 
     pool.putconn(conn)
     assert pool.closed
     postgres.wait_until_alone()
+
+
+@in_a_worker
+def test_the_order_of_waiting_is_the_shared_pools(postgres: Postgres) -> None:
+    with pytest.raises(OptionError, match=r"'order'.*'lifo'"):
+        ConnectionPool(postgres.conninfo, min_size=0, max_size=1, order="lifo")
+    with ConnectionPool(postgres.conninfo, min_size=0, max_size=1, order="sticky") as pool, pool.connection():
+        assert sharedpool.attach(pool.name).open().attached.welcome["options"]["order"] == "sticky"
 
 
 @in_a_worker
