@@ -67,7 +67,7 @@ def compare(
     name: str, postgres: Any, to: str, bouncer: Any, cap: int, seconds: float, rounds: int, order: str = "auto",
     *, plain: bool = False,
 ) -> Found:  # fmt: skip
-    """Both ways in turn, and with `plain` as many clients as the cap allows, with a connection each and without a pool."""
+    """Both ways in turn; with `plain` also as many clients as the cap allows, with a connection each and no pool."""
     found = Found({}, {SHARED: [], BOUNCER: [], PLAIN: []}, [])
     with ExitStack() as stack:
         stack.enter_context(servers.scope())
