@@ -35,8 +35,8 @@ T = TypeVar("T")
 
 #: Messages read from one channel before the next one's turn: a flood does not starve the others.
 _BATCH: Final = 32
-#: A process that lost its channel may come back for its row within this, ns (after an exec, which keeps the pid,
-#: nobody comes back).
+#: A process that lost its channel may come back for its row within this, ns, and while it is stopped (after an exec,
+#: which keeps the pid, nobody comes back).
 _RETURN_TIME: Final = 1_000_000_000
 #: Without pidfds, processes are looked at so often, ns.
 _POLL_PROCESSES: Final = 100_000_000
@@ -776,7 +776,10 @@ class Arbiter:
         for client in list(self._clients):
             if client.orphaned:
                 if now - client.orphaned >= _RETURN_TIME:
-                    self._guarded(functools.partial(self._ended, client), 0)
+                    if _is_stopped(client.pid):
+                        client.orphaned = now
+                    else:
+                        self._guarded(functools.partial(self._ended, client), 0)
                 due = min(due, client.orphaned + _RETURN_TIME)
             elif client.expected:
                 if client.pool is not None and not succession.has(client.pid, self._scope, client.pool.name):
@@ -853,6 +856,14 @@ class Arbiter:
 def _same_process(client: Client) -> bool:
     try:
         return psutil.Process(client.pid).create_time() == client.born
+    except psutil.Error:
+        return False
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process stands still, by a signal or a debugger."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:
         return False
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
+from time import monotonic
 
 import pytest
 
-from tests.support import commands
+from tests.support import commands, processes
 from tests.support.backend import Backend, Target
 from tests.support.state import State
 from tests.support.waiting import wait_until
@@ -141,6 +143,33 @@ def test_a_process_that_executes_another_program_is_reaped_like_a_dead_one(
     two[1].wait_stats(processes=1, in_use=1, closing=0)
     assert not two[0].dead
     assert backend.peak == 1
+
+
+def lose_channel_and_stand_still(state: State) -> None:
+    """As if it were stopped just when a request of it had failed: it cannot come back."""
+    state.pools["default"].attached.channel._broken()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_process_that_lost_its_channel_and_is_stopped_keeps_its_leases_until_it_comes_back(
+    two: list[Worker], backend: Backend, tcp: Target
+) -> None:
+    one, other = two
+    one.attach(max_connections=1)
+    label = one.checkout(tcp)
+    number = one.exchange(label)
+    other.stats()
+    standing = one.begin(lose_channel_and_stand_still)
+    wait_until(lambda: processes.state(one.pid) == "T")
+    began = monotonic()
+    wait_until(lambda: monotonic() > began + 1.5)  # longer than the arbiter waits for who was exec'd
+    assert other.stats().in_use == 1
+    one.resume()
+    standing.result()
+    assert one.exchange(label) == number
+    one.checkin(label)
+    assert other.exchange(other.checkout(tcp)) == number
+    assert backend.accepted == 1
 
 
 @pytest.mark.parametrize("leave", [commands.leave, commands.leave_at_once])
