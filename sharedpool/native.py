@@ -255,6 +255,14 @@ class Gate:
         self.__neg__ = functools.partial(_held.dup3, dead, number, os.O_CLOEXEC)
 
 
+def disconnect(number: int) -> None:
+    """Reset a TCP connection, whoever else has its socket: connect(2) to no address. Of others nothing becomes.
+
+    A socket that is only shut down says nothing before its peer speaks, and a peer that waits for room does not.
+    """
+    _held.connect(number, bytes(16), 16)  # AF_UNSPEC is 0
+
+
 def heed() -> None:
     """Nothing; but on entering a Python function CPython runs signal handlers and raises what other threads asked for.
 

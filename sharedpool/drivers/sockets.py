@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..errors import ConnectFailed, ConnectTimeout
+from ..native import disconnect
 from ..options import LONGEST
 
 #: TCP_INFO's first byte once both sides have closed (or the connection was reset).
@@ -26,6 +27,8 @@ _READS: Final = 16
 _DRAIN: Final = 1 << 16
 #: The answer of a peer that has been said goodbye to is awaited up to so many bytes.
 _LONG_ANSWER: Final = 1 << 20
+#: Then it is reset; its process, which counts the connection, has so many looks, some milliseconds, to notice.
+_NOTICES: Final = 3
 #: A peer that has not closed after so many looks, 7.5 ms, is busy.
 _PATIENT: Final = 5
 #: Between two attempts to connect to a Unix socket whose queue is full, s.
@@ -256,13 +259,14 @@ class Ending:
         abort: Calls off what the peer is doing; used where it has not closed after some milliseconds.
     """
 
-    __slots__ = ("_abort", "_left", "_sock", "_tcp", "asked")
+    __slots__ = ("_abort", "_cut", "_left", "_sock", "_tcp", "asked")
 
     def __init__(self, sock: socket.socket, abort: Callable[[], None] | None = None) -> None:
         self._sock = sock
         self._abort = abort
         self._tcp = not is_unix(sock)
         self._left = _LONG_ANSWER
+        self._cut = 0
         self.asked = 0
 
     def begin(self) -> None:
@@ -278,8 +282,12 @@ class Ending:
         self.asked += 1
         if self.asked == _PATIENT and self._abort is not None:
             self._abort()
+        if self._cut:
+            return self.asked >= self._cut + _NOTICES
         try:
             end = self._read_away()
+            if self._cut:
+                return False
             if self._tcp:
                 return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
             return end
@@ -297,15 +305,18 @@ class Ending:
                 return True
             self._left -= read
         if self._left <= 0:
+            self._cut = self.asked
             self.force()
         return False
 
     def force(self) -> None:
-        """The peer did not close in time: cut it off."""
+        """The peer did not close in time, or has very much to say: cut it off."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+        if self._tcp:
+            disconnect(self._sock.fileno())
 
     def pause(self) -> float:
         """Seconds until the next look: 0.5 ms, then 1, 2, 4 ... up to 50 ms."""

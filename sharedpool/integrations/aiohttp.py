@@ -27,7 +27,7 @@ from aiohttp.helpers import ceil_timeout
 
 from .. import aio, control
 from ..drivers.dbapi import DbapiDriver, Session
-from ..drivers.sockets import Ending
+from ..drivers.sockets import Ending, end
 from ..errors import LeaseError, OptionError, PoolTimeout, SharedPoolError
 from ..lease import Lease
 from ..options import PoolOptions
@@ -37,6 +37,8 @@ from ..stats import PoolStats
 _OPTIONS: Final = frozenset(field.name for field in dataclasses.fields(PoolOptions)) - {"checkout_timeout"}
 #: Seconds that a server has to close, too, before the permit goes on all the same.
 _SEEN_OFF: Final = 1.0
+#: The same for a thread that waits for it.
+_SEEN_OFF_WAITING: Final = 0.2
 
 
 class SharedConnector(TCPConnector):
@@ -290,12 +292,11 @@ class _Wire:
             self._ended.set_result(None)
 
     def cut(self) -> None:
-        """Its loop was closed over it."""
-        transport = self.protocol.transport if self.protocol is not None else None
-        sock = transport.get_extra_info("socket") if transport is not None else None
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        """Its loop was closed over it: whoever has found that out sees it off, for a moment."""
+        copy = self._copy()
+        if copy is not None:
+            with copy:
+                end(copy, _SEEN_OFF_WAITING)
         if self._session is not None:
             self._session.sign_off()
 

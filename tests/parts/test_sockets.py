@@ -329,6 +329,20 @@ def test_a_look_at_a_peer_that_keeps_talking_comes_to_an_end() -> None:
         assert left, "one look drained it all: a peer that sends as fast would keep the arbiter in it for ever"
 
 
+def test_a_peer_with_very_much_to_say_is_cut_off_and_has_a_moment_to_notice(both: Both) -> None:
+    conn, peer = both
+    peer.setblocking(False)
+    ending = Ending(conn)
+    ending.begin()
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                peer.send(b"x" * 65536)
+                continue
+            assert not ending.ended()
+    assert [ending.ended() for _ in range(3)] == [False, False, True]
+
+
 def test_a_peer_that_does_not_close_is_cut_off_when_the_time_is_over(both: Both) -> None:
     conn, peer = both
     began = time.monotonic()
