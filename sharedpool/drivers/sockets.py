@@ -27,8 +27,8 @@ _READS: Final = 16
 _DRAIN: Final = 1 << 16
 #: The answer of a peer that has been said goodbye to is awaited up to so many bytes.
 _LONG_ANSWER: Final = 1 << 20
-#: Then it is reset; its process, which counts the connection, has so many looks, some milliseconds, to notice.
-_NOTICES: Final = 3
+#: Then it is reset; its process, which counts the connection, has so many looks, about 0.1 s, to notice.
+_NOTICES: Final = 5
 #: A peer that has not closed after so many looks, 7.5 ms, is busy.
 _PATIENT: Final = 5
 #: Between two attempts to connect to a Unix socket whose queue is full, s.

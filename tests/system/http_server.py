@@ -2,7 +2,7 @@
 
 `/page` answers 200, `/redirect` 307 to `/page`, `/missing` 404, `/close` 200 and then the end of the connection,
 `/never` not at all, until the client ends the connection; `/id` the number of the connection, `/chunked` in chunks,
-`/large` a MiB, `/huge` two, `/large-close` a MiB and then the end of the connection, `/hangup` 200 and then
+`/large` a MiB, `/half` a half of it, `/large-close` a MiB and then the end of the connection, `/hangup` 200 and then
 an end that was not announced, `/broken` an end in the midst of the answer, `/once/KEY` the same instead of its first
 answer. A POST is sent back, or led on to `/echo` (307) from `/redirect`. It is a proxy, too: what is asked of another
 server it answers itself, and CONNECT leads to that one. `/numbers` tells how many connections are open, how many were
@@ -31,7 +31,7 @@ PATHS = {
     "/close": (200, b"the last\n"),
     "/hangup": (200, b"bye\n"),
 }
-PATHS |= {"/huge": (200, LARGE * 2), "/large": (200, LARGE), "/large-close": (200, LARGE)}
+PATHS |= {"/half": (200, LARGE[: 1 << 19]), "/large": (200, LARGE), "/large-close": (200, LARGE)}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
