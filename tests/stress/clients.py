@@ -324,8 +324,8 @@ class RedisUser(ClientUser):
 class HttpUser(ClientUser):
     """Sends bodies of its own and reads them again; gives some answers up.
 
-    None is longer than a MiB: a server that has more to say is reset (drivers.sockets.Ending), and without a processor it
-    notices late.
+    None is longer than a MiB: a server that has more to say is reset (drivers.sockets.Ending), and without a processor
+    it notices late.
     """
 
     def __init__(self, http: SharedPoolManager, url: str, *args: Any) -> None:
