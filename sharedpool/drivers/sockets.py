@@ -286,7 +286,7 @@ class Ending:
             return self.asked >= self._cut + _NOTICES
         try:
             end = self._read_away()
-            if self._left <= 0:
+            if self._left <= 0 and not end:  # just cut off
                 return False
             if self._tcp:
                 return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE

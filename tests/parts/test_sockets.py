@@ -343,6 +343,18 @@ def test_a_peer_with_very_much_to_say_is_cut_off_and_has_a_moment_to_notice(both
     assert [ending.ended() for _ in range(5)] == [False] * 4 + [True]
 
 
+def test_a_peer_that_had_very_much_to_say_and_has_closed_has_ended(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_LONG_ANSWER", 4)
+    conn, peer = both
+    peer.sendall(b"more than four bytes")
+    peer.shutdown(socket.SHUT_WR)
+    ending = Ending(conn)
+    ending.begin()
+    peer.close()
+    wait_until(ending.ended)
+    assert ending.asked < 4
+
+
 def test_a_peer_that_does_not_close_is_cut_off_when_the_time_is_over(both: Both) -> None:
     conn, peer = both
     began = time.monotonic()
