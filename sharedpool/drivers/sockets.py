@@ -12,12 +12,12 @@ import functools
 import importlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..errors import ConnectFailed, ConnectTimeout
-from ..native import disconnect
 from ..options import LONGEST
 
 #: TCP_INFO's first byte once both sides have closed (or the connection was reset).
@@ -315,7 +315,9 @@ class Ending:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        if self._tcp:
+        if self._tcp and sys.platform == "linux":
+            from ..native import disconnect  # not to be had elsewhere
+
             disconnect(self._sock.fileno())
 
     def pause(self) -> float:
