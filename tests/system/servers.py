@@ -155,7 +155,11 @@ class Server:
         """Stop a worker in the midst of its requests; the server is to kill it, and to start another."""
         victim = min(self.workers())
         os.kill(victim, signal.SIGSTOP)
-        wait_until(lambda: not processes.alive(victim), what="the server kills its hanging worker")
+        try:
+            wait_until(lambda: not processes.alive(victim), what="the server kills its hanging worker")
+        except AssertionError as error:
+            seen = f"{victim} is {processes.state(victim)}, workers {self.workers()}"
+            raise AssertionError(f"{error}; {seen}; the server's log: {self.log[-2000:]}") from error
         wait_until(lambda: len(self.workers()) == self.count, what="there is another")
 
     def stop(self) -> None:
