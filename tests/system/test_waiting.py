@@ -13,6 +13,7 @@ from sharedpool import PoolStopped, PoolTimeout
 from tests.support import commands
 from tests.support.backend import Backend, Target
 from tests.support.state import State
+from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
 
@@ -214,10 +215,12 @@ def test_a_grant_that_nobody_takes_becomes_idle_again(
     holder: Worker, two: list[Worker], backend: Backend, tcp: Target
 ) -> None:
     stopped, newcomer = two
-    (pending,) = line_up(holder, [(stopped, tcp)], checkout_timeout=0.2)
+    (pending,) = line_up(holder, [(stopped, tcp)], checkout_timeout=1)
+    over = time.monotonic() + 1
     stopped.stop()
     holder.checkin("held")
     assert newcomer.use(tcp) == 1
+    wait_until(lambda: time.monotonic() > over)
     stopped.resume()
     # Its time was over while it stood still: it may take what is free now, or give up, but nothing may be lost.
     try:
