@@ -66,7 +66,7 @@ def use_until_refused(state: State, target: Target) -> set[int]:
 def test_after_steal_after_the_permit_goes_to_the_longest_waiter(
     two: list[Worker], backend: Backend, tcp: Target, busy: bool
 ) -> None:
-    attach(two, steal_after=1.5)
+    attach(two, steal_after=4 if busy else 1.5)  # a tenth is what it may be idle for
     label = two[0].checkout(tcp)
     (waiting,) = line_up(two[0], [(two[1], tcp)])
     two[0].checkin(label)
@@ -113,7 +113,7 @@ def attach_moving(workers: list[Worker], **options: object) -> None:
 def test_what_could_move_is_handed_over_after_steal_after(
     two: list[Worker], backend: Backend, tcp: Target, busy: bool
 ) -> None:
-    attach_moving(two, steal_after=1.5)
+    attach_moving(two, steal_after=4 if busy else 1.5)  # a tenth is what it may be idle for
     label = two[0].checkout(tcp)
     (waiting,) = line_up(two[0], [(two[1], tcp)])
     two[0].checkin(label)
