@@ -62,24 +62,34 @@ def use_until_refused(state: State, target: Target) -> set[int]:
             return numbers
 
 
+#: What may not move is closed, so the waiter opens another; what could move is handed over, and stays the first.
+MOVING = pytest.mark.parametrize(("moving", "then"), [({"move": False}, 2), ({"order": "sticky"}, 1)])
+
+
 @pytest.mark.parametrize("busy", [False, True])
+@MOVING
 def test_after_steal_after_the_permit_goes_to_the_longest_waiter(
-    two: list[Worker], backend: Backend, tcp: Target, busy: bool
+    two: list[Worker], backend: Backend, tcp: Target, moving: dict[str, object], then: int, busy: bool
 ) -> None:
-    attach(two, steal_after=4 if busy else 1.5)  # a tenth is what it may be idle for
+    for worker in two:
+        # a tenth is what it may be idle for
+        worker.attach(max_connections=1, steal_after=4 if busy else 1.5, **moving)
     label = two[0].checkout(tcp)
     (waiting,) = line_up(two[0], [(two[1], tcp)])
     two[0].checkin(label)
     if busy:
         assert two[0].call(use_until_refused, tcp) == {1}
-    assert two[1].exchange(waiting.result()) == 2
-    assert (backend.peak, backend.ids()) == (1, [2])
+    assert two[1].exchange(waiting.result()) == then
+    assert (backend.peak, backend.accepted, backend.ids()) == (1, then, [then])
+    assert sum(two[0].stats().closes.values()) == then - 1
 
 
+@MOVING
 def test_what_its_process_does_not_use_goes_over_long_before_steal_after(
-    two: list[Worker], backend: Backend, tcp: Target
+    two: list[Worker], backend: Backend, tcp: Target, moving: dict[str, object], then: int
 ) -> None:
-    attach(two, steal_after=10)
+    for worker in two:
+        worker.attach(max_connections=1, steal_after=10, **moving)
     label = two[0].checkout(tcp)
     began = time.monotonic()
     first, second = line_up(two[0], [(two[1], tcp), (two[1], tcp)])
@@ -87,9 +97,9 @@ def test_what_its_process_does_not_use_goes_over_long_before_steal_after(
     label = first.result()
     assert 1 <= time.monotonic() - began < 10  # a tenth: it was idle for so long
     two[1].checkin(label)
-    assert two[1].exchange(second.result()) == 2
-    assert two[0].stats().closes["evicted"] == 1
-    assert (backend.peak, backend.accepted) == (1, 2)
+    assert two[1].exchange(second.result()) == then
+    assert two[0].stats().closes["evicted"] == then - 1
+    assert (backend.peak, backend.accepted) == (1, then)
 
 
 def test_sticky_order_can_be_chosen_for_what_could_move(two: list[Worker], backend: Backend, tcp: Target) -> None:
@@ -104,45 +114,11 @@ def test_sticky_order_can_be_chosen_for_what_could_move(two: list[Worker], backe
     assert (backend.accepted, two[0].stats().waiting) == (1, 1)
 
 
-def attach_moving(workers: list[Worker], **options: object) -> None:
-    for worker in workers:
-        worker.attach(max_connections=1, order="sticky", **options)
-
-
-@pytest.mark.parametrize("busy", [False, True])
-def test_what_could_move_is_handed_over_after_steal_after(
-    two: list[Worker], backend: Backend, tcp: Target, busy: bool
-) -> None:
-    attach_moving(two, steal_after=4 if busy else 1.5)  # a tenth is what it may be idle for
-    label = two[0].checkout(tcp)
-    (waiting,) = line_up(two[0], [(two[1], tcp)])
-    two[0].checkin(label)
-    if busy:
-        assert two[0].call(use_until_refused, tcp) == {1}
-    assert two[1].exchange(waiting.result()) == 1
-    assert (backend.peak, backend.accepted) == (1, 1)
-    assert sum(two[0].stats().closes.values()) == 0
-
-
-def test_what_could_move_goes_over_long_before_when_its_process_does_not_use_it(
-    two: list[Worker], backend: Backend, tcp: Target
-) -> None:
-    attach_moving(two, steal_after=10)
-    label = two[0].checkout(tcp)
-    began = time.monotonic()
-    first, second = line_up(two[0], [(two[1], tcp), (two[1], tcp)])
-    two[0].checkin(label)
-    label = first.result()
-    assert 1 <= time.monotonic() - began < 10  # a tenth: it was idle for so long
-    two[1].checkin(label)
-    assert two[1].exchange(second.result()) == 1
-    assert backend.accepted == 1
-
-
 def test_where_another_address_is_wanted_what_could_move_is_closed_at_once(
     two: list[Worker], backend: Backend, tcp: Target, unix: Target
 ) -> None:
-    attach_moving(two, steal_after=60)
+    for worker in two:
+        worker.attach(max_connections=1, order="sticky", steal_after=60)
     label = two[0].checkout(tcp)
     (waiting,) = line_up(two[0], [(two[1], unix)])
     two[0].checkin(label)
