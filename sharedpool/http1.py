@@ -21,6 +21,8 @@ from . import aio, control
 from .drivers import Driver
 from .drivers.tls import TlsDriver
 from .errors import ConnectTimeout, NotSupported, OptionError, PoolTimeout, SharedPoolError, TooManyWaiting
+from .exchange import MOST_INTERIM, End, Exchange
+from .logins import Logins
 from .options import LONGEST
 
 _PORTS: Final = {"http": 80, "https": 443}
@@ -62,11 +64,20 @@ class _Stream:
     Args:
         library: Its errors.
         conn: The leased socket.
+        exchange: Reads along.
     """
 
-    def __init__(self, library: Library, conn: Any) -> None:
+    def __init__(self, library: Library, conn: Any, exchange: Exchange) -> None:
         self._core: Any = library.httpcore
         self._conn = conn
+        self._exchange = exchange
+
+    def _came(self, data: bytes) -> bytes:
+        """What was read."""
+        self._exchange.came(data)
+        if self._exchange.flooded:
+            raise self._core.RemoteProtocolError(f"got more than {MOST_INTERIM} interim answers")
+        return data
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -85,9 +96,7 @@ class _Stream:
         if info in ("client_addr", "server_addr"):
             return conn.getsockname() if info == "client_addr" else conn.getpeername()
         if info == "is_readable":
-            poller = select.poll()
-            poller.register(conn.fileno(), select.POLLIN)
-            return bool(poller.poll(0))
+            return _readable(conn)
         return conn if info == "socket" else None
 
     def _refuse_tls(self) -> NoReturn:
@@ -99,13 +108,14 @@ class _SyncStream(_Stream):
         with self._errors("Read"):
             self._conn.settimeout(timeout)
             data: bytes = self._conn.recv(max_bytes)
-            return data
+        return self._came(data)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         if buffer:
             with self._errors("Write"):
                 self._conn.settimeout(timeout)
                 self._conn.sendall(buffer)
+            self._exchange.sent(buffer)
 
     def close(self) -> None:
         """Nothing: whoever has the lease looks whether httpcore wants it closed."""
@@ -118,13 +128,15 @@ class _AsyncStream(_Stream):
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         with self._errors("Read"):
             async with asyncio.timeout(timeout):
-                return await asyncio.get_running_loop().sock_recv(self._conn, max_bytes)
+                data = await asyncio.get_running_loop().sock_recv(self._conn, max_bytes)
+        return self._came(data)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         if buffer:
             with self._errors("Write"):
                 async with asyncio.timeout(timeout):
                     await asyncio.get_running_loop().sock_sendall(self._conn, buffer)
+            self._exchange.sent(buffer)
 
     async def aclose(self) -> None:
         """Nothing, as above."""
@@ -133,42 +145,74 @@ class _AsyncStream(_Stream):
         self._refuse_tls()
 
 
-class _Exchange:
+class _Turn:
     """One request's lease, until its response has been read or closed.
 
     Args:
         lease: The connection's.
-        connection: httpcore's object on it.
+        logins: Where it stays while a login goes on.
+        where: Its address.
     """
 
-    __slots__ = ("_connection", "_lease")
+    __slots__ = ("_lease", "_logins", "_where", "connection", "exchange")
 
-    def __init__(self, lease: Any, connection: Any) -> None:
+    def __init__(self, lease: Any, logins: Logins, where: tuple[Any, ...], legs: int = 0) -> None:
         self._lease = lease
-        self._connection = connection
+        self._logins = logins
+        self._where = where
+        self.exchange = Exchange(legs)
+        self.connection: Any = None  # httpcore's object on it
+
+    @property
+    def conn(self) -> Any:
+        """The leased socket."""
+        return self._lease.conn
+
+    @property
+    def usable(self) -> bool:
+        """Whether a connection that was kept may go on: it is still ours, and the server has said nothing more."""
+        if not self._lease.in_force:
+            return False
+        return not _readable(self.conn)
+
+    def next(self) -> _Turn:
+        """The next request on the same lease."""
+        return _Turn(self._lease, self._logins, self._where, self.exchange.legs + 1)
 
     def end(self) -> None:
         """Give the connection back: others may have it only after a whole exchange, with nothing beyond it."""
-        lease, connection = self._lease, self._connection
-        if lease.in_force:
-            if not connection.is_idle() or connection._h11_state.trailing_data[0]:
-                lease.discard()
-            else:
-                lease.checkin()
+        lease = self._lease
+        if not lease.in_force:
+            return
+        end = self.exchange.end(through=self.connection.is_idle())
+        if end in (End.OFFERED, End.BEGUN) and self._logins.keep(self._where, end, self, self.abandon):
+            return
+        if end is End.SURPLUS:
+            with contextlib.suppress(OSError):
+                lease.conn.close()
+        if end is End.SURPLUS or end is End.CLEAN:
+            lease.checkin()  # one that was closed counts as unclean
+        else:
+            lease.discard()
+
+    def abandon(self) -> None:
+        """There was no answer, or no next request."""
+        if self._lease.in_force:  # it may have been taken away
+            self._lease.discard()
 
 
-def _abandon(lease: Any) -> None:
-    """There was no answer."""
-    if lease.in_force:  # it may have been taken away
-        lease.discard()
+def _readable(conn: Any) -> bool:
+    poller = select.poll()
+    poller.register(conn.fileno(), select.POLLIN)
+    return bool(poller.poll(0))
 
 
 class SyncBody:
     """A response's stream, which the response closes at its end at the latest; then the connection goes back."""
 
-    def __init__(self, library: Library, exchange: _Exchange, body: Any) -> None:
+    def __init__(self, library: Library, turn: _Turn, body: Any) -> None:
         self._library = library
-        self._exchange = exchange
+        self._turn = turn
         self._body = body
 
     def __iter__(self) -> Iterator[bytes]:
@@ -181,15 +225,15 @@ class SyncBody:
             with self._library.errors():
                 self._body.close()
         finally:
-            self._exchange.end()
+            self._turn.end()
 
 
 class AsyncBody:
     """The same for tasks."""
 
-    def __init__(self, library: Library, exchange: _Exchange, body: Any) -> None:
+    def __init__(self, library: Library, turn: _Turn, body: Any) -> None:
         self._library = library
-        self._exchange = exchange
+        self._turn = turn
         self._body = body
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -203,7 +247,7 @@ class AsyncBody:
             with self._library.errors():
                 await self._body.aclose()
         finally:
-            self._exchange.end()
+            self._turn.end()
 
 
 class _Transport:
@@ -243,13 +287,14 @@ class _Transport:
         if proxy is not None:
             raise NotSupported("proxies are not supported: use httpx's own transport with a sharedpool.permit")
         self._pool = type(self).attach(pool, app=app, update=update, **options)
+        self._logins = Logins(lambda: self._pool.stats().waiting > 0)
         self._priority = priority
         self._uds = uds
         self._context: ssl.SSLContext = self.library.httpx.create_ssl_context(verify, cert, trust_env)
         self._context.set_alpn_protocols(["http/1.1"])
         given = verify if isinstance(verify, bool | str) else "context"
         facts = repr((given, cert if isinstance(cert, str) else cert and cert[:2], trust_env)).encode()
-        self._label = f"httpx-{hashlib.blake2b(facts, digest_size=4).hexdigest()}"
+        self._label = f"httpx-{hashlib.blake2b(facts, digest_size=16).hexdigest()}"
         self._drivers: dict[str | None, TlsDriver] = {}
         self._making = threading.Lock()
         self._driver(None)
@@ -273,6 +318,14 @@ class _Transport:
             return self._uds, 0, "unix"
         port = request.url.port or _PORTS[scheme]
         return host, port, "tcp" if scheme == "http" else self._driver(request.extensions.get("sni_hostname"))
+
+    def _kept(self, where: tuple[Any, ...]) -> _Turn | None:
+        """The connection of a login that this thread or task has begun, for its next request."""
+        kept: _Turn | None = self._logins.take(where)
+        if kept is None or kept.usable:
+            return kept and kept.next()
+        kept.abandon()
+        return None
 
     def _timeouts(self, request: Any) -> dict[str, Any]:
         given = request.extensions.get("timeout", {})
@@ -308,24 +361,30 @@ class SyncTransport(_Transport):
         """Lease a connection, send the request, and receive the response's head."""
         library = self.library
         with library.errors():
-            lease = self._pool.checkout(*self._where(request), **self._timeouts(request))
+            where = self._where(request)
+            turn = self._kept(where)
+            if turn is None:
+                lease = self._pool.checkout(*where, **self._timeouts(request))
+                turn = _Turn(lease, self._logins, where)
             try:
                 asked = self._asked(request)
                 core: Any = library.httpcore
-                connection = core.HTTP11Connection(asked.url.origin, _SyncStream(library, lease.conn))
-                answer = connection.handle_request(asked)
+                stream = _SyncStream(library, turn.conn, turn.exchange)
+                turn.connection = core.HTTP11Connection(asked.url.origin, stream)
+                answer = turn.connection.handle_request(asked)
             except BaseException:
-                _abandon(lease)
+                turn.abandon()
                 raise
         return library.httpx.Response(
             answer.status,
             headers=answer.headers,
-            stream=self.body(library, _Exchange(lease, connection), answer.stream),
+            stream=self.body(library, turn, answer.stream),
             extensions=answer.extensions,
         )
 
     def close(self) -> None:
         """Leave the pool; its idle connections stay for others."""
+        self._logins.clear()
         self._pool.close()
 
 
@@ -341,22 +400,28 @@ class AsyncTransport(_Transport):
         if asyncio._get_running_loop() is None:
             raise NotSupported("AsyncSharedTransport needs asyncio; under trio use httpx's own with permits in threads")
         with library.errors():
-            lease = await self._pool.checkout(*self._where(request), **self._timeouts(request))
+            where = self._where(request)
+            turn = self._kept(where)
+            if turn is None:
+                lease = await self._pool.checkout(*where, **self._timeouts(request))
+                turn = _Turn(lease, self._logins, where)
             try:
                 asked = self._asked(request)
                 core: Any = library.httpcore
-                connection = core.AsyncHTTP11Connection(asked.url.origin, _AsyncStream(library, lease.conn))
-                answer = await connection.handle_async_request(asked)
+                stream = _AsyncStream(library, turn.conn, turn.exchange)
+                turn.connection = core.AsyncHTTP11Connection(asked.url.origin, stream)
+                answer = await turn.connection.handle_async_request(asked)
             except BaseException:
-                _abandon(lease)
+                turn.abandon()
                 raise
         return library.httpx.Response(
             answer.status,
             headers=answer.headers,
-            stream=self.body(library, _Exchange(lease, connection), answer.stream),
+            stream=self.body(library, turn, answer.stream),
             extensions=answer.extensions,
         )
 
     async def aclose(self) -> None:
         """Leave the pool; its idle connections stay for others."""
+        self._logins.clear()
         self._pool.close()

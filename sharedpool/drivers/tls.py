@@ -82,7 +82,7 @@ class TlsDriver(TcpDriver):
             self._context = context
         if context is not None or any(self._given.values()):
             facts = json.dumps([context is not None, self._given], sort_keys=True).encode()
-            digest = hashlib.blake2b(facts, digest_size=4).hexdigest()
+            digest = hashlib.blake2b(facts, digest_size=16).hexdigest()
             self.name = f"ssl.{label}{'.' if label else ''}{digest}"
 
     def __reduce__(self) -> tuple[Any, ...]:

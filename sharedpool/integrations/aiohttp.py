@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
+import select
 import socket
 import weakref
 from collections.abc import Awaitable
@@ -24,12 +26,15 @@ from aiohttp import ClientConnectionError, ClientRequest, ClientTimeout, TCPConn
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection, _TransportPlaceholder
 from aiohttp.helpers import ceil_timeout
+from aiohttp.http_exceptions import HttpProcessingError
 
 from .. import aio, control
 from ..drivers.dbapi import DbapiDriver, Session
 from ..drivers.sockets import Ending, end
 from ..errors import LeaseError, OptionError, PoolTimeout, SharedPoolError
+from ..exchange import MOST_INTERIM, End, Exchange
 from ..lease import Lease
+from ..logins import Logins
 from ..options import PoolOptions
 from ..stats import PoolStats
 
@@ -78,6 +83,8 @@ class SharedConnector(TCPConnector):
         self._handle = control.attach(pool, app=app, checkout_timeout=checkout_timeout, **options)
         self._shared: aio.Pool[Any] = aio.Pool(self._handle)
         self._driver = _Driver(self._loop)
+        self._factory: Any = functools.partial(_Handler, loop=self._loop)
+        self._logins = Logins(lambda: self._handle.stats().waiting > 0)
         self._leases: dict[ResponseHandler, Lease[Any]] = {}
         self._addresses: dict[Any, str] = {}
 
@@ -100,7 +107,7 @@ class SharedConnector(TCPConnector):
             except BaseException:
                 self._release_acquired(key, placeholder)
                 raise
-        protocol = cast(ResponseHandler, lease.conn.connection.protocol)
+        protocol = cast(_Handler, lease.conn.connection.protocol)
         self._forget(key, placeholder)
         self._acquire(key, protocol)
         self._leases[protocol] = lease
@@ -119,15 +126,16 @@ class SharedConnector(TCPConnector):
     async def _lease(self, req: ClientRequest, traces: list[Any], timeout: ClientTimeout) -> Lease[Any]:
         address = self._address(req.connection_key)
         while True:
-            lease = await self._permit(address)
+            lease = self._kept(address) or await self._permit(address)
             try:
                 wire = lease.conn.connection
                 if wire.protocol is None:
                     await self._open(lease.conn, wire, req, traces, timeout)
-                elif not wire.usable or self._is_stale(wire):
+                elif not wire.usable or wire.readable or self._is_stale(wire):
                     lease.discard()
                     continue
                 else:
+                    wire.protocol.begin(req)
                     await self._use_again(req, traces)
                 self._check_open()
                 return lease
@@ -135,6 +143,14 @@ class SharedConnector(TCPConnector):
                 if lease.in_force:
                     lease.discard()
                 raise
+
+    def _kept(self, address: str) -> Lease[Any] | None:
+        """The lease of a login that this task has begun, for its next request."""
+        lease: Lease[Any] | None = self._logins.take(address)
+        if lease is None or not lease.in_force:
+            return None
+        lease.conn.connection.protocol.legs += 1
+        return lease
 
     async def _permit(self, address: str) -> Lease[Any]:
         self._check_open()
@@ -157,7 +173,8 @@ class SharedConnector(TCPConnector):
     ) -> None:
         for trace in traces:
             await trace.send_connection_create_start()
-        wire.protocol = await self._create_connection(req, traces, timeout)
+        protocol = wire.protocol = cast(_Handler, await self._create_connection(req, traces, timeout))
+        protocol.begin(req)
         wire.watch(session)
         for trace in traces:
             await trace.send_connection_create_end()
@@ -179,11 +196,17 @@ class SharedConnector(TCPConnector):
             protocol.close()
             return
         wire.since = monotonic()
+        through = not (self._force_close or should_close or protocol.should_close)
+        end = wire.protocol.exchange.end(through=through)
+        if end in (End.OFFERED, End.BEGUN) and self._logins.keep(
+            self._address(key), end, lease, lambda: _give_up(lease)
+        ):
+            return
         with contextlib.suppress(LeaseError):
-            if self._force_close or should_close or protocol.should_close:
-                lease.discard()
+            if end is End.CLEAN or end is End.SURPLUS:
+                lease.checkin()  # one with surplus bytes counts as unclean
             else:
-                lease.checkin()
+                lease.discard()
 
     def _address(self, key: Any) -> str:
         """A key's name in the pool; without secrets, and another one for each key of this connector."""
@@ -198,6 +221,7 @@ class SharedConnector(TCPConnector):
 
     def _close(self, *, abort_ssl: bool = False) -> list[Awaitable[object]]:
         leases, self._leases = list(self._leases.values()), {}
+        self._logins.clear()
         if not self._loop.is_closed():
             for lease in leases:
                 if lease.in_force:
@@ -209,6 +233,39 @@ class SharedConnector(TCPConnector):
         return waiting + super()._close(abort_ssl=abort_ssl)
 
 
+def _give_up(lease: Lease[Any]) -> None:
+    if lease.in_force:
+        lease.discard()
+
+
+class _Handler(ResponseHandler):
+    """aiohttp's protocol, while an Exchange reads along."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.exchange = Exchange()
+        self.legs = 0
+
+    def begin(self, req: ClientRequest) -> None:
+        """A request is about to be sent."""
+        fields = [*req.headers.items(), *(req.proxy_headers or {}).items()]
+        length = req.headers.get("Content-Length")
+        size = req.body.size if req.body else 0
+        sound = (length is None or length == str(size)) and not self.exchange.surplus
+        self.exchange = Exchange(self.legs)
+        self.exchange.asks(req.method, fields, sound=sound)
+
+    def data_received(self, data: bytes) -> None:
+        """As aiohttp's."""
+        if data:
+            self.exchange.came(data)
+            if self.exchange.flooded:
+                self.set_exception(HttpProcessingError(message=f"got more than {MOST_INTERIM} interim answers"))
+                self.close()
+                return
+        super().data_received(data)
+
+
 class _Wire:
     """A connection of a loop's, and the stand-in by which the pool knows it.
 
@@ -218,7 +275,7 @@ class _Wire:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.protocol: ResponseHandler | None = None
+        self.protocol: _Handler | None = None
         self.since = monotonic()
         self._loop = loop
         self._session: Session | None = None
@@ -226,8 +283,25 @@ class _Wire:
 
     @property
     def usable(self) -> bool:
-        """Whether it is open, and the last answer was read to its end."""
-        return self.protocol is not None and self.protocol.is_connected() and not self.protocol.should_close
+        """Whether it is open, and the last answer was read to its end, and nothing came beyond it."""
+        protocol = self.protocol
+        return (
+            protocol is not None
+            and protocol.is_connected()
+            and not protocol.should_close
+            and not protocol.exchange.surplus
+        )
+
+    @property
+    def readable(self) -> bool:
+        """Whether the server has said something that the loop has not read yet."""
+        transport = self.protocol.transport if self.protocol is not None else None
+        sock = transport.get_extra_info("socket") if transport is not None else None
+        if sock is None:
+            return True
+        poller = select.poll()
+        poller.register(sock.fileno(), select.POLLIN)
+        return bool(poller.poll(0))
 
     def watch(self, session: Session) -> None:
         """Show by its stand-in when the connection has ended."""

@@ -837,8 +837,8 @@ def _described(cparams: Mapping[str, Any]) -> str:
 
 def _pool_name(address: str) -> str:
     """A pool's name from what is connected to; as sharedpool.postgres makes it, for one cap over both."""
-    digest = hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
-    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?', maxsplit=1)[0])[:80]}-{digest}"
+    digest = hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?', maxsplit=1)[0])[:60]}-{digest}"
 
 
 _pools: Final[weakref.WeakSet[SharedQueuePool]] = weakref.WeakSet()

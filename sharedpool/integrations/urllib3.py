@@ -22,7 +22,6 @@ import io
 import itertools
 import os
 import queue
-import re
 import socket
 import sys
 import threading
@@ -30,7 +29,7 @@ import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -64,7 +63,9 @@ from ..errors import (
     TooManyWaiting,
     file_limit,
 )
+from ..exchange import MOST_INTERIM, End, Exchange
 from ..lease import Lease
+from ..logins import Logins
 from ..options import NOT_GIVEN
 from ..pool import Pool as Handle
 
@@ -90,6 +91,8 @@ class _Leased(_Connection):
     _queued = False
     _answering = False
     _spent = False
+    _tunneling = False
+    _exchange: Exchange
 
     def connect(self) -> None:
         """Lease a connection, of those that there are or a new one; what was leased before ends.
@@ -116,6 +119,7 @@ class _Leased(_Connection):
         except SharedPoolError as error:
             raise self._translated(error) from error
         self._lease, self._spent = lease, False
+        self._exchange = Exchange()
         sys.audit("http.client.connect", self, self.host, self.port)
         self._take(lease.conn, seconds)
 
@@ -149,6 +153,28 @@ class _Leased(_Connection):
             return NewConnectionError(self, f"Failed to establish a new connection: {cause or error}")
         return PoolError(pool, str(error))
 
+    def putrequest(self, *args: Any, **kwargs: Any) -> None:
+        """As urllib3's."""
+        self._exchange = Exchange(self._exchange.legs if self._lease is not None else 0)
+        super().putrequest(*args, **kwargs)
+
+    def send(self, data: Any) -> None:
+        """As http.client's."""
+        super().send(data)
+        if self._tunneling:  # that is between the proxy and us
+            return
+        if isinstance(data, bytes | bytearray | memoryview):
+            self._exchange.sent(data if isinstance(data, bytes) else memoryview(data).cast("B"))
+        else:
+            self._exchange.sent_unseen()
+
+    def _tunnel(self) -> None:
+        self._tunneling = True
+        try:
+            cast(Any, super())._tunnel()
+        finally:
+            self._tunneling = False
+
     def getresponse(self) -> Any:
         """As urllib3's. An answer that ends with its connection keeps the lease until it has been read."""
         self._answering = True
@@ -160,8 +186,6 @@ class _Leased(_Connection):
                 self.close()
             raise
         self._answering = False
-        if response.status == 101:  # from here on it is no HTTP
-            self._spent = True
         if self._lease is None:
             response._sock_shutdown = None  # it is somebody else's
         return response
@@ -170,12 +194,12 @@ class _Leased(_Connection):
 
         def response_class(self, *args: Any, **kwargs: Any) -> _Answer:
             """What http.client reads the answer with."""
-            return _Answer(self, *args, **kwargs)
+            return _Answer(self, Exchange() if self._tunneling else self._exchange, *args, **kwargs)
 
     def let_go(self) -> None:
         """The answer has come whole, and is still to be understood: meanwhile others may have the connection."""
         lease = self._lease
-        if lease is not None and not self._spent:
+        if lease is not None and not self._spent and self._exchange.end(through=True) is End.CLEAN:
             self._lease = self.sock = None
             with contextlib.suppress(LeaseError):
                 lease.checkin()
@@ -188,25 +212,47 @@ class _Leased(_Connection):
         if self._lease is not None and not self._answering:
             self._end_lease()
 
+    def go_on(self) -> Self:
+        """The next request of a login that has begun: on this connection, unless it has ended."""
+        self._exchange = Exchange(self._exchange.legs + 1)
+        self._queued = True
+        lease = self._lease
+        if lease is None or not lease.in_force or not self.is_connected:
+            self.close()
+        return self
+
     def _end_lease(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
             with contextlib.suppress(LeaseError):  # it was taken away, or is a parent process's
                 lease.discard()
 
-    def _give_back(self) -> None:
-        """The answer has been read: the connection is for others, unless it has ended or was left in the midst."""
-        lease = self._lease
-        if self.sock is None and lease is None and self._is_through():
+    def _give_back(self) -> End:
+        """The user has done with the answer: what has become of the connection."""
+        lease, through = self._lease, self._is_through()
+        if self.sock is None and lease is None and through:
             self._forget()
-            return
-        if self.sock is None or lease is None or self._spent or not self._is_through():
+            return End.CLEAN
+        end = End.CLOSE
+        if self.sock is not None and lease is not None:
+            end = self._exchange.end(through=through and not self._spent)
+        if end in (End.OFFERED, End.BEGUN):
+            return end
+        if end is not End.CLEAN and end is not End.SURPLUS:
             self.close()
-            return
+            return end
+        if end is End.SURPLUS:
+            self._cut()
         self._lease = self.sock = None
         self._forget()
         with contextlib.suppress(LeaseError):
-            lease.checkin()
+            cast("Lease[Any]", lease).checkin()
+        return end
+
+    def _cut(self) -> None:
+        """Close the leased connection, so that it is given back as unclean."""
+        with contextlib.suppress(OSError):
+            cast(Any, self.sock).close()
 
     def _is_through(self) -> bool:
         """Whether what was asked for has come whole, and has been read."""
@@ -223,37 +269,38 @@ class _Leased(_Connection):
             self._tunnel_host = self._tunnel_port = self._tunnel_scheme = None
 
 
-#: An answer's status and fields, where none of them needs a second look; and one such field.
-_HEAD: Final = re.compile(
-    rb"HTTP/1\.1 ([2-5]\d\d) ?([ -~]*)\r\n((?:[!#-'*+\-.0-9A-Z^-z|~]+:[\t -~\x80-\xff]*\r\n)+)\r\n"
-)
-_FIELD: Final = re.compile("([^:]+):[\t ]*([^\r]*)\r\n")
 #: http.client refuses more fields.
 _MOST_FIELDS: Final = 100
 
 
-def _whole(came: bytes, method: str | None) -> tuple[int, str, list[tuple[str, str]], int] | None:
-    """Status, reason, fields and the body's place, if these bytes are an answer to its last one and no further.
+class _Source(io.RawIOBase):
+    """What an answer is read from: the socket's own file object, while an Exchange reads along."""
 
-    After such an answer the connection stays. None: it may be anything else, which http.client understands.
-    """
-    head = _HEAD.match(came)
-    if head is None:
-        return None
-    length = ""
-    fields: list[tuple[str, str]] = _FIELD.findall(head[3].decode("latin-1"))
-    for name, value in fields:
-        kind = name.lower()
-        if kind == "content-length":
-            if length or not value.isdecimal():
-                return None
-            length = value
-        elif kind == "transfer-encoding" or (kind == "connection" and value.lower() != "keep-alive"):
-            return None
-    bodiless = method == "HEAD" or head[1] in (b"204", b"304")
-    if not length or len(fields) > _MOST_FIELDS or len(came) != head.end() + (0 if bodiless else int(length)):
-        return None
-    return int(head[1]), head[2].decode("ascii").strip(), fields, head.end()
+    def __init__(self, raw: Any, exchange: Exchange) -> None:
+        self._raw = raw
+        self._exchange = exchange
+
+    def readinto(self, buffer: Any) -> int | None:
+        count: int | None = self._raw.readinto(buffer)
+        if count:
+            self._exchange.came(memoryview(buffer)[:count])
+        return count
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return cast(int, self._raw.fileno())
+
+    @property
+    def _sock(self) -> Any:
+        """As SocketIO's, where some look for the socket."""
+        return self._raw._sock
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._raw.close()
 
 
 class _Answer(http.client.HTTPResponse):
@@ -262,28 +309,61 @@ class _Answer(http.client.HTTPResponse):
     To understand it takes Python longer than a near server takes to answer: meanwhile others have the connection.
     """
 
-    def __init__(self, connection: _Leased, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, connection: _Leased, exchange: Exchange, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._leased = connection
+        self._exchange = exchange
+        this: Any = self
+        this.fp = io.BufferedReader(_Source(this.fp.detach(), exchange))
 
     def begin(self) -> None:
         this: Any = self
         if this.headers is None and not this.debuglevel:
             came = this.fp.peek()
-            whole = _whole(came, this._method)
-            if whole is not None:
-                this.fp.close()
-                self._leased.let_go()
-                this.status, this.reason, fields, at = whole
-                this.fp = io.BufferedReader(io.BytesIO(came[at:]))
-                this.code, this.version = this.status, 11
-                this.chunked = this.will_close = False
-                this.chunk_left, this.length = None, len(came) - at
-                this.headers = this.msg = http.client.HTTPMessage()
-                for name, value in fields:
-                    this.msg.set_raw(name, value)
+            if self._is_simple():
+                self._take(came)
                 return
         super().begin()
+
+    def _is_simple(self) -> bool:
+        """Whether it has come whole at once, and http.client would think the same of it."""
+        exchange = self._exchange
+        head = exchange.head
+        if head is None or not exchange.came_at_once or not 0 < len(head.fields) <= _MOST_FIELDS:
+            return False
+        told = {name.lower(): value.lower() for name, value in head.fields}
+        return (
+            head.version == 11
+            and 200 <= head.status < 600
+            and "transfer-encoding" not in told
+            and told.get("connection", "keep-alive") == "keep-alive"
+        )
+
+    def _take(self, came: bytes) -> None:
+        this: Any = self
+        head = self._exchange.head
+        assert head is not None
+        body = came[head.length :]
+        this.fp, read = io.BufferedReader(io.BytesIO(body)), this.fp
+        read.close()
+        self._leased.let_go()
+        this.status, this.reason, this.version = head.status, head.reason, head.version
+        this.code = this.status
+        this.chunked = this.will_close = False
+        this.chunk_left, this.length = None, len(body)
+        this.headers = this.msg = http.client.HTTPMessage()
+        for name, value in head.fields:
+            this.msg.set_raw(name, value)
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """As http.client's, which skips 100 only: the final answer's, or that of 101."""
+        this: Any = self
+        for _ in range(MOST_INTERIM):
+            found: tuple[str, int, str] = cast(Any, super())._read_status()
+            if not 100 <= found[1] < 200 or found[1] == 101:
+                return found
+            http.client.parse_headers(this.fp)
+        raise http.client.HTTPException(f"got more than {MOST_INTERIM} interim answers")
 
 
 class SharedHTTPConnection(_Leased, HTTPConnection):
@@ -331,10 +411,11 @@ class SharedHTTPSConnection(_Leased, HTTPSConnection):
         told: tuple[Any, ...] = (
             None if reqs == _REQUIRED else int(reqs), self.assert_hostname, self.assert_fingerprint,
             self.server_hostname, self.ssl_version, self.ssl_minimum_version, self.ssl_maximum_version,
-            self.ca_certs, self.ca_cert_dir, _digest(self.ca_cert_data), self.cert_file, self.key_file,
+            self.ca_certs, self.ca_cert_dir, self.ca_cert_data and _digest(self.ca_cert_data),
+            self.cert_file, self.key_file,
             None if self.ssl_context is None else "context", None,
         )  # fmt: skip
-        untold: tuple[Any, ...] = (self.key_password, _serial_of(self.ssl_context))
+        untold: tuple[Any, ...] = (self.key_password, _serial_of(self.ssl_context), self.ca_cert_data)
         config = self.proxy_config
         if self.proxy is not None:
             via: tuple[Any, ...] = (self.proxy.scheme, self.proxy.host, self.proxy.port, tunnel and tunnel[:3])
@@ -463,7 +544,9 @@ class _TlsDriver:
             conn.inner.close()
 
 
-_tcps: Final[dict[str, TcpDriver]] = {}
+#: Drivers by their settings. What decides who is at the other end is compared itself: two settings may have one digest.
+#: The name is compared, too, because `False` and `0` are equal, and mean different things to urllib3.
+_tcps: Final[dict[tuple[Any, ...], TcpDriver]] = {}
 _drivers: Final[weakref.WeakValueDictionary[tuple[Any, ...], _TlsDriver]] = weakref.WeakValueDictionary()
 _serials: Final[weakref.WeakKeyDictionary[Any, int]] = weakref.WeakKeyDictionary()
 _numbers: Final = itertools.count(1)
@@ -480,9 +563,10 @@ def _tcp(connection: HTTPConnection) -> TcpDriver:
     if chosen != NODELAY or source is not None:
         name = f"tcp+{_digest((chosen, source))}"
     with _making:
-        if name not in _tcps:
-            _tcps[name] = TcpDriver(name, cast(Any, chosen), source)
-        return _tcps[name]
+        driver = _tcps.get((name, chosen, source))
+        if driver is None:
+            driver = _tcps[name, chosen, source] = TcpDriver(name, cast(Any, chosen), source)
+        return driver
 
 
 def _tls(told: tuple[Any, ...], untold: tuple[Any, ...], tcp: TcpDriver) -> _TlsDriver:
@@ -490,14 +574,14 @@ def _tls(told: tuple[Any, ...], untold: tuple[Any, ...], tcp: TcpDriver) -> _Tls
     settings = told if tcp.name == "tcp" else (*told, tcp.name)
     name = "https" if settings == _PLAIN_TLS else f"https+{_digest(settings)}"
     with _making:
-        driver = _drivers.get((name, untold))
+        driver = _drivers.get((name, told, untold, tcp))
         if driver is None:
-            driver = _drivers[name, untold] = _TlsDriver(name, tcp)
+            driver = _drivers[name, told, untold, tcp] = _TlsDriver(name, tcp)
         return driver
 
 
-def _digest(value: Any) -> str | None:
-    return value and hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
 
 def _serial_of(context: Any) -> int:
@@ -531,6 +615,7 @@ class _Shared(_Pool):
 
     def __init__(self, *args: Any, pool: str | Handle[Any] = "default", app: str | None = None, **kwargs: Any) -> None:
         self.shared_pool, kwargs = _shared(pool, app, kwargs)
+        self._logins = Logins(lambda: self.shared_pool.stats().waiting > 0)
         super().__init__(*args, **kwargs)
 
     def _new_conn(self) -> Any:
@@ -551,7 +636,9 @@ class _Shared(_Pool):
         known = self.pool
         if known is None:
             raise ClosedPoolError(self, "Pool is closed.")
-        conn, began = None, monotonic()
+        conn, began = self._logins.take(None), monotonic()
+        if conn is not None:
+            return conn.go_on()
         try:
             conn = known.get(block=self.block, timeout=timeout)
         except queue.Empty:
@@ -567,13 +654,31 @@ class _Shared(_Pool):
         """End the lease; the object is kept where there is room for it."""
         if isinstance(conn, _Leased):
             conn._queued = False
-            conn._give_back()
+            end = conn._give_back()
+            if end in (End.OFFERED, End.BEGUN):
+                if self._logins.keep(None, end, conn, lambda: self._give_up(conn)):
+                    return
+                conn.close()
+        self._put_back(conn)
+
+    def _give_up(self, conn: Any) -> None:
+        """A login was begun and not gone on with."""
+        conn.close()
+        self._put_back(conn)
+
+    def _put_back(self, conn: Any) -> None:
+        """An object without a connection, which is kept where there is room for it."""
         known = self.pool
         if known is None or self.block:
             super()._put_conn(conn)
             return
         with contextlib.suppress(queue.Full):
             known.put(conn, block=False)
+
+    def close(self) -> None:
+        """As urllib3's; a login that has only begun is given up."""
+        self._logins.clear()
+        super().close()
 
 
 class SharedHTTPConnectionPool(_Shared, HTTPConnectionPool):
@@ -635,6 +740,11 @@ class SharedPoolManager(PoolManager):
         super().__init__(num_pools, headers, **kwargs)
         self.pool_classes_by_scheme = _CLASSES
 
+    def clear(self) -> None:
+        """As urllib3's; logins that have only begun are given up."""
+        _give_up_logins(self)
+        super().clear()
+
     def _new_pool(self, scheme: str, host: str, port: int, request_context: dict[str, Any] | None = None) -> Any:
         return _new_pool(self, super()._new_pool, scheme, host, port, request_context)
 
@@ -659,8 +769,20 @@ class SharedProxyManager(ProxyManager):
         super().__init__(proxy_url, **kwargs)
         self.pool_classes_by_scheme = _CLASSES
 
+    def clear(self) -> None:
+        """As urllib3's; logins that have only begun are given up."""
+        _give_up_logins(self)
+        super().clear()
+
     def _new_pool(self, scheme: str, host: str, port: int, request_context: dict[str, Any] | None = None) -> Any:
         return _new_pool(self, super()._new_pool, scheme, host, port, request_context)
+
+
+def _give_up_logins(manager: PoolManager) -> None:
+    for key in list(manager.pools.keys()):
+        known: Any = manager.pools.get(key)
+        if known is not None:
+            known._logins.clear()
 
 
 _CLASSES: Final[Any] = {"http": SharedHTTPConnectionPool, "https": SharedHTTPSConnectionPool}

@@ -296,8 +296,8 @@ def is_in_transaction(conn: Any) -> bool:
 def name_of(driver: Psycopg3Driver[Any]) -> str:
     """A pool's name, made of where it leads; the same in every process, and without any secret."""
     address = driver.target.address
-    digest = hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
-    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?')[0])[:80]}-{digest}"
+    digest = hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?')[0])[:60]}-{digest}"
 
 
 def sizes(low: int, high: int | None) -> tuple[int, int]:

@@ -204,7 +204,7 @@ def _address(params: Mapping[str, str], user: str, dbname: str) -> str:
     rest = sorted((name, value) for name, value in params.items() if name not in _NOT_OF_THE_SESSION)
     if params.get("hostaddr"):
         rest.append(("hostaddr", params["hostaddr"]))
-    more = f"?{hashlib.blake2b(repr(rest).encode(), digest_size=6).hexdigest()}" if rest else ""
+    more = f"?{hashlib.blake2b(repr(rest).encode(), digest_size=16).hexdigest()}" if rest else ""
     return f"{user}@{host}:{params.get('port') or '5432'}/{dbname}{more}"
 
 

@@ -6,6 +6,7 @@ import http.client
 import io
 from typing import Any
 
+from sharedpool.exchange import Exchange
 from sharedpool.integrations import urllib3
 
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
@@ -18,6 +19,8 @@ WHOLE = [
     (b"HTTP/1.1 404\r\nContent-Length: 0\r\n\r\n", "POST"),
     (PLAIN + b"\r\n", "HEAD"),
     (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", "GET"),
+    (b"HTTP/1.1 304 Not Modified\r\nETag: a\r\n\r\n", "GET"),
+    (b"HTTP/1.1 204 No Content\r\nDate: a\r\n\r\n", "GET"),
     (PLAIN.replace(b": 2", b": 5000") + b"\r\n" + b"x" * 5000, "GET"),
 ]
 OTHERS = [
@@ -59,7 +62,9 @@ class Connection:
 
 def both(data: bytes, method: str = "GET") -> tuple[Any, Any, bool]:
     connection = Connection()
-    ours = urllib3._Answer(connection, Sock(data), method=method)
+    exchange = Exchange()
+    exchange.sent(f"{method} / HTTP/1.1\r\n\r\n".encode())
+    ours = urllib3._Answer(connection, exchange, Sock(data), method=method)  # type: ignore[arg-type]
     theirs = http.client.HTTPResponse(Sock(data), method=method)  # type: ignore[arg-type]
     ours.begin()
     theirs.begin()
@@ -84,5 +89,31 @@ def test_anything_else_is_left_to_http_client_and_keeps_its_connection() -> None
         ours, theirs, lets_go = both(data)
         assert not lets_go, data
         assert ours.getheaders() == theirs.getheaders()
-    assert urllib3._whole(PLAIN + b"\r\no", "GET") is None
-    assert urllib3._whole(PLAIN, "GET") is None
+
+
+def test_two_tls_settings_with_one_digest_have_two_drivers(monkeypatch: Any) -> None:
+    monkeypatch.setattr(urllib3, "_digest", lambda value: "one")
+    pool = {"pool": "web", "cert_reqs": "CERT_REQUIRED", "server_hostname": "a"}
+    drivers = [
+        urllib3.SharedHTTPSConnectionPool("localhost", 443, **{**pool, **other})._new_conn()._where()[2]
+        for other in (
+            {}, {"cert_reqs": "CERT_NONE"}, {"server_hostname": "b"}, {"ca_certs": "/a.pem"}, {"ca_cert_data": "a"},
+            {"ca_cert_data": "b"}, {"socket_options": []}, {"source_address": ("127.0.0.1", 0)},
+        )
+    ]  # fmt: skip
+    assert len(set(map(id, drivers))) == len(drivers)
+    assert len({driver.name for driver in drivers}) == 1
+    sockets = [
+        urllib3.SharedHTTPConnectionPool("localhost", 80, pool="web", **other)._new_conn()._where()[2]
+        for other in ({"socket_options": []}, {"source_address": ("127.0.0.1", 0)}, {"source_address": ("::1", 0)})
+    ]
+    assert len(set(map(id, sockets))) == 3
+
+
+def test_settings_that_are_equal_in_python_only_have_two_drivers() -> None:
+    drivers = [
+        urllib3.SharedHTTPSConnectionPool("localhost", 443, pool="web", assert_hostname=each)._new_conn()._where()[2]
+        for each in (False, 0)
+    ]
+    assert drivers[0] is not drivers[1], "0 does not switch the check off"
+    assert all(len(driver.name.partition("+")[2]) == 32 for driver in drivers), "16 bytes"

@@ -87,7 +87,7 @@ class RedisDriver:
     def _tls_of(self, sample: Any) -> str:
         """What else decides who the peer must be; a hash, because paths and certificates are long."""
         said = {n: v for n, v in self._arguments.items() if n.startswith("ssl_") and n != "ssl_password"}
-        return hashlib.blake2b(repr(sorted(said.items())).encode(), digest_size=4).hexdigest()
+        return hashlib.blake2b(repr(sorted(said.items())).encode(), digest_size=16).hexdigest()
 
     def address(self, host: str, port: int) -> tuple[str, int]:
         """As it is."""
