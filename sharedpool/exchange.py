@@ -35,6 +35,9 @@ _TELLING: Final = frozenset({
     "content-length", "transfer-encoding", "connection", "proxy-connection", "authorization", "proxy-authorization",
     "www-authenticate", "proxy-authenticate", "persistent-auth", "authentication-info", "proxy-authentication-info",
 })  # fmt: skip
+_OF_LOGINS: Final = frozenset({
+    "www-authenticate", "proxy-authenticate", "persistent-auth", "authentication-info", "proxy-authentication-info",
+})  # fmt: skip
 #: A scheme that logs a connection in, and not a request (RFC 4559, MS-NTHT), and its token if there is one.
 _SCHEME: Final = re.compile(
     r"(?:^|,)[ \t]*(?:ntlm|negotiate|kerberos|nego2|credssp)(?![^\s,])"
@@ -207,6 +210,8 @@ def _telling(fields: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def _stays(told: dict[str, list[str]], modern: bool) -> bool:
     """Whether the connection outlives the message."""
+    if "connection" not in told and "proxy-connection" not in told:
+        return modern
     words = {
         word.strip().lower()
         for name in ("connection", "proxy-connection")
@@ -253,6 +258,8 @@ class _Request(_Message):
         """What the head says beside its framing."""
         self.method = method.upper()
         self.stays = _stays(told, modern) and self.method != "CONNECT"
+        if "authorization" not in told and "proxy-authorization" not in told:
+            return
         self.logs_in = bool(_schemes(told, "authorization", "proxy-authorization"))
         self.digest = any(
             value.lower().startswith("digest ")
@@ -304,6 +311,8 @@ class _Answer(_Message):
 
 def _login(status: int, told: dict[str, list[str]], request: _Request) -> End | None:
     """Whether an answer logs its connection in, or offers that; and what becomes of the connection then."""
+    if not request.logs_in and told.keys().isdisjoint(_OF_LOGINS):
+        return None
     challenges = _schemes(told, "www-authenticate", "proxy-authenticate")
     if challenges and status in (401, 407):
         return End.BEGUN if any(challenges) else End.OFFERED
