@@ -210,7 +210,13 @@ _WORDS: Final = {
     "service": "service",
 }  # fmt: skip
 #: The same where the reason names no option.
-_PARTS: Final = (("TLS", "tls"), ("GSSAPI", "gssapi"), ("several hosts", "hosts"), ("no host;", "no_host"))
+_PARTS: Final = (
+    ("TLS", "tls"),
+    ("GSSAPI", "gssapi"),
+    ("several hosts", "hosts"),
+    ("no host;", "no_host"),
+    ("when it was first used", "changed"),
+)
 
 
 def word_for(why: str) -> str:

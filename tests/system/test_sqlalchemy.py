@@ -463,6 +463,27 @@ def test_listeners_may_change_what_a_connection_is_made_with(
     assert two[1].call(with_token, address, "b") == first, "passwords are no part of the key"
 
 
+def led_elsewhere(state: State, address: str, database: str) -> Any:
+    """A listener that connects to another database than the engine's address says."""
+    alchemy.make(state, address, pool_size=2)
+
+    @event.listens_for(state.things["engine"], "do_connect")
+    def change_database(dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> None:
+        cparams["dbname"] = database
+
+    return alchemy.query(state, "SELECT current_database()")
+
+
+@pytest.mark.parametrize("moving", ["psycopg", "psycopg2"])
+def test_a_session_that_a_listener_has_led_elsewhere_is_nobody_elses(
+    two: list[Worker], postgres: Postgres, moving: str
+) -> None:
+    address = url(postgres, moving)
+    assert two[0].call(led_elsewhere, address, "template1") == "template1"
+    two[1].call(alchemy.make, address, pool_size=2)
+    assert two[1].call(alchemy.query, "SELECT current_database()") == "postgres"
+
+
 def own_creator(state: State, conninfo: str, **given: Any) -> Any:
     import psycopg
 
