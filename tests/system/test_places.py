@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -249,7 +250,10 @@ def test_work_is_called_off_only_where_the_server_is_who_it_was(monkeypatch: pyt
     ours, theirs = socket.socketpair()
     with ours, theirs, socket.create_server((HOST, 0)) as listener:
         command = [*unshare("--net"), sys.executable, "-c", CONNECTED, str(theirs.fileno())]
-        with subprocess.Popen(command, pass_fds=[theirs.fileno()]):
+        with (
+            subprocess.Popen(command, pass_fds=[theirs.fileno()]),
+            contextlib.closing(ours),
+        ):  # its end ends the process
             _, numbers, _, _ = socket.recv_fds(ours, 1, 1)
             with socket.socket(fileno=numbers[0]) as far, socket.create_connection(listener.getsockname()) as near:
                 assert abort_of("mine", far, b"state") is None
@@ -258,4 +262,3 @@ def test_work_is_called_off_only_where_the_server_is_who_it_was(monkeypatch: pyt
                 abort()
                 wait_until(lambda: called, deadline=20)
                 assert called == [listener.getsockname()]
-            ours.sendall(b"x")
