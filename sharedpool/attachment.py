@@ -184,7 +184,7 @@ class Attachment:
         self.table = self.segment.table(self.row)
         self.words = self._words = self.table.words
         self.gate = self.words[GATE] & ~GATE_FLAGS  # the value under which nothing is in the way
-        self.routes: dict[tuple[drivers.Driver[Any], str, str, int], Route] = {}
+        self.routes: dict[tuple[drivers.Driver[Any], str, str, int, str], Route] = {}
         self.entries: dict[int, Entry] = {}
         self.permits: dict[int, int] = {}
         self.chores: deque[tuple[int, int, Entry | None, bool]] = deque()
@@ -270,7 +270,7 @@ class Attachment:
             OptionError: It is no address.
         """
         driver = drivers.find(transport)
-        address = (driver.name, *driver.address(host, port))
+        address = drivers.key(driver, *driver.address(host, port))
         known = self.routes.get((driver, *address))
         if known is None:
             rules = self.words[RULES]
@@ -281,7 +281,7 @@ class Attachment:
             counts = self.lines.place(key)
             known = Route(
                 driver, address[1], address[2], key, moves=moves, sticky=sticky, counts=counts, checks=checks,
-                strict=bool(rules & STRICT),
+                strict=bool(rules & STRICT), place=address[3], matters=drivers.matters(driver, address[1]),
             )  # fmt: skip
             known = self.routes.setdefault((driver, *address), known)
             self._tell_name(known)
@@ -802,6 +802,7 @@ class Attachment:
         began = monotonic_ns()
         try:
             seconds = connect_timeout if limit == _AT_ONCE else min(connect_timeout, (limit - began) / 1e9)
+            drivers.check_place(route)
             conn = route.driver.open(route.host, route.port, seconds, register)
             if opening is not None:
                 opening.end()

@@ -544,8 +544,8 @@ def _in_scope(method: str, *arguments: Any, app: str | None, seconds: float) -> 
     return manager.call(directory, method, *arguments, start=False, seconds=seconds)
 
 
-def _address(key: Key | None) -> tuple[str, str, int] | None:
-    """A key as the drivers write it: (transport, host, port).
+def _address(key: Key | None) -> drivers.Address | None:
+    """A key as `drivers.key` gives it.
 
     Raises:
         OptionError: It is none.
@@ -557,7 +557,7 @@ def _address(key: Key | None) -> tuple[str, str, int] | None:
     else:
         transport, host, port = _parts(key)
     driver = drivers.find(transport)
-    return (driver.name, *driver.address(host, port))
+    return drivers.key(driver, *driver.address(host, port))
 
 
 def _parts(key: Any) -> tuple[str, str, int]:

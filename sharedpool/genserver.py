@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import layout, options, segment, view
+from . import layout, options, view
+from .drivers import Address
 from .errors import AttachRefused, OptionError
 from .layout import DECLARED_IDLE, DECLARED_MAX
 from .options import NOT_GIVEN, PoolOptions
@@ -180,11 +181,11 @@ class PoolServer(ServedPool):
     def _stats(self) -> PoolStats:
         return view.stats(self.words, self.segment.geometry, self.name)
 
-    def _idle_of(self, address: tuple[str, str, int] | None = None) -> int:
-        """Idle connections: all, or those of one address as its driver writes it. The key needs the pool's secret."""
+    def _idle_of(self, address: Address | None = None) -> int:
+        """Idle connections: all, or those of one address as `drivers.key` gives it. Keys need the pool's secret."""
         if address is None:
             return self._stats().idle
-        return view.count_idle(self.words, self.segment.geometry, segment.key_of(self.segment.secret, address))
+        return sum(view.count_idle(self.words, self.segment.geometry, key) for key in self.keys_of(address))
 
     def _set(self, option: str, value: Any, pid: int) -> None:
         value = options.check(option, value, f"process {pid}")

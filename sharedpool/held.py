@@ -77,18 +77,22 @@ class Route:
     `checks` is the driver's active check, where the pool wants it asked; `resets` what it does with a connection that
     others have used, `always` with every one; `direct`: neither is for one's own idle connection. `high` says that its
     checkouts have high priority. What this process does with the key is counted behind the place `counts`: `reuses`,
-    `takeovers` and `handoffs` are places there.
+    `takeovers` and `handoffs` are places there. `place` and what of it `matters` are as in `drivers.places`.
     """
 
     __slots__ = (
-        "always", "checks", "clean", "counts", "direct", "driver", "handoffs", "high", "host", "key", "parks", "port",
-        "resets", "reuses", "stack", "stateful", "stays", "sticky", "strict", "tag", "takeovers", "urgent", "where",
+        "always", "checks", "clean", "counts", "direct", "driver", "handoffs", "high", "host", "key", "matters",
+        "parks", "place", "port", "resets", "reuses", "stack", "stateful", "stays", "sticky", "strict", "tag",
+        "takeovers", "urgent", "where",
     )  # fmt: skip
 
     def __init__(
         self, driver: Driver[Any], host: str, port: int, key: int, *, moves: bool, sticky: bool, counts: int,
-        checks: Callable[[Any], bool] | None = None, strict: bool = False,
+        checks: Callable[[Any], bool] | None = None, strict: bool = False, place: str = "",
+        matters: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
+        self.place = place
+        self.matters = matters
         self.counts = counts
         self.reuses = counts + COUNTS["reuses"]
         self.takeovers = counts + COUNTS["takeovers"]
@@ -120,6 +124,7 @@ class Route:
             urgent = Route(
                 self.driver, self.host, self.port, self.key,
                 moves=not self.stays, sticky=self.sticky, counts=self.counts, checks=self.checks, strict=self.strict,
+                place=self.place, matters=self.matters,
             )  # fmt: skip
             urgent.stack, urgent.high = self.stack, True
             self.urgent = urgent

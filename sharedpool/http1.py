@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import os
 import select
 import ssl
 import threading
@@ -263,7 +264,7 @@ class _Transport:
         http1: True.
         http2: False; HTTP/2 is refused.
         proxy: None; proxies are refused.
-        uds: The path of a Unix socket that stands for every host of `http://`.
+        uds: The path of a Unix socket that stands for every host of `http://`; a relative one is one from here.
         priority: "normal" or "high", as for a checkout.
         **options: Options that declare the pool (see PoolOptions).
 
@@ -289,7 +290,7 @@ class _Transport:
         self._pool = type(self).attach(pool, app=app, update=update, **options)
         self._logins = Logins(lambda: self._pool.stats().waiting > 0)
         self._priority = priority
-        self._uds = uds
+        self._uds = None if uds is None else os.path.join(os.getcwd(), uds)
         self._context: ssl.SSLContext = self.library.httpx.create_ssl_context(verify, cert, trust_env)
         self._context.set_alpn_protocols(["http/1.1"])
         given = verify if isinstance(verify, bool | str) else "context"

@@ -75,7 +75,12 @@ class LocalRoute:
     driver: drivers.Driver[Any]
     host: str
     port: int
+    place: str = ""
     high: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def matters(self) -> tuple[str, ...]:
+        return drivers.matters(self.driver, self.host)
 
     @property
     def where(self) -> str:
@@ -116,6 +121,7 @@ class _Slot:
     def fill(self, seconds: float) -> None:
         """Open the connection."""
         driver = self.route.driver
+        drivers.check_place(self.route)
         conn = driver.open(self.route.host, self.route.port, seconds, lambda sock: None)
         try:
             self.number = driver.fileno(conn)
@@ -144,10 +150,11 @@ class _Slot:
         except Exception:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
             return False
 
-    def leads_to(self, address: tuple[str, str, int] | None) -> bool:
+    def leads_to(self, address: drivers.Address | None) -> bool:
         """Whether this is a connection, or becomes one, to the address; None: to any."""
         route = self.route
-        return route.driver.connects and address in (None, (route.driver.name, route.host, route.port))
+        asked = None if address is None else address[:3]
+        return route.driver.connects and asked in (None, (route.driver.name, route.host, route.port))
 
     @property
     def counts(self) -> bool:
@@ -272,7 +279,8 @@ class LocalPool:
     def route(self, transport: str | drivers.Driver[Any], host: str, port: int) -> LocalRoute:
         """The route for an address; equal addresses give equal ones."""
         driver = drivers.find(transport)
-        return LocalRoute(driver, *driver.address(host, port))
+        _, where, number, place = drivers.key(driver, *driver.address(host, port))
+        return LocalRoute(driver, where, number, place)
 
     def urgent(self, route: LocalRoute) -> LocalRoute:
         """The same route for checkouts with high priority."""
@@ -728,7 +736,7 @@ class LocalPool:
             for slot in self.slots:  # what is open now was opened
                 self._count("opened", slot.route, slot.counts)
 
-    def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> int:
+    def drain(self, address: drivers.Address | None, seconds: float | None, *, kill: bool = False) -> int:
         """Close idle connections now and leased ones at their checkin; with `seconds`, wait until they have ended."""
         with self._lock:
             self._tidy()
@@ -741,7 +749,7 @@ class LocalPool:
             self._await_end(chosen, number, seconds)
         return number
 
-    def kill(self, address: tuple[str, str, int] | None) -> int:
+    def kill(self, address: drivers.Address | None) -> int:
         """As drain, and leased ones are shut down under their users' hands."""
         return self.drain(address, None, kill=True)
 
@@ -832,12 +840,12 @@ class LocalPool:
         }
         return casts[request](*arguments)
 
-    def _idle_of(self, address: tuple[str, str, int] | None = None) -> int:
+    def _idle_of(self, address: drivers.Address | None = None) -> int:
         if address is None:
             return self.stats().idle
         with self._lock:
             self._tidy()
-            return len(self._idle.get(self.route(*address), []))
+            return sum(slot.leads_to(address) for idle in self._idle.values() for slot in idle)
 
     def _notify(self, text: str) -> int:
         """Tell this process, which is all there are, if it uses the pool."""

@@ -28,6 +28,7 @@ import multiprocess.process
 
 from . import calls, launch, layout, mutex, scope, segment, succession, view
 from .arbiter import Arbiter
+from .drivers import Address
 from .errors import DrainTimeout, PoolNotFound, RegistryTimeout, SharedPoolError, StartFailed
 from .genserver import PoolServer
 from .options import check_pool_name
@@ -135,7 +136,7 @@ class Registry:
         self._with(name, PoolServer.resume)
         return True
 
-    def drain(self, name: str, address: tuple[str, str, int] | None, seconds: float | None) -> int:
+    def drain(self, name: str, address: Address | None, seconds: float | None) -> int:
         """Close idle connections now, leased ones at their checkin; gives how many. DrainTimeout, PoolNotFound.
 
         With `seconds` it waits, in this caller's own thread, until all have ended.
@@ -145,7 +146,7 @@ class Registry:
             self._arbiter.call(lambda: _check_drained(pool, drain, seconds))
         return drain.number
 
-    def kill(self, name: str, address: tuple[str, str, int] | None) -> int:
+    def kill(self, name: str, address: Address | None) -> int:
         """As drain; leased ones are shut down under their users' hands. Gives how many."""
         return self._with(name, lambda pool: pool.drain(address, None, kill=True).number)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from .layout import (
@@ -197,11 +197,11 @@ class Policies:
 
     # --- drain and kill -----------------------------------------------------------------------------------------------
 
-    def begin(self, key: int, reason: str, *, until: int, shut: bool) -> Drain:
-        """Close what there is of a key (0: of all): what is opened from now on is not concerned."""
+    def begin(self, keys: Collection[int], reason: str, *, until: int, shut: bool) -> Drain:
+        """Close what there is of some keys (none: of all): what is opened from now on is not concerned."""
         drain = Drain(reason, until, shut, {})
         for index, at, word in self._slots():
-            if key and self._words[at + KEY] != key:
+            if keys and self._words[at + KEY] not in keys:
                 continue
             generation = generation_of(word)
             bare = word & BARE or (word & STATE == LEASED and not self._registered(index, generation))

@@ -17,7 +17,7 @@ from typing import Any, Final
 from . import counting, view
 from . import options as rules
 from . import segment as segments
-from .drivers import abort_of
+from .drivers import Address, abort_of, named
 from .drivers.sockets import Ending, break_off
 from .errors import OptionError
 from .layout import (
@@ -474,19 +474,25 @@ class ServedPool:
         self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED, w[RESERVE], w[MAX_PER_KEY]))
         self._serve(self._clock())
 
-    def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> Drain:
+    def keys_of(self, address: Address) -> frozenset[int]:
+        """An address's keys: the one that it has where the caller is, and those that processes elsewhere have told."""
+        where = named(*address[:3])[:LONGEST_NAME]
+        told = {key for key, name in self.key_names.items() if name == where}
+        return frozenset({segments.key_of(self.segment.secret, address), *told})
+
+    def drain(self, address: Address | None, seconds: float | None, *, kill: bool = False) -> Drain:
         """Close idle connections now and leased ones at their checkin; those of an address, or all.
 
         Args:
-            address: (transport, host, port) as the driver gives it, or None for all.
+            address: As `drivers.key` gives it, or None for all.
             seconds: How long somebody will wait for the end of them; None: nobody.
             kill: Shut leased ones down at once. Their leases go on until their users give them back.
         """
         self._drain(self)  # a registration may be under way
-        key = 0 if address is None else segments.key_of(self.segment.secret, address)
+        keys = frozenset() if address is None else self.keys_of(address)
         now = self._clock()
         until = now + nanoseconds(seconds) if seconds else 0
-        drain = self.policies.begin(key, "killed" if kill else "drained", until=until, shut=kill)
+        drain = self.policies.begin(keys, "killed" if kill else "drained", until=until, shut=kill)
         with contextlib.suppress(Later):  # the rest at the next turn
             self.policies.turn(now)
         return drain

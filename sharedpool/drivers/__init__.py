@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
+import os
 import socket
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
-from ..errors import OptionError
+from ..errors import ConnectFailed, OptionError
+from . import places
 
 T = TypeVar("T")
+
+#: As `key` gives it: transport, host, port, and what nobody sees.
+Address = tuple[str, str, int, str]
 
 #: Called with the socket of a connection that is about to be opened, before connect().
 Register = Callable[[socket.socket], None]
@@ -41,6 +47,10 @@ class Driver(Protocol[T]):
         connects: False for permits, which have no connection at all.
 
     A driver may also have:
+        identity: A text: what else tells its connections from those of other drivers with its name. It is part of the
+            key, as a hash, and nobody sees it. A class of one's own is part of the key anyway.
+        matters(host) -> Iterable[str]: What of the process's place decides where an address leads, of `places.NETWORK`,
+            `places.NAMES` and `places.FILES`; all of them if it does not say. Not asked where connections do not move.
         parks: False: an idle connection's object keeps its descriptor. Only where connections do not move.
         check(conn) -> bool: The active check, see the option `check`.
         reset(conn) -> bool: Called when a lease begins on a connection that somebody else has used since this object
@@ -117,6 +127,8 @@ def abort_of(name: str, sock: socket.socket, state: bytes | None) -> Callable[[]
         peer, family = sock.getpeername(), sock.family
     except OSError:
         return None
+    if not places.is_here(sock):  # the peer's address is somebody else's in this process's network namespace
+        return None
 
     def call_off() -> None:
         with contextlib.suppress(Exception):
@@ -162,9 +174,10 @@ def check_port(port: object, low: int, high: int) -> int:
     return port
 
 
-def check_host(host: object, what: str) -> str:
-    """The host, or OptionError."""
-    if not isinstance(host, str) or not host or "\0" in host or not _encodes(host):
+def check_host(host: object, what: str, *, absolute: bool = False) -> str:
+    """The host, or OptionError; with `absolute` it must be an absolute path."""
+    sound = isinstance(host, str) and host and "\0" not in host and _encodes(host)
+    if not isinstance(host, str) or not sound or (absolute and not os.path.isabs(host)):
         raise OptionError(
             f"option 'host' has the value {host!r} (from the call); allowed is {what}",
             option="host", value=host, source="the call", allowed=what,
@@ -178,6 +191,53 @@ def _encodes(host: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def matters(driver: Driver[Any], host: str) -> tuple[str, ...]:
+    """What of the process's place is part of the key: nothing, where no connection leaves its process."""
+    if not (driver.connects and driver.moves):
+        return ()
+    said = getattr(driver, "matters", None)
+    return tuple(said(host)) if said is not None else (places.NETWORK, places.NAMES, places.FILES)
+
+
+def key(driver: Driver[Any], host: str, port: int) -> Address:
+    """What decides who may use a connection: transport, host, port, and a text that nobody sees.
+
+    Args:
+        driver: Opens it.
+        host: As `driver.address` gives it.
+        port: Likewise.
+    """
+    kind = type(driver)
+    ours = kind.__module__.startswith(f"{__package__.partition('.')[0]}.")
+    who = ["" if ours else f"{kind.__module__}.{kind.__qualname__}", str(getattr(driver, "identity", ""))]
+    return driver.name, host, port, json.dumps([*who, places.here(matters(driver, host))])
+
+
+class _Placed(Protocol):
+    """A route: an address, and the place for which it was made."""
+
+    @property
+    def where(self) -> str: ...
+    @property
+    def place(self) -> str: ...
+    @property
+    def matters(self) -> tuple[str, ...]: ...
+
+
+def check_place(route: _Placed) -> None:
+    """Before a connection is opened: it would be lent to those for whom the address leads elsewhere.
+
+    Raises:
+        ConnectFailed: This thread has left the place for which the route was made.
+    """
+    if not places.still(route.place, route.matters):
+        raise ConnectFailed(
+            f"{route.where} leads elsewhere from here: this thread is in another network or mount namespace, or under"
+            " another root directory, than where this handle first used the address; make a handle for each"
+            " (sharedpool.attach), after entering it"
+        )
 
 
 def named(transport: str, host: str, port: int) -> str:

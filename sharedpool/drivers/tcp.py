@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import time
@@ -9,6 +10,7 @@ from typing import Final
 
 from ..errors import NO_DESCRIPTOR, ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, named, register
+from .places import of_host
 from .sockets import PooledSocket, StreamDriver, connect, fresh
 
 SocketOptions = tuple[tuple[int, int, int | bytes], ...]
@@ -21,7 +23,7 @@ class TcpDriver(StreamDriver):
     """`transport="tcp"`: host is a name or an address, port 1 to 65535. TCP_NODELAY is set.
 
     Args:
-        name: Another one for other settings, so that connections that differ are not shared.
+        name: What people read. Other settings are part of the key, and of a name that is not given.
         options: What is set on the socket before it connects: level, name and value of each.
         source: The local address to connect from; port 0: any.
     """
@@ -29,17 +31,24 @@ class TcpDriver(StreamDriver):
     name = "tcp"
     _options = NODELAY
     _source: tuple[str, int] | None = None
+    identity = ""
 
-    def __init__(
-        self, name: str = "tcp", options: SocketOptions = NODELAY, source: tuple[str, int] | None = None
-    ) -> None:
-        self.name = name
+    def __init__(self, name: str = "", options: SocketOptions = NODELAY, source: tuple[str, int] | None = None) -> None:
         self._options = options
         self._source = source
+        plain = tuple(map(tuple, options)) == NODELAY and source is None
+        self.identity = "" if plain else repr((tuple(map(tuple, options)), source and tuple(source)))
+        usual = "tcp" if plain else f"tcp+{hashlib.blake2b(self.identity.encode(), digest_size=6).hexdigest()}"
+        self.name = name or usual
 
     def address(self, host: str, port: int) -> tuple[str, int]:
-        """Host names are compared in lower case."""
-        return check_host(host, "a host name or an address").lower(), check_port(port, 1, 65535)
+        """Host names are compared in lower case; an interface's name, after the `%` of an address, as it is written."""
+        name, percent, zone = check_host(host, "a host name or an address").partition("%")
+        return name.lower() + percent + zone, check_port(port, 1, 65535)
+
+    def matters(self, host: str) -> tuple[str, ...]:
+        """The network namespace; for a name the resolver, too."""
+        return of_host(host)
 
     def make(self, family: int, kind: int, protocol: int) -> PooledSocket:
         """The object that is to be connected."""

@@ -6,17 +6,23 @@ import socket
 
 from ..errors import ConnectFailed, ConnectTimeout, file_limit
 from . import Register, check_host, check_port, register
+from .places import FILES
 from .sockets import PooledSocket, StreamDriver, connect_unix, fresh
 
 
 class UnixDriver(StreamDriver):
-    """`transport="unix"`: host is the path of a listening socket, port is 0."""
+    """`transport="unix"`: host is the absolute path of a listening socket, port is 0."""
 
     name = "unix"
 
     def address(self, host: str, port: int) -> tuple[str, int]:
-        """Paths are compared as they are written."""
-        return check_host(host, "the path of a Unix socket"), check_port(port, 0, 0)
+        """Paths are compared as they are written. A relative one would lead elsewhere after a chdir()."""
+        allowed = "the absolute path of a Unix socket"
+        return check_host(host, allowed, absolute=True), check_port(port, 0, 0)
+
+    def matters(self, host: str) -> tuple[str, ...]:
+        """The mount namespace and the root directory."""
+        return (FILES,)
 
     def open(self, host: str, port: int, timeout: float, register: Register) -> PooledSocket:
         """Connect to the path; a full queue is waited for."""

@@ -647,8 +647,11 @@ class _Moving:
         assert pool is not None
         chosen = {name: pool._arguments[name] for name in ("reset", "move")}
         text = cargs[0] if cargs else ""
-        made = _driver_class(self._kind)(text, cparams, configure=self._changed, **self._more(), **chosen)
+        make = functools.partial(_driver_class(self._kind), text, cparams, configure=self._changed, **self._more())
+        made = make(**chosen)
         if self._driver is not None:
+            if made.target.identity != self._driver.target.identity:  # a listener's: nobody else asks for that
+                made = make(**{**chosen, "move": False})
             made._once = self._driver._once  # what stays is said, and counted, in one place
         return made
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import pwd
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
+from ..drivers.places import FILES, NAMES, NETWORK, of_host
 from ..drivers.postgres import Server
 
 log = logging.getLogger("sharedpool")
@@ -33,15 +35,19 @@ _ENVIRONMENT: Final = {
     "sslnegotiation": "PGSSLNEGOTIATION", "requirepeer": "PGREQUIREPEER", "gssencmode": "PGGSSENCMODE",
     "krbsrvname": "PGKRBSRVNAME", "gsslib": "PGGSSLIB", "channel_binding": "PGCHANNELBINDING",
     "target_session_attrs": "PGTARGETSESSIONATTRS", "load_balance_hosts": "PGLOADBALANCEHOSTS",
-    "connect_timeout": "PGCONNECT_TIMEOUT", "$datestyle": "PGDATESTYLE", "$timezone": "PGTZ", "$geqo": "PGGEQO",
+    "connect_timeout": "PGCONNECT_TIMEOUT", "require_auth": "PGREQUIREAUTH", "$datestyle": "PGDATESTYLE",
+    "$timezone": "PGTZ", "$geqo": "PGGEQO",
 }  # fmt: skip
 
-#: What says nothing about the session: it may differ among those who share it. No secret gets into a key.
+#: Is no part of the address that people read: it says nothing about the session, or is secret.
 _NOT_OF_THE_SESSION: Final = frozenset({
     "host", "hostaddr", "port", "dbname", "user", "password", "passfile", "connect_timeout", "keepalives",
     "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout", "sslpassword", "require_auth",
     "scram_client_key", "scram_server_key", "oauth_client_secret",
 })  # fmt: skip
+
+#: Of these the last two decide who is at the other end, or how that is proven: they are part of the key all the same.
+_NOT_OF_THE_KEY: Final = _NOT_OF_THE_SESSION - {"host", "hostaddr", "port", "dbname", "user", "require_auth"}
 
 _OF_THE_SERVER: Final = (
     "host", "hostaddr", "port", "passfile", "connect_timeout", "tcp_user_timeout", "target_session_attrs",
@@ -65,7 +71,8 @@ class Target:
         all: The same with the environment.
         user: As libpq finds it.
         dbname: As libpq finds it.
-        address: What equal sessions have in common, without any secret: the key's text, and the address in messages.
+        address: Where it leads, for people; without any secret.
+        identity: What equal sessions have in common, likewise, and no two others: it is for the key.
         server: Where it leads; None where only libpq knows.
         stays: Why its sessions cannot move; "" if they can, as far as can be said before the server is asked.
     """
@@ -75,8 +82,19 @@ class Target:
     user: str
     dbname: str
     address: str
+    identity: str
     server: Server | None
     stays: str
+
+    @property
+    def matters(self) -> tuple[str, ...]:
+        """What of this process's place decides which server that is."""
+        server = self.server
+        if server is None:
+            return NETWORK, NAMES, FILES
+        if server.is_unix:
+            return (NETWORK,) if server.host[0] == "@" else (FILES,)
+        return of_host(server.hostaddr or server.host)
 
     @property
     def connect_timeout(self) -> float:
@@ -144,7 +162,8 @@ def resolve(given: Mapping[str, object], libpq: int, *, move: bool = True) -> Ta
             )  # fmt: skip
     user = everything.get("user") or _os_user()
     dbname = everything.get("dbname") or user
-    return Target(params, everything, user, dbname, _address(everything, user, dbname), server, stays)
+    address, identity = _address(everything, user, dbname), _identity(everything, user, dbname)
+    return Target(params, everything, user, dbname, address, identity, server, stays)
 
 
 def _why_it_stays(params: Mapping[str, str], libpq: int) -> str:
@@ -181,6 +200,9 @@ _BECAUSE: Final = {
 }
 
 
+#: Of a session that is not where its pool's key says.
+CHANGED: Final = "the connection string, or the environment, says something else than when it was first used"
+
 #: A word for the option that keeps a session where it is; others are "other".
 _WORDS: Final = {
     "sslmode": "tls", "sslnegotiation": "tls", "channel_binding": "tls", "gssencmode": "gssapi",
@@ -188,7 +210,13 @@ _WORDS: Final = {
     "service": "service",
 }  # fmt: skip
 #: The same where the reason names no option.
-_PARTS: Final = (("TLS", "tls"), ("GSSAPI", "gssapi"), ("several hosts", "hosts"), ("no host;", "no_host"))
+_PARTS: Final = (
+    ("TLS", "tls"),
+    ("GSSAPI", "gssapi"),
+    ("several hosts", "hosts"),
+    ("no host;", "no_host"),
+    ("when it was first used", "changed"),
+)
 
 
 def word_for(why: str) -> str:
@@ -206,6 +234,12 @@ def _address(params: Mapping[str, str], user: str, dbname: str) -> str:
         rest.append(("hostaddr", params["hostaddr"]))
     more = f"?{hashlib.blake2b(repr(rest).encode(), digest_size=16).hexdigest()}" if rest else ""
     return f"{user}@{host}:{params.get('port') or '5432'}/{dbname}{more}"
+
+
+def _identity(params: Mapping[str, str], user: str, dbname: str) -> str:
+    """All that counts, each under its name, so that no value can pass for another."""
+    found = {name: value for name, value in params.items() if name not in _NOT_OF_THE_KEY}
+    return json.dumps({**found, "user": user, "dbname": dbname, "port": params.get("port") or "5432"}, sort_keys=True)
 
 
 def _os_user() -> str:

@@ -119,8 +119,17 @@ class Psycopg2Driver:
         return not self.target.stays
 
     def address(self, host: str, port: int) -> tuple[str, int]:
-        """The key: user, host, port, database, and a hash of what else makes sessions differ."""
+        """User, host, port, database, and a hash of what else makes sessions differ."""
         return f"{self.target.address}{'' if self._reset != 'never' else '#never'}", 0
+
+    @property
+    def identity(self) -> str:
+        """The same in full, for the key."""
+        return self.target.identity
+
+    def matters(self, host: str) -> tuple[str, ...]:
+        """What of the process's place decides which server that is."""
+        return self.target.matters
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -153,7 +162,7 @@ class Psycopg2Driver:
         return conn
 
     def _open(self, target: Target, own: dict[str, Any], until: float, register: Register) -> Conn:
-        why = target.stays or self._asked
+        why = target.stays or self._asked or self._why_not_its_key(target)
         if not why:
             try:
                 return self._open_relayed(target, own, until, register)
@@ -204,6 +213,10 @@ class Psycopg2Driver:
                 raise psycopg2.ProgrammingError("the connection has a transaction left open by the configure callback")
         conn._configured = True
         conn._baseline = _knows(conn)
+
+    def _why_not_its_key(self, target: Target) -> str:
+        """Why nobody who asks for the key may have a session: a callable, or the environment, says something else."""
+        return "" if target.identity == self.target.identity else conninfo.CHANGED
 
     # --- moving -------------------------------------------------------------------------------------------------------
 

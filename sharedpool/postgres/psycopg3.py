@@ -132,9 +132,18 @@ class Psycopg3Driver(Generic[C]):
         return not self.target.stays
 
     def address(self, host: str, port: int) -> tuple[str, int]:
-        """The key: user, host, port, database, and a hash of what else makes sessions differ."""
+        """User, host, port, database, and a hash of what else makes sessions differ."""
         target = self.target
         return f"{target.address}{'' if self._reset != 'never' else '#never'}", 0
+
+    @property
+    def identity(self) -> str:
+        """The same in full, for the key."""
+        return self.target.identity
+
+    def matters(self, host: str) -> tuple[str, ...]:
+        """What of the process's place decides which server that is."""
+        return self.target.matters
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -167,7 +176,7 @@ class Psycopg3Driver(Generic[C]):
         return conn
 
     def _open(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
-        why = target.stays or self._asked
+        why = target.stays or self._asked or self._why_not_its_key(target)
         if not why:
             try:
                 return self._open_relayed(target, own, until, register)
@@ -248,6 +257,10 @@ class Psycopg3Driver(Generic[C]):
                 raise e.ProgrammingError(f"connection left in status {status} by configure function: discarded")
         conn._configured = True  # type: ignore[union-attr]
         conn._baseline = _knows(conn)  # type: ignore[union-attr]
+
+    def _why_not_its_key(self, target: Target) -> str:
+        """Why nobody who asks for the key may have a session: a callable, or the environment, says something else."""
+        return "" if target.identity == self.target.identity else conninfo.CHANGED
 
     # --- moving -------------------------------------------------------------------------------------------------------
 

@@ -119,8 +119,8 @@ def sessions_that_stay(driver: Any) -> dict[str, int]:
         driver: Psycopg3Driver or Psycopg2Driver; a pool's is `pool.driver`.
 
     Returns:
-        By "tls", "gssapi", "hosts", "no_host", "service" or "other": docs/postgres.md has what they mean. They count
-        from the driver's making, or from its process's fork on from what the parent had.
+        By "tls", "gssapi", "hosts", "no_host", "service", "changed" or "other": docs/postgres.md has what they mean.
+        They count from the driver's making, or from its process's fork on from what the parent had.
     """
     return dict(driver._once.counts)
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import time
-from typing import Any
+from typing import Any, cast
 
 from tests.support import commands
 from tests.support.state import State
@@ -24,6 +24,17 @@ def make(state: State, kind: str, conninfo: str, label: str = "db", *, settings:
         from sharedpool.postgres.psycopg3 import Psycopg3Driver
 
         state.things[label] = Psycopg3Driver(conninfo, **options)
+
+
+def make_changing(state: State, kind: str, conninfo: str, label: str = "db") -> None:
+    """A driver whose conninfo is a callable, and may be changed by `set_database`."""
+    state.things["conninfo"] = conninfo
+    make(state, kind, cast(Any, lambda: state.things["conninfo"]), label)
+
+
+def set_database(state: State, name: str) -> None:
+    """Where the callable leads from now on."""
+    state.things["conninfo"] += f" dbname={name}"
 
 
 def _configure(query: str) -> Any:

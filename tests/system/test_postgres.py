@@ -89,6 +89,26 @@ def test_both_libraries_share_sessions(two: list[Worker], postgres: Postgres) ->
     assert len({backend_of(worker) for worker in (one, other, one, other)}) == 1
 
 
+def test_a_session_that_a_callable_has_led_elsewhere_is_nobody_elses(
+    two: list[Worker], kind: str, postgres: Postgres
+) -> None:
+    one, other = two
+    one.attach(max_connections=2)
+    one.call(sessions.make_changing, kind, postgres.conninfo)
+    other.call(sessions.make, kind, postgres.conninfo)
+    where = "SELECT current_database()::text"
+    one.call(sessions.lease, "a")
+    one.call(sessions.set_database, "template1")
+    one.call(sessions.lease, "b")
+    assert [one.call(sessions.sql, where, name=name) for name in "ab"] == [("postgres",), ("template1",)]
+    for name in "ab":
+        one.checkin(name)
+    for name in "ab":
+        other.call(sessions.lease, name)
+    assert [other.call(sessions.sql, where, name=name) for name in "ab"] == [("postgres",), ("postgres",)]
+    assert one.call(sessions.staying) == {"changed": 1}
+
+
 def test_by_a_unix_socket_it_moves_too(two: list[Worker], kind: str, postgres: Postgres) -> None:
     two[0].attach(max_connections=1)
     for worker in two:

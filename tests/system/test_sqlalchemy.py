@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -461,6 +462,34 @@ def test_listeners_may_change_what_a_connection_is_made_with(
     address = url(postgres, moving, user="app")
     first = two[0].call(with_token, address, "a")
     assert two[1].call(with_token, address, "b") == first, "passwords are no part of the key"
+
+
+def databases(state: State, address: str, *names: str) -> list[Any]:
+    """Where two connections at once lead, if a listener says these names in turn."""
+    alchemy.make(state, address, pool_size=2)
+    engine = state.things["engine"]
+    state.things["name"] = names[0]
+
+    @event.listens_for(engine, "do_connect")
+    def choose_database(dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> None:
+        cparams["dbname"] = state.things["name"]
+
+    found = []
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            state.things["name"] = name
+            connection = stack.enter_context(engine.connect())
+            found.append(connection.scalar(text("SELECT current_database()")))
+    return found
+
+
+@pytest.mark.parametrize("moving", ["psycopg", "psycopg2"])
+def test_a_session_that_a_listener_has_led_elsewhere_is_nobody_elses(
+    two: list[Worker], postgres: Postgres, moving: str
+) -> None:
+    address = url(postgres, moving, user="app")
+    assert two[0].call(databases, address, "postgres", "template1") == ["postgres", "template1"]
+    assert two[1].call(databases, address, "postgres", "postgres") == ["postgres", "postgres"]
 
 
 def own_creator(state: State, conninfo: str, **given: Any) -> Any:

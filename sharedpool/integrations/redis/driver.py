@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from redis.connection import Connection, SSLConnection, UnixDomainSocketConnecti
 
 from ...drivers import Register
 from ...drivers import find as driver_named
+from ...drivers.places import FILES, NETWORK, of_host
 from ...drivers.sockets import PooledSocket, fresh
 from ...errors import ConnectFailed, ConnectTimeout, OptionError
 from .session import Session
@@ -58,11 +60,21 @@ class RedisDriver:
                 option="connection_class", value=connection_class, source="the call", allowed="a subclass",
             )  # fmt: skip
         self._unix = kind is UnixDomainSocketConnection
+        path = self._arguments.get("path")
+        if self._unix and path and not str(path).startswith("\0"):  # a relative one is one from here
+            self._arguments["path"] = os.path.join(os.getcwd(), path)
         self.name = "rediss" if self.tls else "redis+unix" if self._unix else "redis"
         self._class: type[Any] = type(connection_class.__name__, (_Opening, connection_class), {})
-        sample = connection_class(**self._arguments)  # checks the arguments, at once
+        sample: Any = connection_class(**self._arguments)  # checks the arguments, at once
         self.connect_timeout: float | None = sample.socket_connect_timeout
         self.host = self._key(sample)
+        where = sample.path if self._unix else sample.host
+        self.identity = json.dumps([_own(connection_class), *map(str, (where, self._unix or sample.port, sample.db))])
+        self._matters = _matters(str(where)) if self._unix else of_host(str(where))
+
+    def matters(self, host: str) -> tuple[str, ...]:
+        """What of the process's place decides which server that is."""
+        return self._matters
 
     def _key(self, sample: Any) -> str:
         """Equal keys share: everything that the handshake sets, but no secret."""
@@ -165,6 +177,15 @@ class RedisDriver:
             user.lost(conn)
         with contextlib.suppress(OSError):
             conn.sock.close()
+
+
+def _own(kind: type[Any]) -> str:
+    """The name of a class that is not redis-py's: what it does while it connects nobody knows."""
+    return "" if kind.__module__.startswith("redis.") else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _matters(path: str) -> tuple[str, ...]:
+    return (NETWORK,) if path.startswith("\0") else (FILES,)
 
 
 class _Opening:
