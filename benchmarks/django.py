@@ -2,8 +2,9 @@
 
 A request asks for one thing, does something else for 20 ms, then asks for another and changes two in a transaction.
 Over pgbouncer connections are persistent, as Django's users have them there. Sessions are not reset (`reset="never"`),
-because pgbouncer does not either; one row shows what the default costs. Then takeovers, at the level of Django and of
-SQLAlchemy, against a fresh connection at the same level.
+because pgbouncer does not either; other rows show what the default costs, a reset before each lease. Then one worker's
+statements by themselves, also against a pgbouncer that resets after each transaction. Then takeovers, at the level of
+Django and of SQLAlchemy, against a fresh connection at the same level.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import time
 from array import array
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from benchmarks import servers
@@ -35,7 +36,8 @@ from benchmarks.throughput import Run, describe, together
 GROUP = "django"
 OUTSIDE = 0.020
 SHARED, RESET, REQUEST, BOUNCER, FRESH = "transaction", "transaction, reset", "request", "pgbouncer", "fresh"
-OURS = (SHARED, RESET, REQUEST)
+HANDOFF, RESETTING = "transaction, reset at a handoff", "pgbouncer, reset always"
+OURS = (SHARED, HANDOFF, RESET, REQUEST)
 WORKERS, CAP = 8, 4
 
 
@@ -67,7 +69,7 @@ class Urls:
 class Client:
     """One of the workers."""
 
-    def __init__(self, port: int, through: int, outside: float) -> None:
+    def __init__(self, port: int, through: int, resetting: int, outside: float) -> None:
         need("django")
         import django
         from django.conf import settings
@@ -88,8 +90,10 @@ class Client:
                 "default": database(plain, port),
                 SHARED: shared("dj", lease="transaction", reset="never"),
                 RESET: shared("dj-reset", lease="transaction"),
+                HANDOFF: shared("dj-handoff", lease="transaction", reset="handoff"),
                 REQUEST: shared("dj-request", reset="never"),
                 BOUNCER: database(plain, through, CONN_MAX_AGE=None, DISABLE_SERVER_SIDE_CURSORS=True),
+                RESETTING: database(plain, resetting, CONN_MAX_AGE=None, DISABLE_SERVER_SIDE_CURSORS=True),
                 "take": shared("dj-take", max_size=1),
                 "take-never": shared("dj-take-never", max_size=1, reset="never"),
             },
@@ -122,6 +126,21 @@ class Client:
             latencies.append(after - before)
             before = after
         return latencies.tobytes()
+
+    def statements(self, alias: str, block: bool, number: int) -> float:
+        """Seconds for a SELECT, on average; each outside of a transaction, or in one of its own."""
+        from django.db import transaction
+
+        connection = self.connections[alias]
+        began = time.perf_counter()
+        for _ in range(number):
+            with transaction.atomic(using=alias) if block else nullcontext(), connection.cursor() as cursor:
+                cursor.execute("SELECT x FROM things WHERE id = %s", [1])
+                cursor.fetchone()
+        took = (time.perf_counter() - began) / number
+        if not alias.startswith(BOUNCER):
+            connection.close()
+        return took
 
     def connect_django(self, alias: str) -> float:
         """Seconds until this process has a session, and its end."""
@@ -174,6 +193,24 @@ def _takeovers(clients: list[Actor], method: str, fresh: str, ways: dict[str, st
     ]  # fmt: skip
 
 
+def _statements(client: Actor, block: bool, number: int, rounds: int) -> list[Row]:
+    """What one worker's SELECT takes, where nobody else asks."""
+    ways = (SHARED, HANDOFF, RESET, REQUEST, RESETTING, BOUNCER)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for way in ways:
+        client.call("statements", way, block, number // 4)
+    for _ in range(rounds):
+        for way in ways:
+            times[way].append(client.call("statements", way, block, number))
+    what = "a SELECT in a transaction of its own" if block else "a SELECT"
+    peer = quantile(times[BOUNCER], 0.5)
+    return [
+        Row(GROUP, f"{what}, {way} / pgbouncer", [took / peer for took in times[way]], "x", None,
+            micro(quantile(times[way], 0.5)), micro(peer))
+        for way in ways if way != BOUNCER
+    ]  # fmt: skip
+
+
 def rows(quick: bool) -> list[Row]:
     seconds, rounds = (1.5, 3) if quick else (3.0, 5)
     with ExitStack() as stack:
@@ -181,13 +218,21 @@ def rows(quick: bool) -> list[Row]:
             need("psycopg")
             postgres = stack.enter_context(server())
             through = stack.enter_context(bouncer(postgres))
+            always = stack.enter_context(
+                bouncer(postgres, server_reset_query="DISCARD ALL", server_reset_query_always="1")
+            )
             stack.enter_context(servers.scope())
             postgres.ask("CREATE TABLE things AS SELECT id, 0 AS x FROM generate_series(0, 1000) AS id")
             postgres.ask("ALTER TABLE things ADD PRIMARY KEY (id)")
-            port = int(through.partition("port=")[2].split()[0])
-            made: Callable[[], Actor] = lambda: Actor(Client, postgres.port, port, OUTSIDE)  # noqa: E731
+            port, resetting = (int(text.partition("port=")[2].split()[0]) for text in (through, always))
+            made: Callable[[], Actor] = lambda: Actor(Client, postgres.port, port, resetting, OUTSIDE)  # noqa: E731
             clients = [stack.enter_context(made()) for _ in range(WORKERS)]
             runs = _requests(clients, [*OURS, BOUNCER], seconds, rounds)
+            said = [
+                row
+                for block in (False, True)
+                for row in _statements(clients[0], block, 200 if quick else 1000, 3 if quick else 7)
+            ]
             for client in clients[:2]:
                 client.call("prepare_sqlalchemy", f"postgresql+psycopg://app@127.0.0.1:{postgres.port}/postgres")
             taken = _takeovers(
@@ -204,7 +249,7 @@ def rows(quick: bool) -> list[Row]:
             return [missing_row(GROUP, "Django, PostgreSQL and pgbouncer", str(exc))]
     for way, results in runs.items():
         say(f"  {way}: {describe(results)}")
-    return [_against(way, runs, Limit(">=", 1.0, 1.2) if way == SHARED else None) for way in OURS] + taken
+    return [_against(way, runs, Limit(">=", 1.0, 1.2) if way == SHARED else None) for way in OURS] + said + taken
 
 
 def _against(way: str, runs: dict[str, list[Run]], limit: Limit | None) -> Row:

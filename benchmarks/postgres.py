@@ -163,11 +163,11 @@ def server(**settings: str) -> Iterator[Any]:
 
 
 @contextmanager
-def bouncer(postgres: Any) -> Iterator[str]:
+def bouncer(postgres: Any, **settings: str) -> Iterator[str]:
     """The connection string of pgbouncer in transaction mode with a pool of 4."""
     support = need("tests.support.postgres")
     try:
-        running = support.PgBouncer(postgres)
+        running = support.PgBouncer(postgres, **settings)
     except support.Missing as exc:
         raise Missing(str(exc)) from exc
     try:

@@ -60,6 +60,15 @@ class LeaseError(SharedPoolError):
     """The lease is not in force here: checked in already, taken away, or of another process."""
 
 
+class SessionNotKept(SharedPoolError):
+    """A statement is about its session, and the next statement would have another one. Field: statement.
+
+    It is no error of a database library, because callers ignore those where they expect a broken transaction.
+    """
+
+    statement: str = ""
+
+
 class PoolBroken(SharedPoolError):
     """The pool's shared memory can no longer be used; it needs a new start."""
 

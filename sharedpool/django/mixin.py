@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import NotSupportedError, connections
+from django.db import connections
 from django.db.backends.base.base import NO_DB_ALIAS
 
 from .. import control
-from ..errors import DrainTimeout, OptionError, PoolNotFound
+from ..errors import DrainTimeout, OptionError, PoolNotFound, SessionNotKept
+from .statements import needs_its_session
 
 if TYPE_CHECKING:
     from django.db.backends.base.creation import BaseDatabaseCreation as _Creation
@@ -35,13 +35,6 @@ LEASES: Final = ("request", "transaction")
 _DRAIN: Final = 5.0
 #: psycopg's transaction status where nothing is open: idle, and unknown because the connection is broken.
 _NOTHING_OPEN: Final = (0, 4)
-
-#: Statements whose effect outlives them, in a session that the next statement may not have.
-_OF_THE_SESSION: Final = re.compile(
-    r"\s*(?:LISTEN|LOAD|DECLARE|PREPARE(?!\s+TRANSACTION)|SET(?!\s+(?:LOCAL|CONSTRAINTS|TRANSACTION)\b)"
-    r"|CREATE\s+(?:GLOBAL\s+|LOCAL\s+)?TEMP(?:ORARY)?)\b|.*\bpg_(?:try_)?advisory_lock(?:_shared)?\s*\(",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 class _SharedCreation(_Creation):
@@ -68,6 +61,8 @@ class SharedPoolMixin(_Wrapper):
     _shared_pools: ClassVar[dict[tuple[str, Any], Any]] = {}
     #: How many things are under way that need the session to stay.
     _holds = 0
+    #: The statement that was refused since the last `close`; its caller may have ignored the error.
+    _refused = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -101,13 +96,14 @@ class SharedPoolMixin(_Wrapper):
 
         options = {**DEFAULTS, **self._pool_options}
         options.pop("lease", None)
+        kind: Any = _ResettingPool() if self.leases_transactions else ConnectionPool
         if self.settings_dict.get("CONN_HEALTH_CHECKS"):
             options.setdefault("check", ConnectionPool.check_connection)
         params = {**params, "autocommit": True}  # Django sets it later on
         if database and self.settings_dict["NAME"]:
             params["dbname"] = database
         try:
-            return ConnectionPool(kwargs=params, open=False, configure=self._configure_session, **options)
+            return kind(kwargs=params, open=False, configure=self._configure_session, **options)
         except (TypeError, ValueError, OptionError) as error:
             raise ImproperlyConfigured(f"OPTIONS['pool']: {error}") from error
 
@@ -166,6 +162,8 @@ class SharedPoolMixin(_Wrapper):
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
         """For a block: the same session for all statements, whatever `lease` is."""
+        if not self._keeps_its_session:
+            self._refused = ""  # this is what its error has asked for
         self.ensure_connection()
         with self._held():
             yield
@@ -179,15 +177,34 @@ class SharedPoolMixin(_Wrapper):
             self._holds -= 1
             self._give_back()
 
+    @property
+    def _keeps_its_session(self) -> bool:
+        """Whether the next statement has the session that this one has."""
+        if not self.leases_transactions or self._holds or self.in_atomic_block or not self.autocommit:
+            return True
+        return self.connection is not None and self.connection.pgconn.transaction_status not in _NOTHING_OPEN
+
     def _give_back(self) -> None:
-        """Give the connection back, if nothing needs this session any more."""
-        if not self.leases_transactions or self._holds or self.connection is None:
+        """Give the connection back, if nothing needs this session any more.
+
+        By way of `close`, because engines forget there what they have done to their session.
+        """
+        if self.connection is None or self._keeps_its_session or self.closed_in_transaction:
             return
-        if self.in_atomic_block or not self.autocommit or self.closed_in_transaction:
-            return
-        if self.connection.pgconn.transaction_status in _NOTHING_OPEN:
-            self._close()
-            self.connection = None
+        refused = self._refused
+        self.close()
+        self.connection = None
+        self._refused = refused
+
+    def close(self) -> None:
+        """As Django's; a refused statement is forgotten."""
+        self._refused = ""
+        super().close()
+
+    def close_if_unusable_or_obsolete(self) -> None:
+        """As Django's, which does it at the beginning and the end of a request; a refused statement is forgotten."""
+        self._refused = ""
+        super().close_if_unusable_or_obsolete()
 
     def connect(self) -> None:
         """As Django's; receivers of its signal have the session that they set up."""
@@ -213,7 +230,7 @@ class SharedPoolMixin(_Wrapper):
 
     def chunked_cursor(self) -> Any:
         """As Django's; outside of transactions a cursor at the server would be another session's."""
-        if self.leases_transactions and not self.in_atomic_block and not self._holds:
+        if not self._keeps_its_session:
             return self.cursor()
         return super().chunked_cursor()
 
@@ -227,24 +244,40 @@ class SharedPoolMixin(_Wrapper):
     @contextlib.contextmanager
     def statement(self, wrapper: Any, sql: Any) -> Iterator[None]:
         """Around a statement of a cursor: a session is there at its beginning, and goes back at its end if it may."""
-        if not (self._holds or self.in_atomic_block) and isinstance(sql, str) and self.autocommit:
-            _refuse(sql)
+        changes = needs_its_session(sql)
+        if self._refused or (changes and not self._keeps_its_session):
+            raise self._refusal(sql)
         self.ensure_connection()
         old = wrapper.cursor
         if old.connection is not self.connection:
             with self.wrap_database_errors:
                 wrapper.cursor = self.create_cursor()
                 wrapper.cursor.arraysize, wrapper.cursor.row_factory = old.arraysize, old.row_factory
+        if changes:
+            self.connection._changed = True
         with self._held():
             yield
 
+    def _refusal(self, sql: Any) -> SessionNotKept:
+        """The error for a statement that is about its session, and for all that follow it until `close`.
 
-def _refuse(sql: str) -> None:
-    if _OF_THE_SESSION.match(sql):
-        raise NotSupportedError(
-            f"{' '.join(sql.split())[:60]!r} changes the session, and with OPTIONS['pool']['lease'] = 'transaction' the"
-            " next statement has another; use `with connection.pinned():` around all that needs it, or lease='request'"
-        )
+        Those that follow would not find what the first one was to set up, and its error may have been ignored.
+        """
+        before, self._refused = self._refused, self._refused or " ".join(str(sql).split())[:60]
+        what = f"{self._refused!r} is about the session"
+        return SessionNotKept(
+            f"{f'an earlier statement was refused: {what}' if before else what}, and with OPTIONS['pool']['lease'] ="
+            " 'transaction' the next statement outside of atomic() has another; use `with connection.pinned():` around"
+            " all that needs it, or lease='request'", statement=self._refused,
+        )  # fmt: skip
+
+
+@functools.cache
+def _ResettingPool() -> Any:  # noqa: N802 - a class, once psycopg is there
+    """A pool that sets each session back before each lease, unless its options say otherwise."""
+    from ..postgres.pool import ConnectionPool
+
+    return type("ConnectionPool", (ConnectionPool,), {"_resets": "always", "__module__": ConnectionPool.__module__})
 
 
 class _PerStatement(_Cursor):
@@ -259,7 +292,7 @@ class _PerStatement(_Cursor):
             return super().executemany(sql, param_list)
 
     def callproc(self, *args: Any, **kwargs: Any) -> Any:
-        with self.db.statement(self, None):
+        with self.db.statement(self, f"SELECT {args[0] if args else kwargs.get('procname', '')}()"):
             return super().callproc(*args, **kwargs)
 
     @contextlib.contextmanager

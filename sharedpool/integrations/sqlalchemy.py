@@ -259,11 +259,22 @@ class SharedQueuePool(Pool):
                     "with a creator of its own an engine needs shared_name=..., the name under which processes share"
                     " their connections: what the creator connects to is not known"
                 )
+            self._refuse_resets("a creator of its own")
             return _Staying(self, kind, where)
         cargs, cparams = self._connect_arguments()
         if kind in _MOVING and "async_creator_fn" not in cparams:
             return (_MovingForLoops if dialect.is_async else _Moving)(self, kind, cargs, cparams)
+        self._refuse_resets(kind)
         return _Staying(self, kind, _described(cparams))
+
+    def _refuse_resets(self, what: str) -> None:
+        """What nobody would do must not be thought to be done: other libraries' sessions are not set back here."""
+        if self._arguments["reset"] == "always":
+            raise OptionError(
+                f"option 'reset' has the value 'always' (from create_engine); with {what} nothing is set back;"
+                " allowed is 'handoff', and a listener for the engine's `reset` event, or psycopg or psycopg2",
+                option="reset", value="always", source="create_engine", allowed="handoff",
+            )  # fmt: skip
 
     def _connect_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the engine's creator would connect with."""

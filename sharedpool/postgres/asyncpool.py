@@ -202,6 +202,8 @@ class AsyncConnectionPool(BasePool[C]):
                     if await self._is_good(conn):
                         return conn
                 attempt += 1
+        except OptionError:
+            raise
         except SharedPoolError as error:
             cause = error.__cause__ if isinstance(error, ConnectFailed | ConnectTimeout) else error
             raise self._translated(error, seconds) from (None if isinstance(error, Expired) else cause)

@@ -46,6 +46,8 @@ class BasePool(Generic[C]):
 
     _of_psycopg: type[Any]
     _shared: Any
+    #: The driver's `reset`, where the option does not say one of its words.
+    _resets = RESETS[0]
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class BasePool(Generic[C]):
         self._order = order
         self.driver: Psycopg3Driver[Any] = Psycopg3Driver(
             self._asked(conninfo), self._asked(kwargs), connection_class=self.connection_class,
-            configure=self._asked(configure), move=move, reset=reset if isinstance(reset, str) else RESETS[0],
+            configure=self._asked(configure), move=move, reset=reset if isinstance(reset, str) else self._resets,
         )  # fmt: skip
         self._via: Any = self.driver
         self.name = name or self._found_name()

@@ -81,6 +81,8 @@ class _Shared:
     _shared: Session | None = None
     _baseline: tuple[tuple[bytes, ...], list[bytes | None]] = ((), [])
     _configured = False
+    #: Whether something is known to have changed the session: it is set back when it is given back.
+    _changed = False
 
     fileno = libpq_number  # compiled, no other thread comes between it and what it is asked for
 

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import psycopg
 
 from .. import control
-from ..errors import ConnectFailed, ConnectTimeout, SharedPoolError
+from ..errors import ConnectFailed, ConnectTimeout, OptionError, SharedPoolError
 from ..errors import PoolTimeout as Expired
 from ..pool import Pool
 from .base import BasePool, log, sizes
@@ -201,6 +201,8 @@ class ConnectionPool(BasePool[C]):
                     if self._is_good(conn):
                         return conn
                 attempt += 1
+        except OptionError:
+            raise
         except SharedPoolError as error:
             cause = error.__cause__ if isinstance(error, ConnectFailed | ConnectTimeout) else error
             raise self._translated(error, seconds) from (None if isinstance(error, Expired) else cause)

@@ -25,7 +25,19 @@ from ..drivers.sockets import ended_if_it_fails
 from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
+from .sessions import (
+    ALL_BUT_PLANS,
+    DISCARD,
+    END_DBLINK,
+    FIND_DBLINK,
+    SETTINGS,
+    Once,
+    Session,
+    check_reset,
+    lay_over,
+    real_names,
+    say_not_set_back,
+)
 
 Conn = Any
 
@@ -247,17 +259,24 @@ class Psycopg2Driver:
 
     def _set_back(self, conn: Conn, command: str) -> bool:
         """Run a command of reset, and configure again; False if libpq then knows anything else than the server."""
-        conn.autocommit = True
-        _execute(conn, command)
-        if command == DISCARD:
-            conn.notices.clear()
-            conn.notifies.clear()
-        if not _agrees(conn):
+        try:
+            conn.autocommit = True
+            _execute(conn, command)
+            if command == DISCARD:
+                conn.notices.clear()
+                conn.notifies.clear()
+                _end_dblink(conn)
+            agrees = _agrees(conn)
+        except psycopg2.Error as error:
+            say_not_set_back(self._once, self._known()[0], command, error)
+            return False
+        if not agrees:
             return False
         if not conn.get_parameter_status("DateStyle").startswith("ISO"):  # as psycopg2 does where it connects
             _execute(conn, "SET DATESTYLE TO 'ISO'")
         conn.set_session(isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT", autocommit=False)
         conn.set_client_encoding(conn.get_parameter_status("client_encoding"))
+        conn._changed = False
         self._configured(conn)
         return True
 
@@ -268,12 +287,17 @@ class Psycopg2Driver:
         return int(conn.fileno())
 
     def clean(self, conn: Conn) -> bool:
-        """No transaction, no COPY; settings that libpq knows are as at the start."""
-        if conn.closed or conn.get_transaction_status() != _IDLE:
+        """No transaction, not even a prepared one, no COPY; settings that libpq knows are as at the start.
+
+        A transaction that was prepared is the server's, but the object refuses to do anything else meanwhile.
+        """
+        if conn.closed or conn.get_transaction_status() != _IDLE or conn.status == extensions.STATUS_PREPARED:
             return False
-        if conn._shared is None:
-            return True
         try:
+            if conn._changed:
+                return self._set_back(conn, ALL_BUT_PLANS if self._reset == "never" else DISCARD)
+            if conn._shared is None:
+                return True
             if conn.notifies:
                 return self._set_back(conn, DISCARD)
             status = conn.get_parameter_status
@@ -335,6 +359,15 @@ def _execute(conn: Conn, command: str) -> None:
         cursor.execute(command)
 
 
+def _end_dblink(conn: Conn) -> None:
+    """See psycopg3._end_dblink."""
+    with extensions.cursor(conn) as cursor:
+        cursor.execute(FIND_DBLINK)
+        found = cursor.fetchone()
+        if found is not None:
+            cursor.execute(END_DBLINK.format(found[0]))
+
+
 def _knows(conn: Conn) -> tuple[tuple[str, str | None], ...]:
     """What libpq knows of the settings that a server reports."""
     return tuple((name, conn.get_parameter_status(name)) for name in _names(conn))
@@ -393,6 +426,7 @@ class _Shared:
     _shared: Session | None = None
     _baseline: tuple[tuple[str, str | None], ...] = ()
     _configured = False
+    _changed = False
 
     def fileno(self) -> int:
         """The number of libpq's descriptor; -1 once it is closed."""

@@ -28,7 +28,19 @@ from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .connections import OwnNames, shared_class
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
+from .sessions import (
+    ALL_BUT_PLANS,
+    DISCARD,
+    END_DBLINK,
+    FIND_DBLINK,
+    SETTINGS,
+    Once,
+    Session,
+    check_reset,
+    lay_over,
+    real_names,
+    say_not_set_back,
+)
 
 C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 
@@ -345,11 +357,19 @@ class Psycopg3Driver(Generic[C]):
 
     def _set_back(self, conn: C, command: str) -> bool:
         """Run a command of reset, and configure again; False if libpq then knows anything else than the server."""
-        execute(conn, command)
-        if command == DISCARD:
-            _forget(conn)
-        if not _agrees(conn):
+        try:
+            execute(conn, command)
+            if command == DISCARD:
+                _forget(conn)
+                _end_dblink(conn)
+            agrees = _agrees(conn)
+        except e.Error as error:
+            say_not_set_back(self._once, self._known()[0], command, error)
             return False
+        if not agrees:
+            return False
+        _begin_as_made(conn, self._known()[1])
+        conn._changed = False  # type: ignore[union-attr]
         self._configured(conn)
         return True
 
@@ -360,17 +380,24 @@ class Psycopg3Driver(Generic[C]):
         return conn.fileno()
 
     def clean(self, conn: C) -> bool:
-        """No transaction, no COPY, no pipeline; settings that libpq knows are as at the start."""
+        """No transaction, not even a prepared one, no COPY, no pipeline; settings that libpq knows are as at the start.
+
+        A transaction that was prepared is the server's, but the object refuses to do anything else meanwhile.
+        """
         pgconn = conn.pgconn
         if pgconn.transaction_status != _IDLE or pgconn.pipeline_status:  # UNKNOWN for one that is closed
             return False
+        if conn._tpc:
+            return False
+        changed = conn._changed  # type: ignore[union-attr]
         heard = conn._shared is not None and (conn._notifies_backlog or conn._notify_handlers)  # type: ignore[union-attr]
-        if not heard:
+        if not heard and not changed:
             names, values = conn._baseline  # type: ignore[union-attr]
             if [*map(pgconn.parameter_status, names)] == values:
                 return True
+        never = ALL_BUT_PLANS if changed else SETTINGS
         try:
-            return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
+            return self._set_back(conn, DISCARD if heard or self._reset != "never" else never)
         except (e.Error, e._WaitTimeout):
             return False
 
@@ -394,20 +421,25 @@ class Psycopg3Driver(Generic[C]):
             conn.pgconn.finish()
 
 
-def execute(conn: Any, command: str) -> None:
-    """Have the server do something for the pool itself, whatever the connection's modes are.
+def execute(conn: Any, command: str) -> list[pq.abc.PGresult]:
+    """Have the server do something for the pool itself, whatever the connection's modes are; what it answers.
 
     Raises:
         psycopg.Error: It did not.
     """
-    waiting.wait(_executing(conn.pgconn, command), conn.pgconn.socket, interval=0.1, timeout=_PATIENCE)
+    found: list[pq.abc.PGresult] = waiting.wait(
+        _executing(conn.pgconn, command), conn.pgconn.socket, interval=0.1, timeout=_PATIENCE
+    )
+    return found
 
 
 def _executing(pgconn: pq.abc.PGconn, command: str) -> Any:
     pgconn.send_query(command.encode())
-    for result in (yield from generators.execute(pgconn)):
+    results = yield from generators.execute(pgconn)
+    for result in results:
         if result.status not in _DONE:
             raise e.error_from_result(result)
+    return results
 
 
 def _knows(conn: Any) -> tuple[tuple[bytes, ...], list[bytes | None]]:
@@ -441,6 +473,21 @@ def _agrees(conn: Any) -> bool:
 
 def _quoted(value: bytes) -> str:
     return "'" + value.decode().replace("'", "''") + "'"
+
+
+def _end_dblink(conn: Any) -> None:
+    """Close what dblink has open for the session's last user; asked each time, because an extension may come later."""
+    (found,) = execute(conn, FIND_DBLINK)
+    if found.ntuples:
+        schema = found.get_value(0, 0) or b""
+        execute(conn, END_DBLINK.format(schema.decode()))
+
+
+def _begin_as_made(conn: Any, own: dict[str, Any]) -> None:
+    """Transactions begin again as connect() has it; psycopg keeps in the object how its user wanted them."""
+    conn._autocommit = bool(own.get("autocommit"))
+    conn._isolation_level = conn._read_only = conn._deferrable = None
+    conn._begin_statement = b""
 
 
 def _forget(conn: Any) -> None:

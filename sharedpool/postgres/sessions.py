@@ -24,6 +24,20 @@ RESETS: Final = ("handoff", "never", "always")
 #: library has to know are set back even then, by the part of DISCARD ALL that does that.
 DISCARD: Final = "DISCARD ALL"
 SETTINGS: Final = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL"
+#: The parts of DISCARD ALL without those that would take other processes' prepared statements away.
+ALL_BUT_PLANS: Final = (
+    f"CLOSE ALL; {SETTINGS}; UNLISTEN *; SELECT pg_advisory_unlock_all(); DISCARD SEQUENCES; DISCARD TEMP"
+)
+
+#: Connections of dblink are the session's, and DISCARD ALL knows nothing of them. This finds dblink's schema.
+FIND_DBLINK: Final = (
+    "SELECT pg_catalog.quote_ident(n.nspname) FROM pg_catalog.pg_extension e"
+    " JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'dblink'"
+)
+#: They end, those with a name and the one without; a block, so that nothing is an error in the server's log.
+END_DBLINK: Final = """DO $$ DECLARE name text; BEGIN
+FOREACH name IN ARRAY coalesce({0}.dblink_get_connections(), '{{}}'::text[]) LOOP PERFORM {0}.dblink_disconnect(name);
+END LOOP; BEGIN PERFORM {0}.dblink_disconnect(); EXCEPTION WHEN connection_does_not_exist THEN NULL; END; END $$"""
 
 #: What a session cannot change, or not by itself: nothing to look at after each lease.
 _FIXED: Final = frozenset(
@@ -98,18 +112,31 @@ class Once:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._said = False
-        self._lock = threading.Lock()
+        self._said = self.said_not_set_back = False
+        self.lock = threading.Lock()
 
     def say(self, target: Target, why: str) -> None:
         """The first reason is a warning, others are for who looks for them."""
-        with self._lock:
+        with self.lock:
             self.counts[conninfo.word_for(why)] += 1
             level, self._said = (logging.DEBUG if self._said else logging.WARNING), True
         log.log(
             level, "PostgreSQL sessions of %s stay in the process that opened them: %s; each process that needs one"
             " opens its own, under the same cap", target.address, why,
         )  # fmt: skip
+
+
+def say_not_set_back(once: Once, target: Target, command: str, error: Exception) -> None:
+    """A session could not be set back, and so it ends: a warning, once for each driver, because every handoff then
+    opens a new session.
+    """
+    with once.lock:
+        level, once.said_not_set_back = (logging.DEBUG if once.said_not_set_back else logging.WARNING), True
+    log.log(
+        level, "a PostgreSQL session of %s could not be set back for its next user, and was closed: %s said %r; if the"
+        " server cannot do that, reset='never' spares it where nobody leaves anything in a session", target.address,
+        command.split(";", maxsplit=1)[0], str(error).strip(),
+    )  # fmt: skip
 
 
 def sessions_that_stay(driver: Any) -> dict[str, int]:

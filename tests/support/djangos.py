@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from typing import Any
 
@@ -24,6 +25,17 @@ def setup(state: State, database: str, debug: bool = False) -> None:
     django.setup()
 
 
+def setup_tenants(state: State, database: str, limit: bool) -> None:
+    """Begin with django-tenants over the project's database; `limit`: its TENANT_LIMIT_SET_CALLS."""
+    from django.conf import settings
+
+    settings.configure(
+        DATABASES={"default": json.loads(database)}, TENANT_LIMIT_SET_CALLS=limit, TENANT_MODEL="x.X", USE_TZ=True,
+        INSTALLED_APPS=["django.contrib.contenttypes"],
+    )  # fmt: skip
+    django.setup()
+
+
 def query(state: State, sql: str = "SELECT pg_backend_pid()", params: Any = None) -> Any:
     with connection.cursor() as cursor:
         cursor.execute(sql, params)
@@ -33,6 +45,13 @@ def query(state: State, sql: str = "SELECT pg_backend_pid()", params: Any = None
 def close(state: State) -> None:
     """The end of a request."""
     connection.close()
+
+
+def end_of_request(state: State) -> None:
+    """What Django does at the end of every request."""
+    from django.core.signals import request_finished
+
+    request_finished.send(None)
 
 
 def is_held(state: State) -> bool:

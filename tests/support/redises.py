@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import redis
@@ -26,7 +28,7 @@ from tests.system import tasks
 class RedisServer(Daemon):
     """One server without any data; its judge is the user "judge", everybody else is "default" or "app"/"secret"."""
 
-    def __init__(self, *, tls: bool = False, **settings: str) -> None:
+    def __init__(self, *, tls: bool = False, more: Sequence[str] = (), **settings: str) -> None:
         program = shutil.which("redis-server")
         if program is None:
             raise Missing("binary redis-server is missing")
@@ -46,7 +48,7 @@ class RedisServer(Daemon):
             make_certificate(self.certificate, given["tls-key-file"])
         options = [part for name, value in given.items() for part in (f"--{name}", value)]
         users = [part for who in ("app on >secret", "judge on >judge") for part in f"--user {who} ~* &* +@all".split()]
-        super().__init__(directory, [program, *options, *users])
+        super().__init__(directory, [program, *options, *more, *users])
 
     def begin(self) -> RedisServer:
         """Start it and wait until it answers."""
@@ -117,6 +119,118 @@ def make_async(state: State, url: str, label: str = "a", **options: Any) -> None
     """The same for asyncio."""
     pool = asynchronous.SharedConnectionPool.from_url(url, **options)
     state.things[label] = redis.asyncio.Redis(connection_pool=pool)
+
+
+class Tokens(redis.CredentialProvider):
+    """Credentials as a cloud's provider has them: whose they are is not an attribute."""
+
+    def __init__(self, *credentials: str) -> None:
+        self.token = credentials
+        self.times = 0
+
+    def get_credentials(self) -> Any:
+        self.times += 1
+        return self.token
+
+
+class Login:
+    """A way to greet a server that is an object, or a method of one."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+
+    def __call__(self, conn: Any) -> None:
+        log_in(self._who, conn)
+
+    def greet(self, conn: Any) -> None:
+        log_in(self._who, conn)
+
+
+def log_in(who: str, conn: Any) -> None:
+    """redis-py's handshake, and then as somebody else."""
+    conn.on_connect()
+    conn.send_command("AUTH", who, who[0])
+    conn.read_response()
+
+
+def alices_login(conn: Any) -> None:
+    log_in("alice", conn)
+
+
+class AlicesConnection(redis.Connection):
+    def on_connect_check_health(self, check_health: bool = True) -> None:
+        super().on_connect_check_health(check_health)
+        self.send_command("AUTH", "alice", "a", check_health=False)
+        self.read_response()
+
+
+def _login(how: str) -> Any:
+    """A `redis_connect_func` of the kind that is named, for whom is named after it."""
+    kind, _, who = how.rpartition(" ")
+    if how == "module":
+        return alices_login
+
+    def closure(conn: Any) -> None:
+        log_in(who, conn)
+
+    login = Login(who)
+    kinds = {"": closure, "partial": functools.partial(log_in, who), "method": login.greet, "object": login}
+    return kinds.get(kind, lambda conn: log_in(who, conn))
+
+
+def _class_of(who: str) -> Any:
+    if who == "module":
+        return AlicesConnection
+
+    class OnesOwn(redis.Connection):
+        def on_connect_check_health(self, check_health: bool = True) -> None:
+            super().on_connect_check_health(check_health)
+            log_in_again(self)
+
+    def log_in_again(conn: Any) -> None:
+        conn.send_command("AUTH", who, who[0], check_health=False)
+        conn.read_response()
+
+    return OnesOwn
+
+
+def make_as(
+    state: State, port: int, label: str = "r", *, provider: Any = None, login: str = "", of_class: str = "",
+    asynchronously: bool = False, **given: Any,
+) -> None:  # fmt: skip
+    """A client that greets the server in its own way, over a pool of one connection."""
+    if provider is not None:
+        state.things["tokens"] = given["credential_provider"] = (
+            redis.UsernamePasswordCredentialProvider("app", "secret") if provider == ["own"] else Tokens(*provider)
+        )
+    if login:
+        given["redis_connect_func"] = _login(login)
+    if of_class:
+        given["connection_class"] = _class_of(of_class)
+    kind: Any = asynchronous.SharedConnectionPool if asynchronously else SharedConnectionPool
+    client: Any = redis.asyncio.Redis if asynchronously else redis.Redis
+    pool = kind("people", max_connections=1, host="127.0.0.1", port=port, **given)
+    state.things[label] = client(connection_pool=pool)
+
+
+def seen(state: State, label: str = "r") -> dict[str, Any]:
+    """What the server sees in a client, but for what is another each time."""
+    info = ask(state, "CLIENT INFO", label=label)
+    names = ("user", "name", "db", "resp", "lib-name", "lib-ver")
+    return {name: info[name] for name in names if name in info}
+
+
+def name_credentials(state: State, *credentials: str) -> None:
+    """From now on the provider says these."""
+    state.things["tokens"].token = credentials
+
+
+def times_asked(state: State) -> int:
+    return int(state.things["tokens"].times)
+
+
+def drain(state: State) -> None:
+    state.things["r"].connection_pool.drain(wait=20)
 
 
 def ask(state: State, *command: Any, label: str = "r") -> Any:

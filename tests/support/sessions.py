@@ -76,6 +76,15 @@ def query(state: State, text: str, parameters: Any = None, label: str = "db", **
             found.checkin()
 
 
+def try_query(state: State, text: str, label: str = "db") -> str:
+    """What a query says on a lease of its own, or its error's name."""
+    lease(state, "try", label)
+    found = try_sql(state, text, "try")
+    state.leases["try"].conn.rollback()
+    state.leases.pop("try").checkin()
+    return found
+
+
 def staying(state: State, label: str = "db") -> dict[str, int]:
     """The driver's sessions that cannot move, by reason."""
     from sharedpool.postgres import sessions_that_stay

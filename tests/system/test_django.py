@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.db.utils import InterfaceError, NotSupportedError, OperationalError, ProgrammingError
+from django.db.utils import DatabaseError, InterfaceError, OperationalError, ProgrammingError
+from psycopg.sql import SQL, Identifier, Literal
 
+from sharedpool import SessionNotKept
+from sharedpool.django.statements import needs_its_session
 from tests.support import djangos
 from tests.support.postgres import Postgres
 from tests.support.scope import Scope
@@ -279,41 +286,185 @@ def test_queries_are_logged_as_ever(worker: Worker, shop: Postgres, lease: str) 
 @pytest.mark.parametrize(
     "sql",
     [
-        "LISTEN news",
-        " set search_path = shop",
-        "SET SESSION statement_timeout = 1",
-        "PREPARE a AS SELECT 1",
-        "CREATE TEMPORARY TABLE t (x int)",
-        "create local temp table t as select 1",
-        "SELECT pg_advisory_lock(1)",
-        "SELECT 1, pg_try_advisory_lock_shared(1)",
-        "DECLARE c CURSOR WITH HOLD FOR SELECT 1",
+        "LISTEN news", " set search_path = shop", "SET SESSION statement_timeout = 1", "PREPARE a AS SELECT 1",
+        "CREATE TEMPORARY TABLE t (x int)", "create local temp table t as select 1", "SELECT pg_advisory_lock(1)",
+        "SELECT 1, pg_try_advisory_lock_shared(1)", "DECLARE c CURSOR WITH HOLD FOR SELECT 1", "RESET ROLE", "LOAD 'x'",
+        "/* a tenant's */ SET ROLE a", "-- a tenant's\nSET ROLE a", "SELECT 1; SET ROLE a", "BEGIN; SET ROLE a; COMMIT",
+        "SELECT set_config('app.tenant', %s, false)", 'SELECT "set_config"(%s, f(1), %s)', "SELECT lastval()",
+        "DO $$ BEGIN PERFORM set_config('a.b', 'c', false); END $$", "DO $x$BEGIN EXECUTE 'SET ROLE a'; END$x$",
+        "DO 'BEGIN SET ROLE a; END'", "SELECT 1 INTO TEMP t", "CREATE TABLE pg_temp.t (x int)", b"SET ROLE a",
+        "SELECT E'\\''; SET ROLE a", SQL("SET ROLE {}").format(Identifier("a")), "SELECT 'it''s'; DISCARD ALL",
     ],
-)
-def test_what_changes_a_session_is_refused(sql: str) -> None:
-    from sharedpool.django.mixin import _refuse
-
-    with pytest.raises(NotSupportedError, match="connection.pinned"):
-        _refuse(sql)
+)  # fmt: skip
+def test_what_is_about_the_session_needs_its_own(sql: Any) -> None:
+    assert needs_its_session(sql)
 
 
 @pytest.mark.parametrize(
     "sql",
     [
-        "SELECT 1",
-        "SET LOCAL search_path = shop",
-        "SET CONSTRAINTS ALL IMMEDIATE",
-        "SELECT pg_advisory_xact_lock(1)",
-        "PREPARE TRANSACTION 'x'",
-        "CREATE TABLE temp (x int)",
-        "UPDATE a SET b = 1",
-        "SETTLE",
+        "SELECT 1", "SET LOCAL search_path = shop", "SET CONSTRAINTS ALL IMMEDIATE", "SELECT pg_advisory_xact_lock(1)",
+        "PREPARE TRANSACTION 'x'", "CREATE TABLE temp (x int)", "UPDATE a SET b = 1", "SETTLE", "SELECT '; SET x = 1'",
+        "SELECT set_config('a.b', f(1), true)", "SELECT $$; SET x = 1$$", "-- SET x = 1\nSELECT 1", 'SELECT "set"',
+        "DO $$ BEGIN UPDATE a SET b = 1; END $$", "INSERT INTO a VALUES ('LISTEN')", "SET TRANSACTION READ ONLY",
+        SQL("SELECT {}").format(Literal("SET x = 1")),
     ],
-)
-def test_what_does_not_is_not_refused(sql: str) -> None:
-    from sharedpool.django.mixin import _refuse
+)  # fmt: skip
+def test_what_is_not_about_the_session_may_have_any(sql: Any) -> None:
+    assert not needs_its_session(sql)
 
-    _refuse(sql)
+
+def test_a_long_statement_is_looked_at_and_not_remembered() -> None:
+    rows = "INSERT INTO a (x) VALUES " + ", ".join(["(%s)"] * 2000)
+    assert not needs_its_session(rows)
+    assert needs_its_session(rows + "; SET ROLE a")
+
+
+def test_a_refusal_is_nothing_that_is_caught_as_a_database_error() -> None:
+    for caught in (DatabaseError, psycopg.Error, psycopg.Warning, ImproperlyConfigured, OSError, ValueError):
+        assert not issubclass(SessionNotKept, caught)
+
+
+def ignoring(state: State, *statements: str) -> list[str]:
+    """Statements outside of transactions; whatever one of them raises is ignored."""
+    found = []
+    for statement in statements:
+        try:
+            found.append(str(djangos.query(state, statement)))
+        except Exception as error:
+            found.append(type(error).__name__)
+    return found
+
+
+def test_who_ignores_a_refusal_hears_of_it_at_every_statement_until_the_end_of_the_request(
+    worker: Worker, shop: Postgres
+) -> None:
+    transactions([worker], shop)
+    asked = "SELECT count(*) FROM shop_item"
+    assert worker.call(ignoring, "SET search_path = nowhere", asked) == ["SessionNotKept", "SessionNotKept"]
+    assert worker.call(ignoring, asked) == ["SessionNotKept"]
+    worker.fails(SessionNotKept, within_a_transaction, asked)
+    worker.call(djangos.end_of_request)
+    assert worker.call(ignoring, asked) == ["0"]
+
+
+def within_a_transaction(state: State, *statements: str) -> list[Any]:
+    from django.db import transaction
+
+    with transaction.atomic():
+        return [djangos.query(state, sql) for sql in statements]
+
+
+#: What a transaction leaves in its session when it is committed, by its text or by what no text shows; who asks for it.
+LEFT = [
+    ("SET search_path = nowhere", "SHOW search_path"),
+    ("SELECT set_config('app.tenant', 'a', false)", "SELECT current_setting('app.tenant', true)"),
+    ("SELECT quietly('SET app.tenant = 1')", "SELECT current_setting('app.tenant', true)"),
+    ("SELECT quietly('SET ROLE cashier')", "SELECT current_user::text"),
+    ("SELECT quietly('SET SESSION AUTHORIZATION cashier')", "SELECT session_user::text"),
+    ("SELECT quietly('CREATE TEMP TABLE shop_item (x int)')", "SELECT to_regclass('pg_temp.shop_item')::text"),
+    ("SELECT quietly('LISTEN news')", "SELECT count(*) FROM pg_listening_channels()"),
+    ("SELECT quietly('SELECT pg_advisory_lock(7)')", "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"),
+    ("SELECT quietly('PREPARE a AS SELECT 1')", "SELECT count(*) FROM pg_prepared_statements WHERE from_sql"),
+    ("DECLARE mine CURSOR WITH HOLD FOR SELECT 1", "SELECT count(*) FROM pg_cursors WHERE is_holdable"),
+    ("SELECT quietly('SET default_transaction_read_only = on')", "SHOW default_transaction_read_only"),
+]
+QUIETLY = "CREATE OR REPLACE FUNCTION quietly(what text) RETURNS void LANGUAGE plpgsql AS 'BEGIN EXECUTE what; END'"
+
+
+def test_what_a_transaction_leaves_in_its_session_is_gone_in_the_same_process(worker: Worker, shop: Postgres) -> None:
+    shop.ask(QUIETLY)
+    shop.ask("DROP ROLE IF EXISTS cashier")
+    shop.ask("CREATE ROLE cashier")
+    transactions([worker], shop)
+    found = []
+    for leave, ask in LEFT:
+        before = worker.call(djangos.query, ask)
+        worker.call(within_a_transaction, leave)
+        found.append((leave, before or None, worker.call(djangos.query, ask) or None))
+    assert [line for line in found if line[1] != line[2]] == []
+    assert len(shop.backends()) == 1, "it was set back, and not replaced"
+
+
+@pytest.mark.parametrize("reset", ["handoff", "never"])
+def test_where_resets_are_rare_what_a_text_shows_is_set_back_all_the_same(
+    worker: Worker, shop: Postgres, reset: str
+) -> None:
+    shop.ask(QUIETLY)
+    set_up([worker], shop, pool={"max_size": 1, "timeout": 10, "lease": "transaction", "reset": reset})
+    asked = "SELECT current_setting('app.tenant', true)"
+    worker.call(within_a_transaction, "SET app.tenant = 'a'", "SELECT pg_advisory_lock(7)::text")
+    assert not worker.call(djangos.query, asked)
+    assert shop.ask("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
+    worker.call(within_a_transaction, "SELECT quietly('SET app.tenant = 1')")
+    assert worker.call(djangos.query, asked) == "1", "nobody could see it"
+
+
+def test_an_engine_hears_of_the_end_of_each_lease(worker: Worker, shop: Postgres) -> None:
+    worker.call(djangos.setup, database(shop, ENGINE="tests.support.djangoproject.engine", lease="transaction"))
+    assert worker.call(closes_of_an_engine) == [1, 2, 3]
+
+
+def closes_of_an_engine(state: State) -> list[int]:
+    from django.db import connection
+
+    found = []
+    for do in (djangos.query, within_a_transaction, djangos.query):
+        do(state, "SELECT 1")
+        found.append(connection.closes)
+    return found
+
+
+# --- tenants, by a library as it is -----------------------------------------------------------------------------------
+
+TENANTS = ["one", "two"]
+
+
+@pytest.fixture
+def tenants(postgres: Postgres) -> Postgres:
+    """A server with a schema for each tenant, and a table that says whose it is."""
+    for schema in ("public", *TENANTS):
+        postgres.ask(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        postgres.ask(f"CREATE TABLE IF NOT EXISTS {schema}.whose AS SELECT '{schema}' AS name")
+    return postgres
+
+
+def rows_of_tenants(state: State, number: int, atomic: list[bool], seed: str) -> Counter[str]:
+    """Requests for tenants by chance: right rows, refusals by their class, and whatever else there was."""
+    from django.db import connection, transaction
+
+    chance, found = random.Random(seed), Counter[str]()
+    for _ in range(number):
+        tenant = chance.choice(TENANTS)
+        connection.set_schema(tenant)
+        for _ in range(chance.randrange(1, 4)):
+            try:
+                with transaction.atomic() if chance.choice(atomic) else contextlib.nullcontext():
+                    name = djangos.query(state, "SELECT name FROM whose")
+                found["right" if name == tenant else f"rows of {name} for {tenant}"] += 1
+            except SessionNotKept as error:
+                found[type(error).__name__] += 1
+        djangos.end_of_request(state)
+    return found
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_django_tenants_gets_the_tenants_rows_or_a_loud_error(
+    three: list[Worker], tenants: Postgres, lease: str, limit: bool
+) -> None:
+    for worker in three:
+        worker.call(
+            djangos.setup_tenants,
+            database(tenants, ENGINE="tests.support.djangoproject.tenants", cap=2, lease=lease),
+            limit,
+        )
+    for atomic in ([True], [False], [True, False]):
+        seeds = [f"{lease} {limit} {atomic} {i}" for i in range(len(three))]
+        begun = [worker.begin(rows_of_tenants, 20, atomic, seed) for worker, seed in zip(three, seeds, strict=True)]
+        found = sum((pending.result() for pending in begun), Counter[str]())
+        right = {"right"} if lease == "request" or atomic == [True] else {"right", "SessionNotKept"}
+        assert set(found) <= right, (seeds, found)
+        assert found["right"] or atomic == [False]
 
 
 def pinned(state: State) -> list[Any]:
@@ -329,7 +480,7 @@ def pinned(state: State) -> list[Any]:
 
 def test_within_pinned_a_session_stays(two: list[Worker], shop: Postgres) -> None:
     transactions(two, shop)
-    two[0].fails(NotSupportedError, djangos.query, "SET my.own = 'here'")
+    two[0].fails(SessionNotKept, djangos.query, "SET my.own = 'here'")
     assert two[0].call(pinned) == ["here", 1, True]
     assert not two[0].call(djangos.is_held)
     assert two[1].call(djangos.query, "SELECT to_regclass('mine')::text") is None

@@ -392,3 +392,171 @@ def test_an_error_at_the_start_names_the_server(worker: Worker, kind: str, postg
     assert f'connection to server at "127.0.0.1", port {postgres.port} failed' in str(error)
     assert 'database "nowhere" does not exist' in str(error)
     worker.wait_stats(in_use=0)
+
+
+# --- what sticks to a session -----------------------------------------------------------------------------------------
+
+POLICY = "SELECT string_agg(v, ',') FROM secrets WHERE tenant = current_setting('app.tenant', true)"
+LOCKS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+#: By name: what a user does, and what the next one asks.
+STUCK = {
+    "role": ("SET ROLE cashier", "SELECT current_user::text"),
+    "session authorization": ("SET SESSION AUTHORIZATION cashier", "SELECT session_user::text"),
+    "setting of a policy": ("SELECT set_config('app.tenant', 'a', false)", POLICY),
+    "search path": ("SET search_path = pg_catalog", "SHOW search_path"),
+    "temporary table": (
+        "CREATE TEMP TABLE secrets AS SELECT 'shadow'::text AS v",
+        "SELECT to_regclass('pg_temp.secrets')::text",
+    ),
+    "temporary function": (
+        "CREATE FUNCTION pg_temp.f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "SELECT to_regproc('pg_temp.f')::text",
+    ),
+    "advisory lock": ("SELECT pg_advisory_lock(7)::text", LOCKS),
+    "shared advisory lock": ("SELECT pg_advisory_lock_shared(8)::text", LOCKS),
+    "LISTEN": ("LISTEN news", "SELECT count(*) FROM pg_listening_channels()"),
+    "cursor WITH HOLD": (
+        "DECLARE mine CURSOR WITH HOLD FOR SELECT 1",
+        "SELECT count(*) FROM pg_cursors WHERE is_holdable",
+    ),
+    "PREPARE": ("PREPARE mine AS SELECT 1", "SELECT count(*) FROM pg_prepared_statements WHERE from_sql"),
+    "sequences": ("SELECT nextval('numbers')", "SELECT lastval()"),
+    "application_name": ("SET application_name = 'alice'", "SHOW application_name"),
+    "client_encoding": ("SET client_encoding = 'LATIN1'", "SHOW client_encoding"),
+    "TimeZone": ("SET TimeZone = 'Asia/Tokyo'", "SHOW TimeZone"),
+    "statement_timeout": ("SET statement_timeout = '12min'", "SHOW statement_timeout"),
+    "row_security": ("SET row_security = off", "SHOW row_security"),
+    "transaction characteristics": (
+        "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+        "SHOW transaction_read_only",
+    ),
+    "isolation": (
+        "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+        "SHOW transaction_isolation",
+    ),
+    "dblink": ("SELECT dblink_connect('mine', '{local}')", "SELECT dblink_get_connections()::text"),
+    "dblink without a name": (
+        "SELECT dblink_connect('{local}')",
+        "SELECT u FROM dblink('SELECT current_user::text') AS t(u text)",
+    ),
+}
+
+
+#: What no server reports to its client, so that nothing but a reset takes it away.
+UNREPORTED = [
+    "role", "setting of a policy", "temporary table", "advisory lock", "LISTEN", "cursor WITH HOLD", "PREPARE",
+    "sequences", "statement_timeout", "row_security", "dblink",
+]  # fmt: skip
+
+
+@pytest.fixture
+def sticky(postgres: Postgres) -> Postgres:
+    """A server with what is needed to leave something in a session."""
+    for text in (
+        "DROP ROLE IF EXISTS cashier", "CREATE ROLE cashier", "DROP TABLE IF EXISTS secrets",
+        "CREATE TABLE secrets AS SELECT t AS tenant, 'secret of ' || t AS v FROM unnest(ARRAY['a', 'b']) AS t",
+        "CREATE SEQUENCE IF NOT EXISTS numbers", "CREATE EXTENSION IF NOT EXISTS dblink",
+    ):  # fmt: skip
+        postgres.ask(text)
+    return postgres
+
+
+def leaves(worker: Worker, name: str, postgres: Postgres) -> None:
+    left = worker.call(sessions.try_query, STUCK[name][0].format(local=postgres.local))
+    assert left.startswith(("(", "None")), left
+
+
+@pytest.mark.parametrize("how", ["always, one process", "handoff, two processes"])
+def test_nothing_sticks_to_a_session_for_its_next_user(
+    two: list[Worker], kind: str, sticky: Postgres, how: str
+) -> None:
+    reset, _, processes = how.partition(", ")
+    one, other = pair(two, kind, sticky, reset=reset)
+    other = one if processes == "one process" else other
+    wrong = []
+    for name, (_, ask) in STUCK.items():
+        fresh = other.call(sessions.try_query, ask)
+        leaves(one, name, sticky)
+        found = other.call(sessions.try_query, ask)
+        if found != fresh:
+            wrong.append((name, fresh, found))
+    assert wrong == []
+    assert one.stats().opens == 1, "it was set back, and not replaced"
+    assert len(sticky.backends()) == 1, "what dblink had open has ended"
+
+
+def test_in_its_own_process_a_session_comes_back_as_it_was_left(worker: Worker, kind: str, sticky: Postgres) -> None:
+    pair([worker], kind, sticky)
+    for name in UNREPORTED:
+        fresh = worker.call(sessions.try_query, STUCK[name][1])
+        leaves(worker, name, sticky)
+        assert worker.call(sessions.try_query, STUCK[name][1]) != fresh, name
+        worker.call(commands.library, "drain", "default", wait=20)
+
+
+def test_how_transactions_begin_is_set_back_with_the_session(worker: Worker, kind: str, postgres: Postgres) -> None:
+    """The libraries keep in their objects what their users have chosen."""
+    pair([worker], kind, postgres, reset="always")
+    asked = "SELECT current_setting('transaction_read_only'), current_setting('transaction_isolation')"
+    fresh = worker.call(sessions.query, asked)
+    worker.call(sessions.lease)
+    for attribute, value in ({"read_only": True} if kind == "psycopg3" else {"readonly": True}).items():
+        worker.call(sessions.put, attribute, value)
+    worker.call(sessions.put, "isolation_level", 4 if kind == "psycopg3" else "SERIALIZABLE")
+    assert worker.call(sessions.sql, asked) == ("on", "serializable")
+    worker.call(commands.checkin, "a")
+    assert worker.call(sessions.query, asked) == fresh
+
+
+def test_where_dblink_cannot_be_ended_the_session_ends(two: list[Worker], kind: str, sticky: Postgres) -> None:
+    sticky.ask("DROP ROLE IF EXISTS clerk")
+    sticky.ask("CREATE ROLE clerk LOGIN")
+    sticky.ask("REVOKE EXECUTE ON FUNCTION dblink_disconnect() FROM PUBLIC")
+    try:
+        two[0].attach(max_connections=1, max_foreign=8)
+        for worker in two:
+            worker.call(sessions.make, kind, sticky.conninfo.replace("user=app", "user=clerk"))
+        first = backend_of(two[0])
+        assert backend_of(two[1]) != first
+        assert len(sticky.backends()) == 1
+    finally:
+        sticky.ask("GRANT EXECUTE ON FUNCTION dblink_disconnect() TO PUBLIC")
+        sticky.ask("DROP EXTENSION dblink")
+
+
+def test_a_server_that_cannot_set_back_is_told_of_once(worker: Worker, kind: str, harness: Harness) -> None:
+    """Some servers know no DISCARD ALL; here something else of a reset is missing."""
+    server = Postgres(log_min_messages="fatal").begin()
+    try:
+        pair([worker], kind, server, reset="always")
+        worker.call(commands.collect_log)
+        server.ask("CREATE EXTENSION dblink")
+        server.ask("ALTER EXTENSION dblink DROP FUNCTION dblink_get_connections()")
+        server.ask("DROP FUNCTION dblink_get_connections()")
+        assert len({backend_of(worker) for _ in range(3)}) == 3, "each lease has a session of its own"
+        said = [line for line in worker.call(commands.log, "WARNING") if "could not be set back" in line]
+        assert len(said) == 1
+        assert "reset='never'" in said[0]
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("reset", ["handoff", "never"])
+def test_a_transaction_that_was_prepared_is_nothing_to_the_next_user(
+    worker: Worker, kind: str, harness: Harness, reset: str
+) -> None:
+    server = Postgres(max_prepared_transactions="2").begin()
+    try:
+        pair([worker], kind, server, reset=reset)
+        server.ask("CREATE TABLE t (x int)")
+        worker.call(sessions.lease)
+        worker.call(sessions.call, "tpc_begin", "mine")
+        worker.call(sessions.sql, "INSERT INTO t VALUES (1)", commit=False)
+        worker.call(sessions.call, "tpc_prepare")
+        worker.call(commands.checkin, "a")
+        worker.call(sessions.query, "INSERT INTO t VALUES (2)")
+        assert server.ask("SELECT gid FROM pg_prepared_xacts") == [("mine",)]
+        assert server.ask("SELECT x FROM t") == [(2,)]
+        server.ask("ROLLBACK PREPARED 'mine'")
+    finally:
+        server.end()

@@ -20,6 +20,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from sharedpool import OptionError
 from sharedpool.integrations.redis import SharedConnectionPool
+from sharedpool.integrations.redis import asyncio as asynchronous
 from tests.support import redises
 from tests.support.redises import RedisServer
 from tests.support.scope import Scope
@@ -44,6 +45,39 @@ def server(redis_server: RedisServer, nothing_left_behind: None) -> RedisServer:
     """The session's server, without anybody connected."""
     redis_server.wait_until_alone()
     return redis_server
+
+
+@pytest.fixture(scope="session")
+def peopled_server(fork_server: ForkServer) -> Iterator[RedisServer]:
+    """One with users of its own."""
+    server = RedisServer()
+    try:
+        yield server.begin()
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def people(peopled_server: RedisServer, nothing_left_behind: None) -> RedisServer:
+    """The same, without anybody connected."""
+    peopled_server.wait_until_alone()
+    with peopled_server.judge() as judge:
+        for who, password in (("alice", "a"), ("bob", "b")):
+            judge.acl_setuser(
+                who, enabled=True, reset=True, passwords=[f"+{password}"], categories=["+@all"], keys=["*"],
+                channels=["*"],
+            )  # fmt: skip
+    return peopled_server
+
+
+@pytest.fixture
+def renaming(nothing_left_behind: None) -> Iterator[RedisServer]:
+    """A server that calls SELECT otherwise."""
+    server = RedisServer(more=["--rename-command", "SELECT", "PICKDB"])
+    try:
+        yield server.begin()
+    finally:
+        server.end()
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +153,7 @@ def test_what_a_user_leaves_changed_is_closed_and_everything_else_stays(worker: 
     known = worker.call(redises.who)
     worker.call(redises.transaction, False)
     worker.call(redises.transaction, True)
-    worker.call(redises.leave_off, ("ECHO", "x"), ("NO-SUCH-COMMAND",), read=2)
+    worker.call(redises.leave_off, ("ECHO", "x"), ("LPOP",), read=2)
     assert worker.call(redises.who) == known, "nothing of this changes a session"
     changes: list[dict[str, Any]] = [
         {"sent": [("SELECT", "1")], "read": 1},
@@ -277,6 +311,124 @@ def test_a_key_names_who_and_where_and_no_password() -> None:
     pool = SharedConnectionPool.from_url("redis://me:hidden@Cache.example:7/2?pool=x&client_name=web")
     assert pool._transport.host == "me@cache.example:7/2?protocol=3&name=web"
     assert "hidden" not in repr(pool)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"provider": ["alice", "a"]}, {"provider": ["bob", "b"]}),
+        ({"provider": ["alice", "a"]}, {"provider": ["own"]}),
+        ({"provider": ["own"]}, {}),
+        ({"username": "alice", "password": "a"}, {"username": "bob", "password": "b"}),
+        ({"username": "alice", "password": "a"}, {}),
+        ({"login": "alice"}, {"login": "bob"}),
+        ({"login": "alice"}, {"login": "alice"}),
+        ({"login": "partial alice"}, {"login": "partial bob"}),
+        ({"login": "method alice"}, {"login": "method bob"}),
+        ({"login": "object alice"}, {"login": "object bob"}),
+        ({"login": "lambda alice"}, {"login": "lambda bob"}),
+        ({"login": "alice"}, {}),
+        ({"login": "module"}, {}),
+        ({"of_class": "alice"}, {"of_class": "bob"}),
+        ({"of_class": "module"}, {}),
+        ({"client_name": "web"}, {"client_name": "jobs"}),
+        ({"db": 1}, {"db": 2}),
+        ({"protocol": 2}, {"protocol": 3}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_who_greets_a_server_otherwise_never_meets_the_others_connection(
+    two: list[Worker], people: RedisServer, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """Each sees itself as the server sees it, alone and after the other, in two processes and in one."""
+    given = [one, other]
+    for worker in two:
+        for i in (0, 1):
+            worker.call(redises.make_as, people.port, f"c{i}", **given[i])
+    alone = [two[0].call(redises.seen, f"c{i}") for i in (0, 1)]
+    for _ in range(2):
+        for worker in two:
+            assert [worker.call(redises.seen, f"c{i}") for i in (0, 1)] == alone
+    assert len(people.clients()) <= 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"provider": ["alice", "a"]}, {"provider": ["own"]}, {"username": "alice", "password": "a"},
+        {"login": "module"},
+        {"login": "alice", "session_label": "tenant-a"}, {"of_class": "module"}, {"protocol": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_who_greets_a_server_alike_shares_connections(
+    two: list[Worker], people: RedisServer, given: dict[str, Any]
+) -> None:
+    for worker in two:
+        worker.call(redises.make_as, people.port, **given)
+    assert len({worker.call(redises.who) for worker in (*two, *two)}) == 1
+
+
+def test_a_password_may_change_and_the_user_may_not(two: list[Worker], people: RedisServer) -> None:
+    for worker in two:
+        worker.call(redises.make_as, people.port, provider=["alice", "a"])
+    first = two[0].call(redises.who)
+    with people.judge() as judge:
+        judge.acl_setuser("alice", enabled=True, passwords=["+new"], categories=["+@all"], keys=["*"])
+    two[1].call(redises.name_credentials, "alice", "new")
+    assert two[1].call(redises.who) == first
+    two[1].call(redises.drain)
+    assert two[1].call(redises.seen)["user"] == "alice", "opened anew, with the new password"
+    two[1].call(redises.drain)
+    two[1].call(redises.name_credentials, "bob", "b")
+    two[1].fails(OptionError, redises.who)
+    two[1].call(redises.name_credentials, "alice", "new")
+    assert two[1].call(redises.seen)["user"] == "alice"
+
+
+def test_a_provider_is_asked_at_the_first_lease_and_not_before(worker: Worker, people: RedisServer) -> None:
+    worker.call(redises.make_as, people.port, provider=["alice", "a"])
+    assert worker.call(redises.times_asked) == 0
+    worker.call(redises.who)
+    assert worker.call(redises.times_asked) == 2, "for the key, and for the connection"
+
+
+def test_tasks_with_providers_get_connections_of_their_own(two: list[Worker], people: RedisServer) -> None:
+    two[0].call(redises.make_as, people.port, provider=["alice", "a"])
+    for label, who in (("r", ["alice", "a"]), ("b", ["bob", "b"])):
+        two[1].call(redises.make_as, people.port, label, asynchronously=True, provider=who)
+    first = two[0].call(redises.who)
+    assert two[1].call(redises.who) == first
+    assert two[1].call(redises.ask, "ACL WHOAMI", label="b") == "bob"
+    assert two[1].call(redises.ask, "ACL WHOAMI") == "alice"
+
+
+def test_a_path_is_what_it_was_when_the_pool_was_made(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    pool = SharedConnectionPool("cache", connection_class=redis.UnixDomainSocketConnection, path="redis.sock")
+    abstract = SharedConnectionPool("cache", connection_class=redis.UnixDomainSocketConnection, path="\0redis")
+    monkeypatch.chdir("/")
+    assert pool._transport.host.split("?")[0] == f"{directory}/redis.sock/0"
+    assert pool._transport._arguments["path"] == f"{directory}/redis.sock"
+    assert abstract._transport._arguments["path"] == "\0redis"
+
+
+def test_an_asynchronous_class_with_a_handshake_of_its_own_is_refused() -> None:
+    class Tenant(redis.asyncio.Connection):
+        async def on_connect(self) -> None:
+            """Log in as a tenant."""
+
+    with pytest.raises(OptionError, match="on_connect"):
+        asynchronous.SharedConnectionPool("cache", connection_class=Tenant)
+
+
+def test_a_command_of_another_name_changes_nobody_elses_database(two: list[Worker], renaming: RedisServer) -> None:
+    for worker in two:
+        worker.call(redises.make_as, renaming.port)
+    first = two[0].call(redises.who)
+    assert two[0].call(redises.ask, "pickdb", 3) == b"OK"
+    assert two[1].call(redises.ask, "CLIENT INFO")["db"] == 0
+    assert two[1].call(redises.who) != first
 
 
 # --- asyncio, TLS, forks ----------------------------------------------------------------------------------------------

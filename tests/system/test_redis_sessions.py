@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import enum
+import logging
 import socket
 from typing import Any
 
 import pytest
+from redis.exceptions import ExecAbortError, ResponseError
 
 from sharedpool.integrations.redis.session import Session
 
@@ -13,6 +16,10 @@ SOCK = socket.socket()
 SOCK.close()
 MULTI, EXEC, DISCARD, UNWATCH = ("MULTI",), ("EXEC",), ("DISCARD",), ("UNWATCH",)
 WATCH, GET = ("WATCH", "k"), ("GET", "k")
+
+
+class Name(str, enum.Enum):  # noqa: UP042 - what applications of older Pythons have: str() gives its name, not its text
+    GET, SELECT, TRACKING = "get", "select", "tracking"
 
 
 def after(*commands: tuple[Any, ...], answered: int | None = None) -> bool:
@@ -28,7 +35,8 @@ def after(*commands: tuple[Any, ...], answered: int | None = None) -> bool:
     [
         [GET], [MULTI, GET, EXEC], [MULTI, GET, DISCARD], [WATCH, UNWATCH], [WATCH, MULTI, GET, EXEC],
         [WATCH, MULTI, UNWATCH, DISCARD], [("CLIENT", "ID")], [("CLIENT ID",)], [(b"client", b"list")],
-        [("SCRIPT LOAD", "return 1")], [(bytearray(b"GET"), "k")], [EXEC], [("WATCH-LIKE",)],
+        [("SCRIPT LOAD", "return 1")], [(bytearray(b"GET"), "k")], [EXEC], [("json.get", "k")],
+        [("FT.SEARCH", "i", "x")], [(Name.GET, "k")],
     ],
 )  # fmt: skip
 def test_what_leaves_a_session_as_it_was(commands: list[tuple[Any, ...]]) -> None:
@@ -42,7 +50,10 @@ def test_what_leaves_a_session_as_it_was(commands: list[tuple[Any, ...]]) -> Non
         [WATCH, GET], [WATCH, MULTI, UNWATCH], [("AUTH", "x")], [("HELLO", 3)], [("SUBSCRIBE", "c")],
         [("UNSUBSCRIBE",)], [("MONITOR",)], [("CLIENT", "REPLY", "OFF")], [("CLIENT TRACKING", "ON")],
         [("CLIENT", "NO-EVICT", "on")], [("CLIENT",)], [("CLIENT SETNAME", "x")], [("SCRIPT", "DEBUG", "YES")],
-        [("RESET",)], [("READONLY",)], [("HIMPORT PREPARE", "x")],
+        [("RESET",)], [("READONLY",)], [("HIMPORT PREPARE", "x")], [(Name.SELECT, 1)],
+        [("CLIENT", Name.TRACKING, "on")], [("PICKDB", 1)], [("b840fc02d524045429941cc15f59e41cb7be6c52",)],
+        [("MYMODULE.LOGIN", "x")], [("JSON",)], [("",)],
+        [MULTI, ("EXEC", "now")], [MULTI, ("EXEC now",)], [MULTI, ("DISCARD", "x")], [WATCH, ("UNWATCH", "k")],
     ],
 )  # fmt: skip
 def test_what_the_next_user_must_not_meet(commands: list[tuple[Any, ...]]) -> None:
@@ -60,10 +71,30 @@ def test_bytes_that_nobody_knows_are_not_clean() -> None:
     assert not session.clean
 
 
-def test_a_refusal_may_have_kept_a_transaction_open() -> None:
+@pytest.mark.parametrize("begin", [MULTI, WATCH])
+def test_an_error_may_mean_that_a_transaction_goes_on(begin: tuple[str, ...]) -> None:
     session = Session(SOCK, b"{}")
-    session.sends([MULTI, EXEC])
-    session.awaited -= 2
-    assert session.clean
-    session.refused()
+    session.sends([begin, EXEC if begin is MULTI else UNWATCH])
+    session.answered()
+    session.answered(ResponseError("unknown command"))
     assert not session.clean
+
+
+def test_an_error_without_a_transaction_changes_nothing_and_neither_does_the_end_of_one() -> None:
+    session = Session(SOCK, b"{}")
+    session.sends([GET])
+    session.answered(ResponseError("WRONGTYPE"))
+    assert session.clean
+    session.sends([MULTI, EXEC])
+    session.answered()
+    session.answered(ExecAbortError("EXECABORT"))
+    assert session.clean
+
+
+def test_a_command_that_nobody_knows_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sharedpool"):
+        for _ in range(3):
+            assert not after(("NEVERHEARDOF", "x"))
+    assert [record.getMessage().split(" it may")[0] for record in caplog.records] == [
+        "the Redis command 'NEVERHEARDOF' is not known:"
+    ]

@@ -143,6 +143,18 @@ def test_what_one_process_left_in_a_session_is_gone_in_another(
     assert two[1].call(alchemy.query, "SELECT to_regclass('mine')::text") is None
 
 
+@pytest.mark.parametrize("reset", ["handoff", "always"])
+def test_what_a_user_leaves_in_a_session_is_there_in_the_same_process_unless_it_is_always_reset(
+    worker: Worker, postgres: Postgres, library: str, reset: str
+) -> None:
+    """With QueuePool it is, too; what does not move has no resets."""
+    if library in MOVING or reset == "handoff":
+        engines([worker], postgres, library, reset=reset)
+        worker.call(alchemy.execute, "SELECT set_config('app.tenant', 'a', false)")
+        found = worker.call(alchemy.query, "SELECT current_setting('app.tenant', true)")
+        assert (found or "") == ("" if reset == "always" else "a")
+
+
 def test_a_process_killed_in_a_query_leaves_its_permit_to_the_next(two: list[Worker], postgres: Postgres) -> None:
     engines(two, postgres)
     two[0].begin(alchemy.query, "SELECT pg_sleep(600)")
@@ -535,6 +547,17 @@ def test_wrong_arguments_are_refused_at_once(given: dict[str, Any]) -> None:
 def test_a_wrong_reset_is_refused() -> None:
     with pytest.raises(OptionError, match="reset"):
         make_one(reset="sometimes").status()
+
+
+@pytest.mark.parametrize("driver", ["pg8000", "a creator"])
+def test_resets_that_nobody_would_do_are_refused(driver: str) -> None:
+    if driver == "pg8000":
+        engine = create_engine("postgresql+pg8000://app@127.0.0.1/x", **options(reset="always"))
+    else:
+        given = {"creator": lambda: None, **options(reset="always", shared_name="x")}
+        engine = create_engine("postgresql+psycopg://app@127.0.0.1/x", **given)
+    with pytest.raises(OptionError, match="reset"):
+        engine.connect()
 
 
 def test_an_asyncio_engine_needs_the_other_class() -> None:

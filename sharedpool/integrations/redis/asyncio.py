@@ -42,7 +42,8 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         timeout: Seconds to wait for a connection; None: no limit.
         connection_class: redis.asyncio's Connection, SSLConnection or UnixDomainSocketConnection, or one of your own.
         **given: Options of the pool (idle_timeout, max_lifetime, …; see PoolOptions), and the keywords of redis-py's
-            connections.
+            connections; `session_label` says that what no name can tell (a `redis_connect_func` that is a closure, say)
+            is the same wherever the label is.
 
     Raises:
         OptionError: An option is wrong, or needs a connection of one's own.
@@ -55,6 +56,7 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         self._tls = issubclass(connection_class, SSLConnection)
         if not self._tls:
             _refuse_coroutine(given)
+            _refuse_own_handshake(connection_class)
         arguments = {name: value for name, value in given.items() if name not in _ASYNCHRONOUS}
         self._prepare(pool, app, max_connections, timeout, _twin(connection_class), arguments)
         given = {**arguments, **{name: value for name, value in given.items() if name in _ASYNCHRONOUS}}
@@ -76,8 +78,12 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         if self._tls:  # what one loop has opened is never lent in another: it is another driver's
             loop = asyncio.get_running_loop()
             via = self._drivers.get(loop) or self._drivers.setdefault(loop, GuestDriver(loop))
+        if not self._transport.resolved:
+            await asyncio.to_thread(getattr, self._transport, "host")
         try:
             return await self._async.checkout(self._transport.host, 0, via)
+        except OptionError:
+            raise
         except SharedPoolError as error:
             raise self._translated(error) from error
 
@@ -264,9 +270,7 @@ class _User(User):
         session = self._session
         response = await super()._read_response_from_parser(*args, **kwargs)  # type: ignore[misc]
         if session is not None:
-            session.awaited -= 1
-            if isinstance(response, redis.exceptions.NoPermissionError):
-                session.refused()
+            session.answered(response if isinstance(response, redis.ResponseError) else None)
         return response
 
 
@@ -334,3 +338,20 @@ def _refuse_coroutine(given: dict[str, Any]) -> None:
             " synchronous half; allowed is a function",
             option="redis_connect_func", value=given["redis_connect_func"], source="the call", allowed="a function",
         )  # fmt: skip
+
+
+#: Of a connection's methods those that decide what the handshake says.
+_HANDSHAKE = ("on_connect", "on_connect_check_health", "_connect")
+
+
+def _refuse_own_handshake(connection_class: type[Any]) -> None:
+    """What a class of the user's own says to the server would not be said: redis-py's synchronous half greets."""
+    for name in _HANDSHAKE:
+        usual = UnixDomainSocketConnection if issubclass(connection_class, UnixDomainSocketConnection) else Connection
+        if getattr(connection_class, name, None) is not getattr(usual, name):
+            raise OptionError(
+                f"option 'connection_class' has the value {connection_class!r} (from the call), whose {name}() is its"
+                " own; connections are greeted by redis-py's synchronous half, which would not call it; allowed is a"
+                " class that leaves it as it is",
+                option="connection_class", value=connection_class, source="the call", allowed=f"redis-py's own {name}",
+            )  # fmt: skip

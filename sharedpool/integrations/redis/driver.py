@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import secrets
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -27,10 +30,18 @@ from ...drivers.sockets import PooledSocket, fresh
 from ...errors import ConnectFailed, ConnectTimeout, OptionError
 from .session import Session
 
+log = logging.getLogger("sharedpool")
+
 #: Of a greeting (the answer to HELLO) what redis-py's users may want to know.
 _GREETING: Final = ("server", "version", "proto", "id", "mode", "role")
 #: What a client alone needs, or what must not be there on a shared connection.
 _OF_THE_CLIENT: Final = ("retry", "retry_on_error", "retry_on_timeout", "health_check_interval", "event_dispatcher")
+
+
+#: redis-py's own classes; the transport says which of them it is.
+_OF_REDIS_PY: Final = (Connection, SSLConnection, UnixDomainSocketConnection)
+#: Whom a server takes for a client that says a password and no name.
+_DEFAULT_USER: Final = "default"
 
 
 class RedisDriver:
@@ -39,16 +50,16 @@ class RedisDriver:
     Args:
         connection_class: redis-py's class, or one of your own below it.
         arguments: Its keywords.
+        label: Says what only the caller can know: two drivers with equal labels greet a server alike. "": nothing.
 
     Attributes:
-        host: The key: who, where to, which database, and what else the handshake sets; never a password.
         port: 0.
     """
 
     connects = True
     port = 0
 
-    def __init__(self, connection_class: type[Any], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, connection_class: type[Any], arguments: Mapping[str, Any], *, label: str = "") -> None:
         self._arguments = {name: value for name, value in arguments.items() if name not in _OF_THE_CLIENT}
         self.tls = issubclass(connection_class, SSLConnection)
         self.moves = self.parks = not self.tls
@@ -60,46 +71,103 @@ class RedisDriver:
                 option="connection_class", value=connection_class, source="the call", allowed="a subclass",
             )  # fmt: skip
         self._unix = kind is UnixDomainSocketConnection
-        path = self._arguments.get("path")
-        if self._unix and path and not str(path).startswith("\0"):  # a relative one is one from here
-            self._arguments["path"] = os.path.join(os.getcwd(), path)
+        if self._arguments.get("path"):
+            self._arguments["path"] = _absolute(self._arguments["path"])
+        if self._arguments.get("socket_type"):
+            raise OptionError(
+                f"option 'socket_type' has the value {self._arguments['socket_type']!r} (from the call); a pool tries"
+                " all addresses of a host; allowed is 0, and an address as the host",
+                option="socket_type", value=self._arguments["socket_type"], source="the call", allowed=0,
+            )  # fmt: skip
         self.name = "rediss" if self.tls else "redis+unix" if self._unix else "redis"
         self._class: type[Any] = type(connection_class.__name__, (_Opening, connection_class), {})
         sample: Any = connection_class(**self._arguments)  # checks the arguments, at once
         self.connect_timeout: float | None = sample.socket_connect_timeout
-        self.host = self._key(sample)
         where = sample.path if self._unix else sample.host
-        self.identity = json.dumps([_own(connection_class), *map(str, (where, self._unix or sample.port, sample.db))])
+        self.identity = json.dumps([str(part) for part in (where, self._unix or sample.port, sample.db)])
         self._matters = _matters(str(where)) if self._unix else of_host(str(where))
+        self._provider: Any = sample.credential_provider
+        self._user: str | None = None if self._asks else _user_of(sample)
+        self._rest = self._described(sample, connection_class, label)
+        if self._asks:
+            self._arguments["credential_provider"] = _SameUser(self)
 
     def matters(self, host: str) -> tuple[str, ...]:
         """What of the process's place decides which server that is."""
         return self._matters
 
-    def _key(self, sample: Any) -> str:
-        """Equal keys share: everything that the handshake sets, but no secret."""
+    @property
+    def _asks(self) -> bool:
+        """Whether a credential provider says who it is. Connections under TLS are lent by this object only."""
+        return self._provider is not None and not self.tls
+
+    def _described(self, sample: Any, connection_class: type[Any], label: str) -> str:
+        """What else equal keys have in common: where to, and all that the handshake sets, but no secret.
+
+        The library's name (CLIENT SETINFO) is not among it: it is for people who read CLIENT LIST.
+        """
         asked = self._arguments.get("redis_connect_func")
+        own = None if connection_class in _OF_REDIS_PY else connection_class
         more = {
             "protocol": sample.protocol, "name": sample.client_name,
-            "connect": asked and f"{getattr(asked, '__module__', '')}.{getattr(asked, '__qualname__', asked)}",
-            "tls": self._tls_of(sample) if self.tls else None,
+            "connect": asked and self._name_for("redis_connect_func", asked, label),
+            "class": own and self._name_for("connection_class", own, label),
+            "label": label, "tls": self._tls_of() if self.tls else None,
         }  # fmt: skip
         where = quote(sample.path) if self._unix else f"{sample.host}:{sample.port}"
-        who = f"{quote(self._user(sample), '()')}@" if self._user(sample) else ""
         extra = "&".join(f"{name}={quote(str(value), '.<>')}" for name, value in more.items() if value)
-        return f"{who}{where}/{sample.db}?{extra}"
+        return f"{where}/{sample.db}?{extra}"
 
-    def _user(self, sample: Any) -> str:
-        provider = sample.credential_provider
-        if provider is not None:
-            kind = type(provider)
-            return f"{getattr(provider, 'username', None) or ''}({kind.__module__}.{kind.__qualname__})"
-        return str(sample.username or "")
+    def _name_for(self, option: str, thing: Any, label: str) -> str:
+        """The name by which every process knows a function or class; without one it is this driver's alone."""
+        name = _global_name(thing)
+        if name or label:
+            return name or "labelled"
+        log.warning(
+            "connections to Redis are not shared with other processes, but for forked children of this pool: the"
+            " option %r is nothing that a module has by its name, and so nobody knows whether theirs is the same;"
+            " session_label='...' says so", option,
+        )  # fmt: skip
+        return secrets.token_hex(8)
 
-    def _tls_of(self, sample: Any) -> str:
+    def _tls_of(self) -> str:
         """What else decides who the peer must be; a hash, because paths and certificates are long."""
         said = {n: v for n, v in self._arguments.items() if n.startswith("ssl_") and n != "ssl_password"}
         return hashlib.blake2b(repr(sorted(said.items())).encode(), digest_size=16).hexdigest()
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the key is known without asking a credential provider, which may take its time."""
+        return self._user is not None
+
+    @property
+    def host(self) -> str:
+        """The key: who, where to, which database, and what else the handshake sets; never a password.
+
+        Equal keys share, in all processes. A credential provider is asked once for who it is.
+        """
+        if self._user is None:
+            self.credentials()
+        assert self._user is not None
+        return f"{quote(self._user, '()')}@{self._rest}" if self._user else self._rest
+
+    def credentials(self) -> Any:
+        """What the credential provider says; the first time it decides whose the connections are.
+
+        Raises:
+            OptionError: It names another user than before, with whose name the connections are shared.
+        """
+        found = self._provider.get_credentials()
+        user = _user_in(found)
+        if self._user is None:
+            self._user = user
+        if user != self._user:
+            raise OptionError(
+                f"option 'credential_provider' named the user {self._user!r} first, and now {user!r}; all connections"
+                " of a pool belong to one user; allowed is a pool for each",
+                option="credential_provider", value=user, source="the call", allowed=self._user,
+            )  # fmt: skip
+        return found
 
     def address(self, host: str, port: int) -> tuple[str, int]:
         """As it is."""
@@ -179,13 +247,22 @@ class RedisDriver:
             conn.sock.close()
 
 
-def _own(kind: type[Any]) -> str:
-    """The name of a class that is not redis-py's: what it does while it connects nobody knows."""
-    return "" if kind.__module__.startswith("redis.") else f"{kind.__module__}.{kind.__qualname__}"
-
-
 def _matters(path: str) -> tuple[str, ...]:
     return (NETWORK,) if path.startswith("\0") else (FILES,)
+
+
+class _SameUser(redis.CredentialProvider):
+    """A user's provider as connections ask it: it must name one user for all of them."""
+
+    def __init__(self, driver: RedisDriver) -> None:
+        self._driver = driver
+
+    def get_credentials(self) -> Any:
+        """What the provider says."""
+        return self._driver.credentials()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._driver._provider, name)
 
 
 class _Opening:
@@ -227,6 +304,35 @@ class _Opening:
     def _limited(self, sock: Any) -> Any:
         sock.settimeout(self._left())
         return sock
+
+
+def _user_of(sample: Any) -> str:
+    """Whom a server takes a client for; "" if it says neither a name nor a password."""
+    if sample.credential_provider is not None:
+        kind = type(sample.credential_provider)
+        return f"({kind.__module__}.{kind.__qualname__})"
+    return str(sample.username or (_DEFAULT_USER if sample.password else ""))
+
+
+def _user_in(credentials: Any) -> str:
+    """The user that credentials name, as redis-py says them: (password,) or (user, password)."""
+    return str(_str(credentials[0])) if len(credentials) > 1 else _DEFAULT_USER
+
+
+def _absolute(path: Any) -> str:
+    """A socket's path as it is now, wherever this process goes later; abstract names have no directory."""
+    text = os.fsdecode(path)
+    return text if text.startswith("\0") else os.path.abspath(text)
+
+
+def _global_name(thing: Any) -> str:
+    """The name by which other processes have the same function or class; "" for closures, methods, lambdas, objects."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    found: Any = sys.modules.get(module or "")
+    where = getattr(found, "__file__", None) if module in ("__main__", "__mp_main__") else module
+    for part in (name or "").split("."):
+        found = getattr(found, part, None)
+    return f"{where}.{name}" if found is thing and where else ""
 
 
 def _str(value: Any) -> Any:

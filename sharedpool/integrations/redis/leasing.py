@@ -88,7 +88,7 @@ class Leasing:
         max_connections: The cap over all processes. None: the environment's, else 50.
         timeout: Seconds to wait for a connection, as for BlockingConnectionPool; None: no limit.
         connection_class: redis-py's.
-        given: Options of the shared pool, and keywords of the connections.
+        given: Options of the shared pool, `session_label`, and keywords of the connections.
     """
 
     def _prepare(
@@ -102,12 +102,13 @@ class Leasing:
         if given.get("socket_connect_timeout") is not None:
             options.setdefault("connect_timeout", given["socket_connect_timeout"])
         names = given.pop("lib_name", SENTINEL), given.pop("lib_version", SENTINEL)
+        label = str(given.pop("session_label", None) or "")
         given["driver_info"] = resolve_driver_info(given.get("driver_info", SENTINEL), *names)  # 0.5 ms for each object
         self.name = pool
         self.timeout: float | None = check("checkout_timeout", _value(timeout))
         options["checkout_timeout"] = self.timeout
         self._handle: Handle[Any] = control.attach(pool, app=app, **options)
-        self._transport = RedisDriver(connection_class, given)
+        self._transport = RedisDriver(connection_class, given, label=label)
         self._via: Any = self._transport
         self._out: set[Any] = set()
         _pools.add(self)

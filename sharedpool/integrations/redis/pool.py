@@ -8,7 +8,7 @@ import redis
 from redis.connection import Connection, ConnectionPool
 
 from ... import control
-from ...errors import SharedPoolError
+from ...errors import OptionError, SharedPoolError
 from ...lease import Lease
 from .driver import greeting_of
 from .leasing import NO_NOTIFICATIONS, Leasing, Packed, User, give_back, is_read
@@ -30,7 +30,8 @@ class SharedConnectionPool(Leasing, ConnectionPool):
         timeout: Seconds to wait for a connection; None: no limit.
         connection_class: redis-py's Connection, SSLConnection or UnixDomainSocketConnection, or one of your own.
         **given: Options of the pool (idle_timeout, max_lifetime, …; see PoolOptions), and the keywords of redis-py's
-            connections.
+            connections; `session_label` says that what no name can tell (a `redis_connect_func` that is a closure, say)
+            is the same wherever the label is.
 
     Raises:
         OptionError: An option is wrong, or needs a connection of one's own (client-side caching, say).
@@ -54,6 +55,8 @@ class SharedConnectionPool(Leasing, ConnectionPool):
     def _lease(self) -> Lease[Session]:
         try:
             return self._handle.checkout(self._transport.host, 0, self._via)
+        except OptionError:
+            raise
         except SharedPoolError as error:
             raise self._translated(error) from error
 
@@ -244,12 +247,10 @@ class _User(User):
             response = super().read_response(*args, **kwargs)  # type: ignore[misc]
         except redis.ResponseError as error:
             if session is not None:
-                session.awaited -= 1
-                if isinstance(error, redis.exceptions.NoPermissionError):
-                    session.refused()
+                session.answered(error)
             raise
         if session is not None:
-            session.awaited -= 1
+            session.answered()
         return response
 
     def can_read(self, timeout: float = 0) -> bool:

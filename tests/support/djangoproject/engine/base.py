@@ -11,6 +11,11 @@ from sharedpool.django import SharedPoolMixin
 
 class Other(base.DatabaseWrapper):  # type: ignore[misc]
     said = ""
+    closes = 0
+
+    def close(self) -> None:
+        self.closes += 1
+        super().close()
 
     def get_connection_params(self) -> Any:
         self.said = "asked"

@@ -1,0 +1,1 @@
+"""django-tenants' engine, as it is, over a shared pool."""
