@@ -86,7 +86,7 @@ class _Stream:
             return conn.getsockname() if info == "client_addr" else conn.getpeername()
         if info == "is_readable":
             poller = select.poll()
-            poller.register(conn.fileno(), select.POLLIN)
+            poller.register(conn.number() if hasattr(conn, "number") else conn.fileno(), select.POLLIN)
             return bool(poller.poll(0))
         return conn if info == "socket" else None
 
