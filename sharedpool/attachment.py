@@ -99,7 +99,7 @@ from .layout import (
 )
 from .lease import Lease
 from .lines import CLOSES, COUNTS, Lines
-from .native import FILENO, Call, patched
+from .native import Call, patched
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
 from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats, from_closes
@@ -343,7 +343,8 @@ class Attachment:
             if self.table.take_idle(at, seen, new, self.gate, lease, self._scrap, monotonic_ns()) == DONE:
                 gate = entry.gate
                 conn = entry.conn
-                if not (self._polls and gate.quiet(0)) and FILENO[conn] == entry.number and +gate >= 0:
+                quiet = not (self._polls and gate.quiet(0))
+                if quiet and entry.fileno[conn] == entry.number and +gate >= 0 and not entry.inside:
                     entry.thread = get_ident()
                     lease.conn = conn
                     counter = route.reuses
@@ -457,7 +458,8 @@ class Attachment:
     def _unpark(self, entry: Entry) -> bool:
         """Make an idle connection usable; False: it has ended, or says what nobody asked."""
         gate = entry.gate
-        return not (self._polls and gate.quiet(0)) and FILENO[entry.conn] == entry.number and +gate >= 0
+        quiet = not (self._polls and gate.quiet(0))
+        return quiet and entry.fileno[entry.conn] == entry.number and +gate >= 0 and not entry.inside
 
     def _lend(self, lease: Lease[Any], entry: Entry, counter: int) -> None:
         w = self._words
@@ -896,9 +898,9 @@ class Attachment:
     def _revives(self, route: Route, entry: Entry) -> bool:
         """An idle connection has said something: whether its driver knows it as harmless, and has heard it all."""
         harmless = getattr(route.driver, "idle_readable", None)
-        if harmless is None or entry.route.driver is not route.driver or FILENO[entry.conn] != entry.number:
+        if harmless is None or entry.route.driver is not route.driver or entry.fileno[entry.conn] != entry.number:
             return False
-        if +entry.gate < 0:
+        if +entry.gate < 0 or entry.inside:
             return False
         try:
             return bool(harmless(entry.conn)) and not entry.gate.quiet(0)
@@ -981,7 +983,8 @@ class Attachment:
                 return
             route = entry.route
             conn = entry.conn
-            if not route.clean(conn) or FILENO[conn] != entry.number or -entry.gate < 0:
+            # First parked, then asked who is inside: whoever comes in later finds it parked.
+            if not route.clean(conn) or entry.fileno[conn] != entry.number or -entry.gate < 0 or entry.inside:
                 self._close(entry, word, "unclean")
                 return
             gate = w[GATE]
@@ -1313,7 +1316,7 @@ class Attachment:
     def _say_goodbye(self, entry: Entry) -> None:
         """Before this process leaves: on what only it can say it, because nobody else can have the connection."""
         goodbye = getattr(entry.route.driver, "goodbye", None)
-        if goodbye is None or entry.state is not None or FILENO[entry.conn] != entry.number:
+        if goodbye is None or entry.state is not None or entry.fileno[entry.conn] != entry.number:
             return
         if self.words[entry.at] == entry.word and +entry.gate < 0:
             return
@@ -1366,17 +1369,19 @@ class Attachment:
         return (word & STATE, holder_of(word), generation_of(word)) == (LEASED, self.row, entry.generation)
 
     def forked(self) -> None:
-        """This is a child's copy: it must not touch anything of the parent's but its own copies of descriptors."""
+        """This is a child's copy: it must not touch anything of the parent's, and keeps nothing of it.
+
+        No descriptor is left to a finalizer: a daemon closes all that it inherits, and the number is a stranger's then.
+        """
         self.inert = True
         self.channel.close()
         self.segment.let_go()
         for _, sock, _ in self.opening.values():
             sock.close()  # which ends a connection for the process only that opened it
         for entry in self.entries.values():
-            if entry.real >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(entry.real)
-                entry.real = -1
+            entry.disown(self._dead.fileno(), lent=self._leases(entry))
+        self.entries.clear()
+        self._dead.close()
 
 
 def _holdings(attachment: Attachment) -> Iterator[tuple[Message, int | None]]:
@@ -1472,6 +1477,7 @@ def forked() -> None:
     for attachment in list(_attachments):
         attachment.forked()
     _attachments.clear()
+    segment.forked()
 
 
 def detach_all() -> None:

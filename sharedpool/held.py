@@ -10,9 +10,10 @@ from time import monotonic_ns
 from typing import Any, Final
 
 from .drivers import STATELESS, Driver, named
+from .drivers.sockets import disown
 from .layout import STAYS, tag_of
 from .lines import COUNTS
-from .native import FILENO, Gate, heed
+from .native import Gate, heed, reader_of
 
 
 def _none() -> object | None:
@@ -21,6 +22,10 @@ def _none() -> object | None:
 
 #: The event loop that this thread runs, or None; asyncio's own function, once there is something asynchronous.
 running_loop: Callable[[], object | None] = _none
+
+
+#: Of connections that do not tell.
+_NOBODY: Final[list[None]] = []
 
 
 class Entry:
@@ -34,7 +39,9 @@ class Entry:
         conn: The user's object.
         real: The pool's own descriptor of the connection.
         gate: Polls `real`, unparks and parks `conn`.
-        number: The descriptor's number in `conn`; another one there means that the user closed or replaced it.
+        fileno: `fileno[conn]` is the number of the descriptor in `conn`.
+        number: The number that it had; another one there means that the user closed or replaced it.
+        inside: Has items while calls of pooled sockets are reading or writing on `conn`.
         word: The slot's word when this process left it idle.
         stacked: Whether it is on its route's stack.
         state: What another process needs to adopt it, besides the descriptor; None: it cannot.
@@ -42,7 +49,8 @@ class Entry:
     """
 
     __slots__ = (
-        "at", "conn", "gate", "generation", "number", "real", "route", "stacked", "state", "thread", "version", "word",
+        "at", "conn", "fileno", "gate", "generation", "inside", "number", "real", "route", "stacked", "state", "thread",
+        "version", "word",
     )  # fmt: skip
 
     def __init__(
@@ -55,7 +63,9 @@ class Entry:
         self.route = route
         self.conn = conn
         self.real = real
-        self.number: int = FILENO[conn]
+        self.fileno: Any = reader_of(conn)
+        self.number: int = self.fileno[conn]
+        self.inside: list[None] = getattr(conn, "inside", _NOBODY)
         self.gate = Gate(real, self.number, dead if route.parks else -1)
         self.state = state
         self.word = 0
@@ -63,8 +73,20 @@ class Entry:
         self.thread = 0
 
     def let_go(self) -> None:
-        """Close this process's object and descriptor; the connection itself is ended by whoever decided that."""
-        self.route.driver.close(self.conn)
+        """Close this process's object and descriptor; the connection itself is ended by whoever decided that.
+
+        An object that a thread is inside of stays parked: its number could be a stranger's before that thread waits.
+        """
+        if not (self.inside and self.fileno[self.conn] == self.number and -self.gate >= 0):
+            self.route.driver.close(self.conn)
+        real, self.real = self.real, -1
+        if real >= 0:
+            with contextlib.suppress(OSError):
+                os.close(real)
+
+    def disown(self, dead: int, *, lent: bool) -> None:
+        """In a forked child: nothing here leads to the parent's connection any more."""
+        disown(self.route.driver, self.conn, self.number, dead, lent=lent)
         real, self.real = self.real, -1
         if real >= 0:
             with contextlib.suppress(OSError):

@@ -204,7 +204,7 @@ class _Turn:
 
 def _readable(conn: Any) -> bool:
     poller = select.poll()
-    poller.register(conn.fileno(), select.POLLIN)
+    poller.register(conn.number() if hasattr(conn, "number") else conn.fileno(), select.POLLIN | select.POLLPRI)
     return bool(poller.poll(0))
 
 

@@ -25,7 +25,7 @@ from time import monotonic, sleep
 from typing import Any, Final
 
 from . import drivers, options
-from .drivers.sockets import Ending, break_off
+from .drivers.sockets import Ending, break_off, disown
 from .errors import (
     DrainTimeout,
     LeaseError,
@@ -138,7 +138,7 @@ class _Slot:
     def reusable(self, polled: bool = True) -> bool:
         """Whether somebody else may have the connection: still the one that was lent, clean, open and silent."""
         driver = self.route.driver
-        if driver.fileno(self.conn) != self.number or not driver.clean(self.conn):
+        if driver.fileno(self.conn) != self.number or not driver.clean(self.conn) or getattr(self.conn, "inside", None):
             return False
         return not polled or not _readable(self.number) or self._is_harmless()
 
@@ -191,7 +191,7 @@ def _readable(number: int) -> bool:
     if not hasattr(select, "poll"):  # Windows
         return bool(select.select([number], [], [], 0)[0])
     poller = select.poll()
-    poller.register(number, select.POLLIN)
+    poller.register(number, select.POLLIN | select.POLLPRI)
     return bool(poller.poll(0))
 
 
@@ -879,8 +879,13 @@ class LocalPool:
         self.inert = True
         for slot in self.slots:
             slot.let_go()
-            if slot.state == IDLE:
-                slot.route.driver.close(slot.conn)
+        connected = [slot for slot in self.slots if slot.conn is not None]
+        if connected:
+            dead, other = socket.socketpair()
+            other.close()
+            for slot in connected:
+                disown(slot.route.driver, slot.conn, slot.number, dead.fileno(), lent=slot.state != IDLE)
+            dead.close()
 
 
 _declaring = threading.Lock()

@@ -8,11 +8,13 @@ Linux and glibc or musl; imported only by the shared (not the local) mode.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import ctypes
 import errno
 import functools
 import importlib
+import mmap
 import operator
 import os
 import platform
@@ -60,14 +62,28 @@ class Call:
 
 
 class Subscript:
-    """`FILENO[conn]` is conn.fileno(), by subscription: for a socket nothing but C."""
+    """`FILENO[conn]` is conn.fileno(), by subscription."""
 
     __slots__ = ()
 
     __getitem__ = staticmethod(operator.methodcaller("fileno"))
 
 
+class PooledNumber:
+    """`PooledNumber()[conn]` is conn.number(), which pooled sockets have: for them nothing but C, and nothing noted."""
+
+    __slots__ = ()
+
+    __getitem__ = staticmethod(operator.methodcaller("number"))
+
+
 FILENO: Final = Subscript()
+
+
+def reader_of(conn: Any) -> Any:
+    """What gives the number of a connection's descriptor, by subscription."""
+    compiled = calls is not None and isinstance(conn, _socket.socket)
+    return PooledNumber() if hasattr(conn, "number") and not compiled else FILENO
 
 
 def libpq_number(conn: Any) -> int:
@@ -102,6 +118,25 @@ def bound(name: str, *arguments: Any) -> Nullary:
 def at(address: int) -> Any:
     """A pointer to `address` as ctypes passes it fastest."""
     return ctypes.byref(ctypes.c_char.from_address(address))
+
+
+_map = ctypes.CDLL(None, use_errno=True).mmap
+_map.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+)  # fmt: skip
+_map.restype = ctypes.c_void_p
+_MAP_FIXED: Final = 0x10
+
+
+def map_over(address: int, size: int, fd: int) -> None:
+    """Map a file, shared, over memory that is mapped already; -1: zeros that are this process's own.
+
+    Raises:
+        OSError: It cannot be mapped.
+    """
+    flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if _map(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags | _MAP_FIXED, fd, 0) != address:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def futex_number() -> int:
@@ -237,16 +272,17 @@ class Gate:
         number: The descriptor that the user's object holds.
         dead: A descriptor at which nothing can happen; -1: the object is not parked.
 
-    `quiet(0)` is empty while the connection is open and has said nothing. It lets go of the GIL for a moment, which is
-    harmless: the lease is held already; through ctypes it would cost 0.9 us instead of 0.5. The other two give
-    `number`, or -1, and keep the GIL: no other thread may get between the check of the number and the dup.
+    `quiet(0)` is empty while the connection is open and has said nothing, not even an urgent byte. It lets go of the
+    GIL for a moment, which is harmless: the lease is held already; through ctypes it would cost 0.9 us instead of 0.5.
+    The other two give `number`, or -1, and keep the GIL: no other thread may get between the check of the number and
+    the dup.
     """
 
     __slots__ = ("__neg__", "__pos__", "quiet")
 
     def __init__(self, real: int, number: int, dead: int) -> None:
         poller = _poll()
-        poller.register(real, select.POLLIN)
+        poller.register(real, select.POLLIN | select.POLLPRI)
         self.quiet = poller.poll
         if dead < 0:
             self.__pos__ = self.__neg__ = functools.partial(int, number)

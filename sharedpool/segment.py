@@ -16,13 +16,14 @@ import mmap
 import os
 import platform
 import struct
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from . import layout, mutex
 from .errors import NO_DESCRIPTOR, AttachRefused, SharedPoolError, StartFailed, file_limit
 from .layout import Geometry
-from .native import Call, finder, waker
+from .native import Call, finder, map_over, waker
 from .table import Table
 
 MAGIC = b"SHRDPOOL"
@@ -262,10 +263,27 @@ def _read_header(fd: int) -> tuple[int, dict[str, Any], int]:
     return size, facts, version
 
 
+#: All that this process has mapped, with address and size.
+_mapped: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def forked() -> None:
+    """In a child: it keeps nothing of its parent's pools, which it could write to after it has dropped privileges.
+
+    Addresses that something still knows lead to memory of the child's own. Nor does it hold a mutex of its parent's:
+    glibc and musl give a child an empty list of robust mutexes.
+    """
+    for address, size in list(_mapped.values()):
+        map_over(address, size, -1)
+    _mapped.clear()
+
+
 def _map(fd: int, size: int, facts: Mapping[str, Any], version: int) -> Segment:
     geometry = Geometry(facts["rows"], facts["slots"], facts["cells"], facts.get("lines", 0))
-    memory = mmap.mmap(fd, size)
+    memory = mmap.mmap(-1, size)  # of the file it would keep a duplicate, before 3.13
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    _mapped[memory] = address, size
+    map_over(address, size, fd)
     view = memoryview(memory)
     split = _HEADER_BYTES + 8 * geometry.words
     words: Any = view[_HEADER_BYTES:split].cast("Q")

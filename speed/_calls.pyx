@@ -19,11 +19,12 @@ cdef extern from "pthread.h":
 
 cdef extern from "poll.h":
     int POLLIN
+    int POLLPRI
     int poll(pollfd *, unsigned long, int)
 
 cdef extern from "sys/socket.h":
     int MSG_DONTWAIT
-    ssize_t send(int, const void *, size_t, int) nogil
+    ssize_t send_now "send"(int, const void *, size_t, int) nogil
 
 cdef extern from "time.h":
     struct timespec:
@@ -144,7 +145,7 @@ cdef class Gate:
 
     def __init__(self, int real, int number, int dead):
         self.place.fd = real
-        self.place.events = POLLIN
+        self.place.events = POLLIN | POLLPRI
         self.number = number
         self.dead = dead
 
@@ -187,18 +188,60 @@ def libpq_number(conn):
 
 
 _fileno = plain.socket.fileno
+_recv = plain.socket.recv
+_recv_into = plain.socket.recv_into
+_send = plain.socket.send
 _sendall = plain.socket.sendall
+
+
+def recv(self, bufsize, flags=0):
+    """As socket.recv, and `inside` says so, as in drivers/sockets.py."""
+    cdef list inside = self.inside
+    inside.append(None)
+    try:
+        return _recv(self, bufsize, flags)
+    finally:
+        inside.pop()
+
+
+def recv_into(self, buffer, nbytes=0, flags=0):
+    """As socket.recv_into."""
+    cdef list inside = self.inside
+    inside.append(None)
+    try:
+        return _recv_into(self, buffer, nbytes, flags)
+    finally:
+        inside.pop()
+
+
+def send(self, data, flags=0):
+    """As socket.send."""
+    cdef list inside = self.inside
+    inside.append(None)
+    try:
+        return _send(self, data, flags)
+    finally:
+        inside.pop()
 
 
 def sendall(self, data, int flags=0):
     """As socket.sendall, which asks first whether there is room: here only where there was none."""
+    cdef list inside = self.inside
+    inside.append(None)
+    try:
+        _send_all(self, data, flags)
+    finally:
+        inside.pop()
+
+
+cdef _send_all(self, data, int flags):
     cdef Py_buffer view
     cdef ssize_t sent
     cdef int number = _fileno(self)
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         with nogil:
-            sent = send(number, view.buf, view.len, flags | MSG_DONTWAIT)
+            sent = send_now(number, view.buf, view.len, flags | MSG_DONTWAIT)
         if sent == view.len:
             return
         if sent < 0 and errno != EAGAIN and errno != EINTR:

@@ -34,7 +34,7 @@ cdef class Attachment:
     cpdef checkout(self, Route route, patience, connect_timeout)
 
     @cython.locals(w=Word[::1], stack=list, entry=Entry, seen=uint64_t, at=uint64_t, lease=Lease, new=uint64_t,
-                   counter=uint64_t)
+                   counter=uint64_t, gate=Gate, quiet=bint)
     cpdef take_own(self, Route route)
 
     @cython.locals(lease=Lease, counter=uint64_t)
@@ -49,7 +49,7 @@ cdef class Attachment:
     @cython.locals(entry=Entry, at=uint64_t)
     cdef Entry _at_hand(self, Route route, Lease lease)
 
-    @cython.locals(gate=Gate)
+    @cython.locals(gate=Gate, quiet=bint)
     cdef bint _unpark(self, Entry entry) except *
 
     @cython.locals(w=Word[::1])

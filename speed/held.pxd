@@ -6,7 +6,8 @@ from sharedpool.layout cimport tag_of
 
 
 cdef class Entry:
-    cdef public object conn, route, state
+    cdef public object conn, fileno, route, state
+    cdef public list inside
     cdef public Gate gate
     cdef public uint64_t at, generation, version, word, thread
     cdef public int number, real

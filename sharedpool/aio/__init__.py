@@ -23,6 +23,7 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from .. import control, pool
 from ..drivers import Driver
+from ..drivers.sockets import Copy, Pooled
 from ..errors import OptionError, PoolStopped, file_limit
 from ..events import where_taken
 from ..hooks import Callback
@@ -300,7 +301,8 @@ async def streams_over(conn: Any, limit: int = 65536) -> tuple[StreamReader, Str
         FileLimit: No descriptor is left.
     """
     try:
-        copy = socket.socket(fileno=os.dup(conn.fileno()))
+        number = conn.number() if isinstance(conn, Pooled) else conn.fileno()
+        copy = Copy(os.dup(number))
     except OSError as error:
         raise file_limit(error, "make streams of a connection") from error
     loop = get_running_loop()
@@ -320,6 +322,8 @@ async def streams_over(conn: Any, limit: int = 65536) -> tuple[StreamReader, Str
     except BaseException:
         copy.close()
         raise
+    if isinstance(conn, Pooled):
+        copy.of = conn  # from now on: what is done to it, a user does
     return reader, StreamWriter(transport, protocol, reader, loop)
 
 

@@ -36,31 +36,89 @@ _FIRST_PAUSE: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.01
 #: Seconds for a server to close a connection that did not become a session.
 _SEEN_OFF: Final = 1.0
-#: What a user did to a socket: set a timeout, made a file of it, closed or detached it.
+#: What a user did to a socket: set a timeout, made a file of it, closed or detached it or changed it for good, set an
+#: option that can be set back, asked for its number.
 TIMED: Final = 1
 FILED: Final = 2
 GONE: Final = 4
+CHANGED: Final = 8
+NUMBERED: Final = 16
+
+_LINUX: Final = sys.platform == "linux"
+_SOCKET, _TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
+#: Options that the checkin sets back: their value says everything about them. With its length, where it is no int.
+_SET_BACK: Final[dict[tuple[int, int], int]] = {
+    (level, getattr(socket, name)): size
+    for level, name, size in (
+        (_TCP, "TCP_NODELAY", 0), (_TCP, "TCP_CORK", 0), (_TCP, "TCP_USER_TIMEOUT", 0), (_TCP, "TCP_KEEPIDLE", 0),
+        (_TCP, "TCP_KEEPINTVL", 0), (_TCP, "TCP_KEEPCNT", 0), (_SOCKET, "SO_KEEPALIVE", 0),
+        (_SOCKET, "SO_OOBINLINE", 0), (_SOCKET, "SO_LINGER", 8), (_SOCKET, "SO_RCVTIMEO", 16),
+        (_SOCKET, "SO_SNDTIMEO", 16), (_SOCKET, "SO_PRIORITY", 0),
+    )
+    if hasattr(socket, name)
+}  # fmt: skip
+#: Options that the kernel itself changes all the time.
+_PASSING: Final = {(_TCP, getattr(socket, "TCP_QUICKACK", -1))}
+#: What is compared where a user knows the number. Left out is what the kernel itself changes, such as SO_RCVBUF.
+_LOOKED_AT: Final[tuple[tuple[int, int, int], ...]] = (
+    (_SOCKET, 18, 0),  # SO_RCVLOWAT: hides unread bytes from poll
+    (_SOCKET, 13, 4),  # SO_LINGER: whether; a socket remembers how long
+    (_SOCKET, 10, 0),  # SO_OOBINLINE
+    (_SOCKET, 36, 0),  # SO_MARK
+    (_SOCKET, 62, 0),  # SO_BINDTOIFINDEX
+    (_SOCKET, 72, 0),  # SO_BUF_LOCK: whether SO_RCVBUF or SO_SNDBUF was set
+)
+_LOOKED_AT_OF_TCP: Final[tuple[tuple[int, int, int], ...]] = (
+    (_TCP, 1, 0),  # TCP_NODELAY
+    (_TCP, 3, 0),  # TCP_CORK
+    (_TCP, 18, 0),  # TCP_USER_TIMEOUT
+    (_TCP, 31, 16),  # TCP_ULP
+)
 
 
 if TYPE_CHECKING:
+    from . import Driver
+
     _Socket = socket.socket
 else:
     _Socket = object
 
 
+def _running_loop() -> Any:
+    """The event loop that this thread runs, or None; asyncio is not loaded for it."""
+    events = sys.modules.get("asyncio.events")
+    return None if events is None else events._get_running_loop()
+
+
 class Pooled(_Socket):
-    """What a pooled socket does beyond its class."""
+    """What a pooled socket does beyond its class.
+
+    What users do to it during a lease is noted. The checkin sets it back, or closes the connection (`clean`).
+
+    Attributes:
+        inside: One item for each call that is reading or writing just now. Nobody else may have the connection then.
+    """
 
     if not TYPE_CHECKING:
         __slots__ = ()
 
     _owner: int
     _touched: int
+    _changed: dict[tuple[int, int], Any]
+    _facts: tuple[Any, ...] | None
+    _loop: Any
+    inside: list[None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._owner = os.getpid()
         self._touched = 0
+        self._changed = {}
+        self._facts = None
+        self._loop = None
+        self.inside = []
+
+    # --- settings -----------------------------------------------------------------------------------------------------
 
     def settimeout(self, value: float | None) -> None:
         """As socket.settimeout; None is the longest timeout there is."""
@@ -79,10 +137,65 @@ class Pooled(_Socket):
         value = super().gettimeout()
         return None if value == LONGEST else value
 
+    def setsockopt(self, *args: Any) -> None:
+        """As socket.setsockopt. The checkin sets some options back; with any other the connection is closed then."""
+        self.note_option(*args)
+        super().setsockopt(*args)
+
+    def note_option(self, level: int, option: int, *value: Any) -> None:
+        """An option is about to be set, here or by a duplicate."""
+        at = level, option
+        if at in _PASSING:
+            return
+        size = _SET_BACK.get(at)
+        if size is None:
+            self._touched |= GONE
+            return
+        before = super().getsockopt(level, option, size) if size else super().getsockopt(level, option)
+        if value != (before,):
+            self._changed.setdefault(at, before)
+            self._touched |= CHANGED
+
+    def number(self) -> int:
+        """As socket.fileno, for this library itself: it notes nothing."""
+        return super().fileno()
+
+    def fileno(self) -> int:
+        """As socket.fileno. Who knows the number can change what this object does not see: the checkin looks then."""
+        self.note_number()
+        return self.number()
+
+    def note_number(self) -> None:
+        """A user learns the number, of this object or of a duplicate."""
+        self._touched |= NUMBERED
+        self._loop = _running_loop()
+        if self._facts is None and self.number() >= 0:
+            self._facts = self._look()
+
+    def _look(self) -> tuple[Any, ...]:
+        """What may have been changed by number."""
+        if not _LINUX:
+            return ()
+        import fcntl
+
+        number = self.number()
+        ask = super().getsockopt
+        facts: list[Any] = [fcntl.fcntl(number, fcntl.F_GETFL), fcntl.fcntl(number, fcntl.F_GETOWN)]
+        for level, option, size in _LOOKED_AT if is_unix(self) else _LOOKED_AT + _LOOKED_AT_OF_TCP:
+            try:
+                facts.append(ask(level, option, size) if size else ask(level, option))
+            except OSError as error:  # an old kernel
+                facts.append(error.errno)
+        return tuple(facts)
+
+    # --- reading and writing: see below -------------------------------------------------------------------------------
+
     def makefile(self, *args: Any, **kwargs: Any) -> Any:
         """As socket.makefile; the file must be closed before the connection is given back."""
         self._touched |= FILED
         return super().makefile(*args, **kwargs)
+
+    # --- after which nobody else may have it --------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the connection. In a forked child only the child's copy is closed."""
@@ -94,19 +207,121 @@ class Pooled(_Socket):
                 pass
         super().close()
 
+    def note_end(self) -> None:
+        """Nobody else may have this connection."""
+        self._touched |= GONE
+
     def detach(self) -> int:
         """As socket.detach; the connection ends when it is given back."""
         self._touched |= GONE
         return super().detach()
 
+    def dup(self) -> Any:
+        """As socket.dup; the connection ends when it is given back."""
+        self._touched |= GONE
+        return super().dup()
+
+    def shutdown(self, how: int) -> None:
+        """As socket.shutdown; the connection ends when it is given back."""
+        self._touched |= GONE
+        super().shutdown(how)
+
+    def connect(self, address: Any) -> None:
+        """As socket.connect; of a leased socket the connection ends when it is given back. So it is with the others."""
+        self._touched |= GONE
+        super().connect(address)
+
+    def connect_ex(self, address: Any) -> int:
+        self._touched |= GONE
+        return super().connect_ex(address)
+
+    def bind(self, address: Any) -> None:
+        self._touched |= GONE
+        super().bind(address)
+
+    def listen(self, *args: int) -> None:
+        self._touched |= GONE
+        super().listen(*args)
+
+    # --- between leases -----------------------------------------------------------------------------------------------
+
     def rest(self) -> None:
-        """Back to the state in which every lease begins."""
+        """This is the state in which every lease begins."""
         super().settimeout(LONGEST)
         self._touched = 0
+        self._changed = {}
+        self._facts = self._loop = None
 
     def limit(self, seconds: float) -> None:
         """As socket.settimeout, which the user has not done."""
         super().settimeout(seconds)
+
+    def clean(self, *, timeouts: bool = True) -> bool:
+        """Set back what a user has set; whether that is all that was done, so that somebody else may have it.
+
+        A file object that is open may hold unread bytes.
+
+        Args:
+            timeouts: Whether the timeout is set back, too; False: the caller keeps account of it.
+        """
+        touched = self._touched if timeouts else self._touched & ~TIMED
+        if touched & GONE or self._io_refs:  # type: ignore[attr-defined]
+            return False
+        try:
+            if touched & CHANGED:
+                self._set_back()
+            if touched & NUMBERED and (self._is_watched() or self._look() != self._facts):
+                return False
+        except OSError:
+            return False
+        if touched & TIMED:
+            super().settimeout(LONGEST)
+        self._touched = touched & NUMBERED  # a number is known for good
+        return True
+
+    def _set_back(self) -> None:
+        changed, self._changed = self._changed, {}
+        for (level, option), value in changed.items():
+            super().setsockopt(level, option, value)
+
+    def _is_watched(self) -> bool:
+        """Whether an event loop may still wait for it: what it does then, it would do with the next user's bytes."""
+        loop, self._loop = self._loop, None
+        running = _running_loop()
+        if running is None or (loop is not None and loop is not running):
+            return loop is not None  # another thread's must not be asked
+        number = self.number()
+        try:
+            reads, writes = running.remove_reader(number), running.remove_writer(number)
+        except NotImplementedError:  # Windows
+            return False
+        except RuntimeError:  # a transport has it
+            return True
+        return bool(reads or writes)
+
+
+def _counted(name: str) -> Callable[..., Any]:
+    """A method of sockets that tells in `inside` while it is at work."""
+
+    def method(self: Pooled, *args: Any, **kwargs: Any) -> Any:
+        self.inside.append(None)
+        try:
+            return getattr(super(Pooled, self), name)(*args, **kwargs)
+        finally:
+            self.inside.pop()
+
+    method.__name__ = name
+    method.__doc__ = f"As socket.{name}; a connection that a thread is inside of at the checkin is closed."
+    return method
+
+
+for _name in (
+    "recv", "recv_into", "recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "send", "sendall", "sendto", "sendmsg",
+    "sendfile",
+):  # fmt: skip
+    setattr(Pooled, _name, _counted(_name))
+
+_SLOTS: Final = ("_changed", "_facts", "_loop", "_owner", "_touched", "inside")
 
 
 class PooledSocket(Pooled, socket.socket):
@@ -116,13 +331,13 @@ class PooledSocket(Pooled, socket.socket):
     `settimeout(None)` and `setblocking(True)` wait "for ever", which is 23 days.
     """
 
-    __slots__ = ("_owner", "_touched")
+    __slots__ = _SLOTS
 
 
 @functools.cache
 def _pooled(base: type[socket.socket]) -> type[PooledSocket]:
     """The same on another class of sockets, as gevent puts in the place of Python's."""
-    return cast("type[PooledSocket]", type("PooledSocket", (Pooled, base), {"__slots__": ("_owner", "_touched")}))
+    return cast("type[PooledSocket]", type("PooledSocket", (Pooled, base), {"__slots__": _SLOTS}))
 
 
 def pooled() -> type[PooledSocket]:
@@ -136,9 +351,45 @@ def fresh(*args: Any, **kwargs: Any) -> PooledSocket:
 
 
 _BASE: Final = socket.socket
-with contextlib.suppress(ImportError):  # 0.5 us less for each; only where the hot path is compiled
-    if issubclass(_BASE, _socket.socket):
-        PooledSocket.sendall = importlib.import_module("sharedpool._calls").sendall  # type: ignore[method-assign]
+if issubclass(_BASE, _socket.socket):
+    PooledSocket.number = _socket.socket.fileno  # type: ignore[method-assign] # nothing but C
+    with contextlib.suppress(ImportError):  # 0.5 us less for each; only where the hot path is compiled
+        _calls = importlib.import_module("sharedpool._calls")
+        for _name in ("recv", "recv_into", "send", "sendall"):
+            setattr(PooledSocket, _name, getattr(_calls, _name))
+
+
+class Copy(socket.socket):
+    """A duplicate of a leased connection's descriptor, for a library.
+
+    Attributes:
+        of: The connection on which is noted what users do to this one; None: nothing is.
+    """
+
+    __slots__ = ("of",)
+
+    def __init__(self, number: int) -> None:
+        super().__init__(fileno=number)
+        self.of: Pooled | None = None
+
+    def setsockopt(self, *args: Any) -> None:
+        """As socket.setsockopt."""
+        if self.of is not None and super().fileno() >= 0:
+            self.of.note_option(*args)
+        super().setsockopt(*args)
+
+    def fileno(self) -> int:
+        """As socket.fileno."""
+        number = super().fileno()
+        if self.of is not None and number >= 0:
+            self.of.note_number()
+        return number
+
+    def dup(self) -> Any:
+        """As socket.dup; the connection ends when it is given back."""
+        if self.of is not None:
+            self.of.note_end()
+        return socket.socket(self.family, self.type, self.proto, fileno=os.dup(super().fileno()))
 
 
 class StreamDriver:
@@ -149,19 +400,11 @@ class StreamDriver:
 
     def fileno(self, conn: PooledSocket) -> int:
         """Python's own number: authoritative, -1 after close and detach."""
-        return conn.fileno()
+        return conn.number()
 
     def clean(self, conn: PooledSocket) -> bool:
-        """No file object is open on it (its buffer may hold unread bytes); timeouts back at the baseline."""
-        touched = conn._touched
-        if not touched:
-            return True
-        if touched & GONE or conn._io_refs:  # type: ignore[attr-defined]
-            return False
-        if touched & TIMED:
-            conn.rest()
-        conn._touched = 0
-        return True
+        """What its user has done to it is set back, and can be."""
+        return not conn._touched or conn.clean()
 
     def adopt(self, descriptor: int, state: bytes) -> PooledSocket:
         """The same connection under another process's descriptor; there is no state to carry."""
@@ -180,6 +423,31 @@ class StreamDriver:
             conn.close()
         except OSError:
             pass
+
+
+def disown(driver: Driver[Any], conn: Any, number: int, dead: int, *, lent: bool) -> None:
+    """In a forked child: the child's copy of an object no longer leads to the parent's connection.
+
+    Sockets are closed, because their finalizers would close whatever has their numbers by then. So are objects that
+    nobody has. One that is lent may be locked by a thread that the child does not have.
+
+    Args:
+        driver: The object's.
+        conn: The object.
+        number: The number of its descriptor in the parent.
+        dead: A descriptor at which nothing can happen.
+        lent: Whether a user has the object.
+    """
+    with contextlib.suppress(Exception):
+        if driver.fileno(conn) == number >= 0:
+            os.dup2(dead, number, inheritable=False)
+    with contextlib.suppress(Exception):
+        inner = getattr(conn, "sock", conn)
+        if isinstance(inner, Pooled):
+            inner._io_refs = 0  # type: ignore[attr-defined]
+            inner.close()
+        elif not lent:
+            driver.close(conn)
 
 
 def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> None:

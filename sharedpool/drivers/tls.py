@@ -113,7 +113,7 @@ class TlsDriver(TcpDriver):
         where = named(self.name, host, port)
         try:
             try:
-                copy = socket.socket(fileno=os.dup(conn.fileno()))
+                copy = socket.socket(fileno=os.dup(conn.number()))
             except OSError as error:
                 raise file_limit(error, f"open {where}") from error
             with ended_if_it_fails(copy, ConnectFailed):  # a server that was connected to counts until it has closed

@@ -134,7 +134,7 @@ class _Tls(Pooled):
             if how != socket.SHUT_RD:
                 self.goodbye()
             self._touched |= GONE
-        super().shutdown(how)
+        super(Pooled, self).shutdown(how)  # who does it to an idle object does not cost its next user the connection
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class _Tls(Pooled):
             OSError: The connection was reset, or this object is idle, or closed.
         """
         try:
-            data = os.read(self.fileno(), _READ)
+            data = os.read(self.number(), _READ)
         except BlockingIOError:
             return False
         except OSError:
@@ -238,7 +238,7 @@ class _Tls(Pooled):
             left = math.ceil(1000 * (limit - time.monotonic()))
             if left <= 0:
                 raise TimeoutError("timed out")
-        number = self.fileno()
+        number = self.number()
         if number < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         poller = select.poll()  # gevent's, where it is patched
@@ -309,7 +309,7 @@ class _Tls(Pooled):
         """Records were lost, so nothing more can be said; if it was idle, nobody may lease it."""
         self._touched |= GONE
         self._promised = 0
-        if self.fileno() >= 0 and self.parked:
+        if self.number() >= 0 and self.parked:
             super().close()
 
     def _answer(self) -> None:

@@ -515,7 +515,7 @@ class _TlsDriver:
         raw = self._tcp.open(connection._dns_host.strip("[]"), connection.port, timeout, register)
         try:
             try:
-                sock = socket.socket(fileno=os.dup(raw.fileno()))
+                sock = socket.socket(fileno=os.dup(raw.number()))
             except OSError as error:
                 raise file_limit(error, f"open https://{host}:{port}") from error
             sock.settimeout(Timeout.resolve_default_timeout(connection.timeout))

@@ -106,7 +106,7 @@ def test_half_a_record_behind_what_was_read_is_not_clean(driver: TlsDriver, peer
 
 def test_what_could_not_be_sent_is_sent_again_and_only_once(driver: TlsDriver, peer: Peer) -> None:
     conn = peer.conn
-    conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    socket.socket.setsockopt(conn, socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     conn.settimeout(0.0)
     data, sent, heard = b"0123456789abcdef" * 200_000, 0, b""
     blocked = False

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import subprocess
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -157,3 +160,132 @@ def test_daemonic_children_end_with_their_parent_and_their_leases_with_them(
     observer.exchange(waiting.result())
     observer.wait_stats(processes=1, in_use=1, closing=0)
     assert backend.peak <= 3
+
+
+def in_child(work: Callable[[], object]) -> str:
+    """Carry something out in a forked child; gives what it gave, or what was raised, as text."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(20, exit=True)
+        try:
+            said = repr(work())
+        except BaseException:
+            said = traceback.format_exc()
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    return said
+
+
+def misuse(conn: Any) -> list[str]:
+    """What a child can do with its copy of a connection; what each attempt gave."""
+    outcomes = []
+    for attempt in (lambda: conn.recv(100), lambda: conn.sendall(b"from the child\n"), conn.close):
+        try:
+            outcomes.append(repr(attempt()))
+        except OSError as error:
+            outcomes.append(type(error).__name__)
+    return outcomes
+
+
+def let_a_child_misuse(state: State, label: str) -> str:
+    state.leases[label].conn.settimeout(5)
+    return in_child(lambda: misuse(state.leases[label].conn))
+
+
+@pytest.mark.parametrize("parked", [False, True])
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+def test_a_childs_copy_of_a_connection_neither_reads_nor_writes_nor_ends_it(
+    harness: Harness, backend: Backend, transport: str, parked: bool
+) -> None:
+    target = backend.tcp if transport == "tcp" else backend.listen_unix()
+    worker = harness.execute(PYTHONWARNINGS="ignore")
+    worker.attach(max_connections=1)
+    label = worker.checkout(target)
+    worker.call(commands.send, label, b"!late\n")
+    wait_until(lambda: backend.received(1).endswith("!late\n"))
+    backend.answer()
+    if parked:
+        assert worker.call(commands.receive_line, label) == b"1 !late"
+        worker.checkin(label)
+    said = worker.call(let_a_child_misuse, label)
+    assert said == "['OSError', 'OSError', 'None']"
+    if not parked:
+        assert worker.call(commands.receive_line, label) == b"1 !late"
+        assert worker.exchange(label) == 1
+        worker.checkin(label)
+    assert worker.use(target) == 1
+    assert "child" not in backend.received(1)
+
+
+def what_a_child_maps() -> tuple[int, int]:
+    """How many mappings and descriptors it has of its parent's pools; a thing of its parent's is still looked at."""
+    with open("/proc/self/maps") as maps:
+        mapped = sum("memfd:sharedpool" in line for line in maps)
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    return mapped, sum("memfd:sharedpool" in link for link in links)
+
+
+def let_a_child_look(state: State) -> list[str]:
+    words = state.pools["default"]._attached.words
+    before = words[0]
+    said = in_child(lambda: (what_a_child_maps(), list(words[:4]), words.__setitem__(0, 99)))
+    return [said, repr(words[0] == before), repr(what_a_child_maps())]
+
+
+def test_a_child_keeps_no_memory_of_its_parents_pools(harness: Harness, tcp: Target) -> None:
+    """It could drop privileges that they are protected by."""
+    worker = harness.execute(PYTHONWARNINGS="ignore")
+    worker.use(tcp)
+    assert worker.call(let_a_child_look) == ["((0, 0), [0, 0, 0, 0], None)", "True", "(1, 1)"]
+    worker.use(tcp)
+
+
+def become_a_daemon(directory: str) -> list[str]:
+    """Close all that was inherited, as daemons do, and open files; gives those of whom something was closed."""
+    os.closerange(3, 1024)
+    logs = [open(f"{directory}/{i}", "wb", buffering=0) for i in range(30)]  # noqa: SIM115
+    gc.collect()
+    wrong = []
+    for log in logs:
+        try:
+            os.fstat(log.fileno())
+            log.write(b"line")
+        except OSError as error:
+            wrong.append(f"{log.name}: {error}")
+    return wrong
+
+
+def let_a_child_become_a_daemon(state: State, label: str, directory: str) -> str:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        faulthandler.dump_traceback_later(20, exit=True)
+        state.leases.clear()
+        said = become_a_daemon(directory)
+        os.write(2, repr(said).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said_by_child = pipe.read().decode()
+    os.waitpid(child, 0)
+    return said_by_child
+
+
+def test_a_child_that_becomes_a_daemon_has_no_file_closed_by_what_it_inherited(
+    harness: Harness, tcp: Target, backend: Backend, tmp_path: Any
+) -> None:
+    worker = harness.execute(PYTHONWARNINGS="ignore")
+    worker.attach(max_connections=4)
+    leases = [worker.checkout(target) for target in (tcp, backend.listen_unix(), tcp)]
+    worker.checkin(leases[0])
+    assert worker.call(let_a_child_become_a_daemon, leases[1], str(tmp_path)) == "[]"
+    worker.exchange(leases[1])

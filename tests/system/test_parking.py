@@ -6,6 +6,8 @@ import contextlib
 import os
 import socket
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -197,6 +199,147 @@ def test_a_thread_left_in_recv_never_gets_the_next_users_answer(
         got = two[0].call(received_in_thread)
         assert got == b"" or isinstance(got, OSError)
     assert backend.peak == 1
+
+
+CALLS: dict[str, Callable[[Any], object]] = {
+    "recv": lambda conn: conn.recv(100),
+    "recv_into": lambda conn: conn.recv_into(bytearray(100)),
+    "recvmsg": lambda conn: conn.recvmsg(100),
+    "readline": lambda conn: conn.makefile("rb").readline(),
+    "sendall": lambda conn: conn.sendall(b"not the next user's" * (1 << 20)),
+}
+
+
+def leave_in_call(state: State, label: str, call: str) -> None:
+    """Leave a thread behind inside a call that waits."""
+    conn = state.leases[label].conn
+    got: list[object] = []
+
+    def run() -> None:
+        try:
+            got.append(CALLS[call](conn))
+        except (OSError, ValueError) as error:
+            got.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    state.things["receiver"] = (thread, got)
+    wait_until(lambda: bool(conn.inside) and sleeps_in_the_kernel(thread))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_thread_left_in_a_call_has_nothing_of_the_next_user_of_its_own_process(
+    worker: Worker, backend: Backend, target: Target, call: str
+) -> None:
+    worker.attach(max_connections=1, close_timeout=30)
+    for i in range(3):
+        label = worker.checkout(target)
+        if call == "sendall":
+            backend.pause_process()
+        try:
+            worker.call(leave_in_call, label, call)
+            worker.checkin(label)
+        finally:
+            backend.resume_process()
+        worker.use(target, f"secret {i}")
+        got = worker.call(received_in_thread)
+        assert not got or isinstance(got, Exception | tuple), got
+        assert "secret" not in repr(got)
+    assert backend.peak == 1
+    worker.wait_stats(idle=1, in_use=0, closing=0)
+
+
+def test_a_thread_that_reads_a_parked_object_keeps_it_from_being_lent_meanwhile(
+    worker: Worker, backend: Backend, target: Target
+) -> None:
+    worker.attach(max_connections=1)
+    assert worker.use(target) == 1
+    label = worker.checkout(target)
+    worker.call(be_inside, label)
+    worker.checkin(label)
+    assert worker.use(target) == 2
+    assert backend.peak == 1
+
+
+def be_inside(state: State, label: str) -> None:
+    """As a thread that has come into a call and has not got to the kernel yet."""
+    state.leases[label].conn.inside.append(None)
+
+
+def set_options(state: State, label: str, options: list[tuple[int, int, int]]) -> None:
+    for option in options:
+        state.leases[label].conn.setsockopt(*option)
+
+
+def options(state: State, label: str, names: list[tuple[int, int]]) -> list[int]:
+    return [state.leases[label].conn.getsockopt(*name) for name in names]
+
+
+KEEPALIVE = (socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+LOWAT = (socket.SOL_SOCKET, 18)
+
+
+def test_the_options_that_one_user_set_are_not_the_next_ones(
+    two: list[Worker], backend: Backend, target: Target
+) -> None:
+    two[0].attach(max_connections=1)
+    label = two[0].checkout(target)
+    before = two[0].call(options, label, [KEEPALIVE])
+    two[0].call(set_options, label, [(*KEEPALIVE, 1 - before[0])])
+    two[0].checkin(label)
+    label = two[1].checkout(target)
+    assert two[1].call(options, label, [KEEPALIVE]) == before
+    assert two[1].exchange(label) == 1, "what can be set back costs no connection"
+    two[1].call(set_options, label, [(*LOWAT, 50)])
+    two[1].checkin(label)
+    label = two[0].checkout(target)
+    assert two[0].call(options, label, [LOWAT]) == [1]
+    assert two[0].exchange(label) == 2
+    assert backend.peak == 1
+
+
+def hide_unread_bytes(state: State, label: str) -> None:
+    """Set by number what keeps poll from seeing a few bytes."""
+    conn = state.leases[label].conn
+    with socket.socket(fileno=os.dup(conn.fileno())) as other:
+        other.setsockopt(*LOWAT, 50)
+
+
+def test_unread_bytes_that_poll_does_not_see_never_reach_another(
+    two: list[Worker], backend: Backend, target: Target
+) -> None:
+    two[0].attach(max_connections=1)
+    label = two[0].checkout(target)
+    two[0].exchange(label)
+    two[0].call(hide_unread_bytes, label)
+    backend.say("not yours\n")
+    two[0].checkin(label)
+    assert two[1].use(target) == 2
+
+
+def duplicate(state: State, label: str) -> None:
+    state.things["kept"] = state.leases[label].conn.dup()
+
+
+def test_a_duplicate_neither_reads_nor_ends_the_next_lease(two: list[Worker], backend: Backend, target: Target) -> None:
+    two[0].attach(max_connections=1)
+    label = two[0].checkout(target)
+    two[0].call(duplicate, label)
+    two[0].checkin(label)
+    other = two[1].checkout(target)
+    assert two[1].exchange(other) == 2
+    two[0].call(close_kept)
+    assert two[1].exchange(other) == 2
+
+
+def test_who_only_asks_for_the_number_keeps_the_connection(worker: Worker, backend: Backend, target: Target) -> None:
+    worker.attach(max_connections=1)
+    for _ in range(5):
+        label = worker.checkout(target)
+        worker.call(mode, label)
+        assert worker.exchange(label) == 1
+        worker.checkin(label)
+    assert backend.accepted == 1
 
 
 def set_mode(state: State, label: str, timeout: float | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from tests.support import commands, sessions
 from tests.support.postgres import Postgres
+from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 
@@ -327,6 +330,33 @@ def test_a_fork_inside_a_lease_leaves_it_to_the_parent(worker: Worker, kind: str
     child.wait_dead()
     assert worker.call(sessions.sql, "SELECT pg_backend_pid()") == (pid,)
     worker.checkin("a")
+    assert backend_of(worker) == pid
+
+
+def close_in_child(state: State) -> str:
+    """Fork, and close the child's copies of the leased object and of those that are idle."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            state.leases["a"].conn.close()
+            gc.collect()
+            code = 0
+        finally:
+            os._exit(code)
+    return str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_closes_its_copies_ends_no_session_of_its_parent(
+    worker: Worker, kind: str, postgres: Postgres
+) -> None:
+    pair([worker], kind, postgres, cap=2)
+    pid = worker.call(sessions.lease)
+    assert worker.call(close_in_child) == "0"
+    assert worker.call(sessions.sql, "SELECT pg_backend_pid()") == (pid,)
+    worker.checkin("a")
+    assert worker.call(close_in_child) == "0"
     assert backend_of(worker) == pid
 
 

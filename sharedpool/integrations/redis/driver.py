@@ -26,7 +26,7 @@ from redis.connection import Connection, SSLConnection, UnixDomainSocketConnecti
 from ...drivers import Register
 from ...drivers import find as driver_named
 from ...drivers.places import FILES, NETWORK, of_host
-from ...drivers.sockets import PooledSocket, fresh
+from ...drivers.sockets import TIMED, Pooled, PooledSocket, fresh
 from ...errors import ConnectFailed, ConnectTimeout, OptionError
 from .session import Session
 
@@ -228,8 +228,9 @@ class RedisDriver:
         return conn.fileno()
 
     def clean(self, conn: Session) -> bool:
-        """Every answer was read, no transaction is open, and the state is that of the handshake."""
-        return conn.clean
+        """Every answer was read, no transaction is open, and the state is that of the handshake; of the socket, too."""
+        sock = conn.sock
+        return conn.clean and (not isinstance(sock, Pooled) or not sock._touched & ~TIMED or sock.clean(timeouts=False))
 
     def check(self, conn: Session) -> bool:
         """Whether the server answers a PING."""

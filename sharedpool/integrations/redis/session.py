@@ -16,6 +16,8 @@ from typing import Any, Final
 
 from redis.exceptions import ExecAbortError
 
+from ...drivers.sockets import Pooled
+
 log = logging.getLogger("sharedpool")
 
 #: What a command does to its session: nothing; it cannot be lent on; it begins, ends, watches or no longer watches.
@@ -175,14 +177,16 @@ class Session(Ledger):
         greeting: The state as redis-py keeps it, once it was asked for.
         timed: The timeout that the socket was given last, s or None; the session itself: it was given none.
         fileno: Gives the socket's number; -1 once it is closed.
+        inside: As of `Pooled`.
     """
 
-    __slots__ = ("fileno", "greeting", "sock", "state", "timed", "user")
+    __slots__ = ("fileno", "greeting", "inside", "sock", "state", "timed", "user")
 
     def __init__(self, sock: socket.socket, state: bytes | None) -> None:
         super().__init__()
         self.sock = sock
-        self.fileno = sock.fileno
+        self.fileno = sock.number if isinstance(sock, Pooled) else sock.fileno
+        self.inside: list[None] = sock.inside if isinstance(sock, Pooled) else []
         self.state = state
         self.user: Any = None
         self.greeting: dict[Any, Any] | None = None
