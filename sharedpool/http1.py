@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import select
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any, ClassVar, Final, NoReturn
 
 from . import aio, control
 from .drivers import Driver
+from .drivers.sockets import readable
 from .drivers.tls import TlsDriver
 from .errors import ConnectTimeout, NotSupported, OptionError, PoolTimeout, SharedPoolError, TooManyWaiting
 from .exchange import MOST_INTERIM, End, Exchange
@@ -203,9 +203,7 @@ class _Turn:
 
 
 def _readable(conn: Any) -> bool:
-    poller = select.poll()
-    poller.register(conn.number() if hasattr(conn, "number") else conn.fileno(), select.POLLIN | select.POLLPRI)
-    return bool(poller.poll(0))
+    return readable(conn.number() if hasattr(conn, "number") else conn.fileno())
 
 
 class SyncBody:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import random
-import select
 import socket
 import sys
 import threading
@@ -25,7 +24,7 @@ from time import monotonic, sleep
 from typing import Any, Final
 
 from . import drivers, options
-from .drivers.sockets import Ending, break_off, disown
+from .drivers.sockets import Ending, break_off, disown, readable
 from .errors import (
     DrainTimeout,
     LeaseError,
@@ -140,13 +139,13 @@ class _Slot:
         driver = self.route.driver
         if driver.fileno(self.conn) != self.number or not driver.clean(self.conn) or getattr(self.conn, "inside", None):
             return False
-        return not polled or not _readable(self.number) or self._is_harmless()
+        return not polled or not readable(self.number) or self._is_harmless()
 
     def _is_harmless(self) -> bool:
         """Whether its driver knows what it says, and has heard it all."""
         harmless = getattr(self.route.driver, "idle_readable", None)
         try:
-            return harmless is not None and bool(harmless(self.conn)) and not _readable(self.number)
+            return harmless is not None and bool(harmless(self.conn)) and not readable(self.number)
         except Exception:  # noqa: BLE001 - the driver's; whatever it is, the connection is of no use
             return False
 
@@ -184,15 +183,6 @@ class Durations:
     def histogram(self) -> Histogram:
         """What it is by now."""
         return Histogram(tuple(self._counts), self._sum)
-
-
-def _readable(number: int) -> bool:
-    """Whether the peer has closed, or said something."""
-    if not hasattr(select, "poll"):  # Windows
-        return bool(select.select([number], [], [], 0)[0])
-    poller = select.poll()
-    poller.register(number, select.POLLIN | select.POLLPRI)
-    return bool(poller.poll(0))
 
 
 @dataclasses.dataclass(slots=True, eq=False)

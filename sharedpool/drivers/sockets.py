@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
+import select
 import socket
 import sys
 import time
@@ -493,6 +494,15 @@ def connect_unix(sock: socket.socket, path: str, seconds: float) -> None:
                 raise TimeoutError from None
             time.sleep(min(left, pause))
             pause = min(_LONGEST_PAUSE, 2 * pause)
+
+
+def readable(number: int) -> bool:
+    """Whether the peer has closed, or said something."""
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([number], [], [], 0)[0])
+    poller = select.poll()
+    poller.register(number, select.POLLIN | select.POLLPRI)
+    return bool(poller.poll(0))
 
 
 def is_unix(sock: socket.socket) -> bool:

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import select
 import socket
 import weakref
 from collections.abc import Awaitable
@@ -30,7 +29,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from .. import aio, control
 from ..drivers.dbapi import DbapiDriver, Session
-from ..drivers.sockets import Ending, end
+from ..drivers.sockets import Ending, end, readable
 from ..errors import LeaseError, OptionError, PoolTimeout, SharedPoolError
 from ..exchange import MOST_INTERIM, End, Exchange
 from ..lease import Lease
@@ -297,11 +296,7 @@ class _Wire:
         """Whether the server has said something that the loop has not read yet."""
         transport = self.protocol.transport if self.protocol is not None else None
         sock = transport.get_extra_info("socket") if transport is not None else None
-        if sock is None:
-            return True
-        poller = select.poll()
-        poller.register(sock.fileno(), select.POLLIN)
-        return bool(poller.poll(0))
+        return sock is None or readable(sock.fileno())
 
     def watch(self, session: Session) -> None:
         """Show by its stand-in when the connection has ended."""
