@@ -601,7 +601,7 @@ class LocalPool:
             self._free(slot)
         elif not keep:
             self._close(slot, reason)
-        elif slot.doomed or len(self.slots) > self.options.max_connections:
+        elif slot.doomed or len(self.slots) - len(self._closing) > self.options.max_connections:
             self._close(slot, "stopped" if slot.doomed else "over_limit")
         elif self._is_full(slot.route, above=1, closing=False):
             self._close(slot, "over_limit")
