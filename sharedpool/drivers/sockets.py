@@ -202,7 +202,7 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
     conn.rest()
 
 
-def connect_unix(sock: socket.socket, path: str, seconds: float) -> None:
+def connect_unix(sock: socket.socket, path: str | bytes, seconds: float) -> None:
     """Connect to a Unix socket within `seconds`; afterwards it does not block.
 
     A queue that is full refuses who does not block, so that one asks again and again. Who blocks instead connects in

@@ -173,7 +173,7 @@ class Psycopg2Driver:
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> Conn:
         assert target.server is not None
         with ended_if_it_fails(target.server.connect(until, register)) as far:
-            return self._connect(wire.Relay(far), target, target.at, own, until)
+            return self._connect(wire.Relay(far, path=target.server.path), target, target.at, own, until)
 
     def _connect(
         self, relay: wire.Relay, target: Target, parameters: Callable[[str], Mapping[str, str]],

@@ -184,7 +184,7 @@ class Psycopg3Driver(Generic[C]):
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
         assert target.server is not None
         with ended_if_it_fails(target.server.connect(until, register)) as far:
-            relay = wire.Relay(far)
+            relay = wire.Relay(far, path=target.server.path)
             pgconn = _start(relay, target, until)
             try:
                 session = Session.of(target, relay.state(), far)

@@ -38,7 +38,7 @@ class Session:
     Attributes:
         target: Where it leads.
         state: What the server said at its start.
-        peer: The server's address.
+        peer: The server's address, as it was connected to.
         family: Its family.
         inode: The connection itself, whatever the number of its descriptor.
         names: What the server reported at its start, as far as a session can change it.
@@ -58,7 +58,8 @@ class Session:
         """The session on a connection to the server."""
         names, values = _baseline(state)
         inode = os.fstat(sock.fileno()).st_ino
-        return cls(target, state, sock.getpeername(), sock.family, inode, names, values)
+        peer = wire.path_of(state) or sock.getpeername()
+        return cls(target, state, peer, sock.family, inode, names, values)
 
     @property
     def hostaddr(self) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import commands, sessions
-from tests.support.postgres import Postgres
+from tests.support.postgres import CLIENTS, Postgres, private_directory
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 
@@ -342,6 +345,46 @@ def test_killed_in_the_midst_of_a_query_its_backend_goes_at_once(
     assert backend_of(other) != pid
     assert time.monotonic() - began < 10, "without the CancelRequest it is 30"
     assert len(postgres.backends()) == 1
+
+
+@pytest.fixture(params=["a symbolic link", "another mount", "abstract"])
+def elsewhere(request: pytest.FixtureRequest, directory: Path) -> Iterator[tuple[Postgres, str]]:
+    """A server, and the connection string of a Unix socket that is not where the server believes it to be."""
+    there = private_directory("sp-pg-socket-")
+    place = f"@{there.name}" if request.param == "abstract" else str(directory / "place")
+    server = Postgres(socket_at=place if request.param == "abstract" else str(there))
+    try:
+        server.begin()
+        if request.param == "a symbolic link":
+            there.rename(place)
+            there.symlink_to(place)  # for the server's lock file
+        elif request.param == "another mount":  # as for a container in which the same volume is elsewhere
+            there.rename(place)
+        yield server, f"host={place} port={server.port} user=app dbname=postgres"
+    finally:
+        server.end()
+        there.unlink() if there.is_symlink() else shutil.rmtree(there, ignore_errors=True)
+
+
+def test_by_a_path_that_the_server_does_not_know_it_is_cancelled_all_the_same(
+    two: list[Worker], kind: str, elsewhere: tuple[Postgres, str]
+) -> None:
+    server, conninfo = elsewhere
+    two[0].attach(max_connections=1)
+    for worker in two:
+        worker.call(sessions.make, kind, conninfo)
+    pid = backend_of(two[0])
+    assert two[1].call(sessions.lease) == pid, "it has moved"
+    sleeping = two[1].begin(sessions.try_sql, "SELECT pg_sleep(30)", thread="sleeper")
+    wait_until(lambda: server.ask("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", pid))
+    two[1].call(sessions.call, "cancel")
+    assert "QueryCanceled" in sleeping.result()
+    two[1].call(sessions.call, "rollback")
+    two[1].begin(sessions.try_sql, "SELECT pg_sleep(30)", thread="sleeper")
+    wait_until(lambda: server.ask("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", pid))
+    two[1].kill()
+    assert backend_of(two[0]) != pid
+    assert len(server.ask(CLIENTS)) == 1
 
 
 # --- what a connection says of itself ---------------------------------------------------------------------------------
