@@ -152,6 +152,15 @@ class Later(Exception):
 
 
 @dataclasses.dataclass(slots=True)
+class Beside:
+    """What a stand-in stands for: a library's own connection, and how its work is called off."""
+
+    sock: socket.socket
+    driver: str
+    state: bytes | None
+
+
+@dataclasses.dataclass(slots=True)
 class Held:
     """The arbiter's duplicate of one connection's descriptor, and its session's state, if its driver has any."""
 
@@ -160,11 +169,26 @@ class Held:
     rows: set[int]
     driver: str = ""
     state: bytes | None = b""
+    beside: Beside | None = None
 
     @property
     def usable(self) -> bool:
         """Whether another process could go on with it."""
         return self.state is not None
+
+    def ending(self) -> Ending:
+        """Closes it to the end; of a stand-in, then what it stands for."""
+        there = self.beside
+        then = None
+        if there is not None:
+            then = Ending(there.sock, abort_of(there.driver, there.sock, there.state))
+        return Ending(self.sock, abort_of(self.driver, self.sock, self.state), then)
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        self.sock.close()
+        if self.beside is not None:
+            self.beside.sock.close()
 
 
 @dataclasses.dataclass(slots=True)
@@ -613,6 +637,14 @@ class ServedPool:
         else:
             self.register(row, index, generation, sock, driver, state)
 
+    def stands_for(self, index: int, generation: int, sock: socket.socket, driver: str, state: bytes | None) -> None:
+        """A worker tells which connection its stand-in in this slot stands for."""
+        held = self.held.get(index)
+        if held is None or held.generation != generation or held.beside is not None:
+            sock.close()  # the connection goes with its process
+        else:
+            held.beside = Beside(sock, driver, state)
+
     def registered(self, row: int, now: int) -> None:
         """A row (0: none) has told all that it holds, or has gone. After the last one, what nobody holds goes."""
         if self._inherited is None or (row and row not in self.expected):
@@ -654,7 +686,7 @@ class ServedPool:
         if held is not None and (generation is None or held.generation == generation):
             del self.held[index]
             self._unwatch(held.sock)
-            held.sock.close()
+            held.close()
 
     def fetch(self, row: int, index: int, generation: int) -> Held | None:
         """The connection that the row has leased, or None."""
@@ -777,7 +809,7 @@ class ServedPool:
         ending = None
         at = self.table.slot_at(index)
         if held is not None and held.generation == generation:
-            ending = Ending(held.sock, abort_of(held.driver, held.sock, held.state))
+            ending = held.ending()
             ending.begin()
             if word & STAYS:  # its object knows how to say goodbye, and may be all that there is
                 reason = view.reason(self.words, self.segment.geometry, at)

@@ -52,6 +52,11 @@ class Driver(Protocol[T]):
             appends it to the list `ahead`. It is given to `adopt` as a third argument, and closed at last in any case.
             Nothing is appended where that fails: `adopt` then does without. Takes microseconds, must not fail.
         goodbye(conn): Said before this process ends a connection of its own accord; must not block, and not fail.
+
+    A connection may have:
+        stands_for: A duplicate of its own socket, where what `fileno` gives is a stand-in. Once the stand-in has ended,
+            this is closed to the end.
+        calls_off: With it, a driver's name and a state for `aborts`.
     """
 
     name: str

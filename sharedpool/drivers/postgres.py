@@ -70,6 +70,11 @@ def backend_key(state: bytes) -> bytes:
     return next((body for kind, body in messages(state) if kind == b"K"), b"")
 
 
+def with_key(key: bytes, path: bytes = b"") -> bytes:
+    """What is needed to cancel a session: its key, as in a BackendKeyData message, and its Unix socket's path."""
+    return with_path(b"K" + struct.pack("!i", 4 + len(key)) + key, path)
+
+
 def with_path(state: bytes, path: bytes) -> bytes:
     """The state of a session that was opened by a Unix socket; its path is "" for TCP."""
     return state + _PATH + struct.pack("!i", 4 + len(path)) + path if path else state

@@ -25,7 +25,16 @@ from ..drivers.sockets import ended_if_it_fails
 from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
+from .sessions import (
+    DISCARD,
+    SETTINGS,
+    Once,
+    Session,
+    cancel_while_closing,
+    check_reset,
+    lay_over,
+    real_names,
+)
 
 Conn = Any
 
@@ -33,6 +42,7 @@ Conn = Any
 _OF_PSYCOPG2 = ("cursor_factory",)
 _PATIENCE = 10.0
 _IDLE = extensions.TRANSACTION_STATUS_IDLE
+_ACTIVE = extensions.TRANSACTION_STATUS_ACTIVE
 
 
 class Psycopg2Driver:
@@ -282,6 +292,10 @@ class Psycopg2Driver:
     def close(self, conn: Conn) -> None:
         """End the session (a word of goodbye) and the object, whatever it is doing."""
         with contextlib.suppress(Exception):
+            if conn._shared is None and not conn.closed and conn.get_transaction_status() == _ACTIVE:
+                with contextlib.suppress(OSError, RuntimeError):
+                    cancel_while_closing(self.fileno(conn), conn.cancel, conn.close)
+                    return
             conn.close()
 
 

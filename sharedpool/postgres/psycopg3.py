@@ -28,7 +28,16 @@ from ..errors import ConnectFailed, ConnectTimeout, OptionError
 from . import conninfo
 from .connections import OwnNames, shared_class
 from .conninfo import Target
-from .sessions import DISCARD, SETTINGS, Once, Session, check_reset, lay_over, real_names
+from .sessions import (
+    DISCARD,
+    SETTINGS,
+    Once,
+    Session,
+    cancel_while_closing,
+    check_reset,
+    lay_over,
+    real_names,
+)
 
 C = TypeVar("C", bound="psycopg.Connection[Any] | psycopg.AsyncConnection[Any]")
 
@@ -44,6 +53,7 @@ _CONNECTED = pq.PollingStatus.OK
 _READING = pq.PollingStatus.READING
 _FAILED = pq.PollingStatus.FAILED
 _IDLE = int(pq.TransactionStatus.IDLE)
+_ACTIVE = int(pq.TransactionStatus.ACTIVE)
 _DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)
 
 
@@ -378,7 +388,12 @@ class Psycopg3Driver(Generic[C]):
         """End the session (a word of goodbye) and the object, whatever it is doing."""
         with contextlib.suppress(Exception):
             conn._closed = True
-            conn.pgconn.finish()
+            pgconn = conn.pgconn
+            if conn._shared is None and pgconn.transaction_status == _ACTIVE:  # type: ignore[union-attr]
+                with contextlib.suppress(OSError, RuntimeError):
+                    cancel_while_closing(pgconn.socket, pgconn.get_cancel().cancel, pgconn.finish)
+                    return
+            pgconn.finish()
 
 
 def execute(conn: Any, command: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -9,6 +10,7 @@ import os
 import socket
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 from ..drivers import postgres as wire
@@ -25,6 +27,8 @@ RESETS: Final = ("handoff", "never", "always")
 DISCARD: Final = "DISCARD ALL"
 SETTINGS: Final = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL"
 
+#: Seconds within which a server that is to cancel something takes a connection.
+_REACHES: Final = 1.0
 #: What a session cannot change, or not by itself: nothing to look at after each lease.
 _FIXED: Final = frozenset(
     {b"server_version", b"server_encoding", b"integer_datetimes", b"is_superuser", b"in_hot_standby"}
@@ -134,6 +138,34 @@ def check_reset(value: object) -> str:
         f"option 'reset' has the value {value!r} (from the call); allowed is one of {', '.join(RESETS)}",
         option="reset", value=value, source="the call", allowed=RESETS,
     )  # fmt: skip
+
+
+def cancel_while_closing(number: int, cancel: Callable[[], object], close: Callable[[], object]) -> None:
+    """Close a session that stays and is at work: in a thread of its own, libpq cancels that, and closes.
+
+    A server that is at work does not see that its client has gone. Of a session that moves the key is known, and the
+    arbiter cancels. libpq's way may keep the interpreter lock until the server answers, so that it is tried first
+    whether the server can be reached.
+
+    Args:
+        number: The session's descriptor.
+        cancel: Asks the server; only called if it can be reached.
+        close: Called in any case.
+    """
+    with socket.socket(fileno=os.dup(number)) as sock:
+        family, peer = sock.family, sock.getpeername()
+
+    def run() -> None:
+        try:
+            with contextlib.suppress(Exception):  # then the session is left to close_timeout
+                with socket.socket(family, socket.SOCK_STREAM) as probe:
+                    probe.settimeout(_REACHES)
+                    probe.connect(peer)
+                cancel()
+        finally:
+            close()
+
+    threading.Thread(target=run, name="sharedpool-cancel", daemon=True).start()
 
 
 def real_names(text: str, door: str, target: Target) -> str:
