@@ -987,7 +987,12 @@ class Attachment:
                 return
             route = entry.route
             conn = entry.conn
-            if not route.clean(conn) or FILENO[conn] != entry.number or -entry.gate < 0:
+            if (
+                not route.clean(conn)
+                or FILENO[conn] != entry.number
+                or -entry.gate < 0
+                or (route.settles is not None and not route.settles(conn))
+            ):
                 self._close(entry, word, "unclean")
                 return
             gate = w[GATE]

@@ -138,6 +138,8 @@ class _Slot:
         driver = self.route.driver
         if driver.fileno(self.conn) != self.number or not driver.clean(self.conn):
             return False
+        if hasattr(driver, "settled") and not driver.settled(self.conn):
+            return False
         return not polled or not _readable(self.number) or self._is_harmless()
 
     def _is_harmless(self) -> bool:

@@ -15,7 +15,7 @@ cdef class Entry:
 
 
 cdef class Route:
-    cdef public object checks, clean, driver, host, resets, stateful, urgent, where
+    cdef public object checks, clean, driver, host, resets, settles, stateful, urgent, where
     cdef public list stack
     cdef public uint64_t counts, handoffs, key, reuses, stays, tag, takeovers
     cdef public int port

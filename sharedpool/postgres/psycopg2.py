@@ -28,6 +28,7 @@ from .conninfo import Target
 from .sessions import (
     DISCARD,
     SETTINGS,
+    Cancels,
     Once,
     Session,
     cancel_while_closing,
@@ -178,6 +179,7 @@ class Psycopg2Driver:
         conn = psycopg2.connect(extensions.make_dsn(**target.given), connection_factory=self._class, **own)
         with socket.socket(fileno=os.dup(conn.fileno())) as sock:
             register(sock)
+            conn._cancels = Cancels(sock.fileno())
         return conn
 
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> Conn:
@@ -199,6 +201,7 @@ class Psycopg2Driver:
                 raise type(error)(real_names(str(error), door, target)) from None
         try:
             conn._shared = Session.of(target, relay.state(), relay.far)
+            conn._cancels = Cancels(relay.far.fileno())
             conn._baseline = _knows(conn)
             lay_over(relay.far, conn.fileno())
         except BaseException:
@@ -281,6 +284,10 @@ class Psycopg2Driver:
             return False
         return True
 
+    def settled(self, conn: Conn) -> bool:
+        """No cancel request of this lease can reach the next one."""
+        return bool(conn._cancels.settled())
+
     def check(self, conn: Conn) -> bool:
         """Whether the server answers."""
         with conn.cursor() as cursor:
@@ -294,7 +301,7 @@ class Psycopg2Driver:
         with contextlib.suppress(Exception):
             if conn._shared is None and not conn.closed and conn.get_transaction_status() == _ACTIVE:
                 with contextlib.suppress(OSError, RuntimeError):
-                    cancel_while_closing(self.fileno(conn), conn.cancel, conn.close)
+                    cancel_while_closing(self.fileno(conn), functools.partial(self._class._at_once, conn), conn.close)
                     return
             conn.close()
 
@@ -392,6 +399,7 @@ class _Shared:
     """What all of them have in common, before psycopg2's own class."""
 
     _shared: Session | None = None
+    _cancels: Cancels
     _baseline: tuple[tuple[str, str | None], ...] = ()
     _configured = False
 
@@ -408,17 +416,22 @@ class _Shared:
 
     __str__ = __repr__
 
+    def _at_once(self) -> None:
+        """As psycopg2's cancel(), whether it was given back or not."""
+        super().cancel()  # type: ignore[misc]
+
     def cancel(self) -> None:
         """Cancel what the session is doing; nothing, once it was given back."""
-        if self._shared is None:
-            super().cancel()  # type: ignore[misc]
-            return
         if self.closed:  # type: ignore[attr-defined]
             raise psycopg2.InterfaceError("connection already closed")
-        try:
-            self._shared.cancel(self.fileno(), _PATIENCE)
-        except OSError as error:
-            raise psycopg2.OperationalError(f"cancellation failed: {error}") from error
+        with self._cancels.asking(self) as asks:
+            if asks and self._shared is None:
+                super().cancel()  # type: ignore[misc]
+            elif asks and self._shared is not None:
+                try:
+                    self._shared.cancel(_PATIENCE)
+                except OSError as error:
+                    raise psycopg2.OperationalError(f"cancellation failed: {error}") from error
 
     @property
     def info(self) -> Any:

@@ -31,6 +31,7 @@ from .conninfo import Target
 from .sessions import (
     DISCARD,
     SETTINGS,
+    Cancels,
     Once,
     Session,
     cancel_while_closing,
@@ -246,6 +247,7 @@ class Psycopg3Driver(Generic[C]):
     def _about(conn: C, session: Session | None) -> C:
         """The same, about its session."""
         conn._shared = session  # type: ignore[union-attr]
+        conn._cancels = Cancels(conn.fileno())  # type: ignore[union-attr]
         conn._baseline = _knows(conn)  # type: ignore[union-attr]
         return conn
 
@@ -317,6 +319,7 @@ class Psycopg3Driver(Generic[C]):
         lay_over(far, pgconn.socket)
         conn = ready.conn or self._made(pgconn, own)
         conn._shared = session  # type: ignore[union-attr]
+        conn._cancels = Cancels(far.fileno())  # type: ignore[union-attr]
         conn._baseline = session.names, session.values  # type: ignore[union-attr]
         ready.taken = True
         return conn
@@ -370,6 +373,10 @@ class Psycopg3Driver(Generic[C]):
             return self._set_back(conn, DISCARD if heard or self._reset != "never" else SETTINGS)
         except (e.Error, e._WaitTimeout):
             return False
+
+    def settled(self, conn: C) -> bool:
+        """No cancel request of this lease can reach the next one."""
+        return conn._cancels.settled()  # type: ignore[union-attr, no-any-return]
 
     def talks(self, conn: C) -> bool:
         """Whether `clean` will have to talk to the server: settings were changed, or something was listened to."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support import commands, sessions
+from tests.support.detour import Detour
 from tests.support.postgres import CLIENTS, Postgres, private_directory
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
@@ -331,6 +332,49 @@ def test_a_session_taken_over_can_be_cancelled_from_another_thread(
     other.call(sessions.call, how)
     assert "QueryCanceled" in sleeping.result()
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+@pytest.mark.parametrize(  # of what stays in psycopg2, libpq's way keeps the interpreter lock: no checkin is meanwhile
+    ("kind", "move"), [("psycopg3", True), ("psycopg3", False), ("psycopg2", True)]
+)
+def test_a_cancel_under_way_at_the_checkin_never_reaches_the_next_user(
+    two: list[Worker], kind: str, postgres: Postgres, move: bool, in_time: bool
+) -> None:
+    one, other = two
+    how = "cancel" if kind == "psycopg2" else "cancel_safe"
+    with Detour(postgres.port) as detour:
+        one.attach(max_connections=1, steal_after=0)
+        for worker in two:
+            worker.call(sessions.make, kind, f"{postgres.conninfo} port={detour.port}", move=move)
+        pid = one.call(sessions.lease)
+        cancelling = one.begin(sessions.call, how, thread="canceller")
+        assert detour.kept.acquire(timeout=40)
+        checkin = one.begin(commands.checkin, "a")
+        if in_time:
+            detour.let_through()
+        checkin.result()
+        sleeping = other.begin(sessions.query, "SELECT pg_backend_pid(), pg_sleep(1)")
+        wait_until(
+            lambda: postgres.ask("SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE %s", "%1)")
+        )
+        detour.let_through()
+        assert (sleeping.result()[0] == pid) == (move and in_time)
+        cancelling.result()
+        assert one.stats().closes["unclean"] == (0 if in_time else 1)
+
+
+def test_a_cancel_begun_after_the_checkin_asks_nobody(two: list[Worker], kind: str, postgres: Postgres) -> None:
+    with Detour(postgres.port) as detour:
+        two[0].attach(max_connections=1)
+        for worker in two:
+            worker.call(sessions.make, kind, f"{postgres.conninfo} port={detour.port}")
+        two[0].call(sessions.lease)
+        two[0].call(sessions.kept_object)
+        two[0].call(commands.checkin, "a")
+        assert two[1].call(sessions.lease)
+        two[0].call(sessions.cancel_stale)
+        assert not detour.kept.acquire(blocking=False)
 
 
 def test_killed_in_the_midst_of_a_query_its_backend_goes_at_once(
