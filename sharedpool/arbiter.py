@@ -397,7 +397,10 @@ class Arbiter:
             client.pool.register(client.row, message.slot, message.generation, sock, driver, state)
         elif sock is not None and kind is Kind.HOLDS and client.pool is not None:
             driver, state = wire.driver_of(message), wire.state_of(message)
-            client.pool.holds(client.row, message.slot, message.generation, sock, driver, state)
+            if message.body.get("beside"):
+                client.pool.stands_for(message.slot, message.generation, sock, driver, state)
+            else:
+                client.pool.holds(client.row, message.slot, message.generation, sock, driver, state)
         elif sock is not None:
             sock.close()
             raise WireError(f"a descriptor with a {kind.name}")

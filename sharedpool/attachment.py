@@ -816,6 +816,8 @@ class Attachment:
                 elif stateful:
                     with socket.socket(fileno=os.dup(entry.real)) as sock:
                         deliver(Kind.HOLDS, sock, wire.with_state(stateful, state))
+                if (remote := getattr(conn, "stands_for", None)) is not None:
+                    deliver(Kind.HOLDS, remote, wire.beside(conn.calls_off))
             except BaseException:
                 route.driver.close(conn)
                 raise
@@ -926,12 +928,17 @@ class Attachment:
             del self.entries[at]
         sock = socket.socket(fileno=entry.real)
         entry.real = -1
+        beside = _beside(entry.conn)
         try:
             entry.let_go()  # first: of what never moves, the end is seen only after its object has been closed
-            left = max(0.05, (limit - monotonic_ns()) / 1e9)
-            confirmed = end(sock, min(left, w[CLOSE_TIMEOUT] / 1e9), cut=False)  # the arbiter goes on watching
+            left = min(max(0.05, (limit - monotonic_ns()) / 1e9), w[CLOSE_TIMEOUT] / 1e9)
+            confirmed = end(sock, left, cut=False)  # the arbiter goes on watching
+            if beside is not None:
+                confirmed = confirmed and end(beside, left, cut=False)
         finally:
             sock.close()
+            if beside is not None:
+                beside.close()
             self._was_closed(route, reason)
         closes, replaced = route.counts + CLOSES[reason], route.counts + COUNTS["replaced"]
         patience = Patience(limit or _soon())
@@ -984,7 +991,13 @@ class Attachment:
             route = entry.route
             conn = entry.conn
             # First parked, then asked who is inside: whoever comes in later finds it parked.
-            if not route.clean(conn) or entry.fileno[conn] != entry.number or -entry.gate < 0 or entry.inside:
+            if (
+                not route.clean(conn)
+                or entry.fileno[conn] != entry.number
+                or -entry.gate < 0
+                or entry.inside
+                or (route.settles is not None and not route.settles(conn))
+            ):
                 self._close(entry, word, "unclean")
                 return
             gate = w[GATE]
@@ -1392,12 +1405,26 @@ def _holdings(attachment: Attachment) -> Iterator[tuple[Message, int | None]]:
         if copy >= 0:
             body = wire.with_state(entry.route.stateful, entry.state)
             yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation, body), copy
+            if (remote := getattr(entry.conn, "stands_for", None)) is not None and (copy := _copy(remote.fileno)) >= 0:
+                body = wire.beside(entry.conn.calls_off)
+                yield Message(Kind.HOLDS, 0, index_of(entry.at), entry.generation, body), copy
     for index, (generation, sock, driver) in list(attachment.opening.items()):
         copy = _copy(sock.fileno)
         if copy >= 0:
             yield Message(Kind.HOLDS, 0, index, generation, wire.with_state(driver, None)), copy
     for route in list(attachment.routes.values()):
         yield Message(Kind.KEY_NAME, generation=route.key, body={"name": route.where[:LONGEST_NAME]}), None
+
+
+def _beside(conn: Any) -> socket.socket | None:
+    """A duplicate of the connection that a stand-in stands for."""
+    remote = getattr(conn, "stands_for", None)
+    if remote is None:
+        return None
+    with contextlib.suppress(OSError):
+        duplicate: socket.socket = remote.dup()
+        return duplicate
+    return None
 
 
 def _copy(number: Callable[[], int]) -> int:

@@ -104,8 +104,8 @@ class Route:
 
     __slots__ = (
         "always", "checks", "clean", "counts", "direct", "driver", "handoffs", "high", "host", "key", "matters",
-        "parks", "place", "port", "resets", "reuses", "stack", "stateful", "stays", "sticky", "strict", "tag",
-        "takeovers", "urgent", "where",
+        "parks", "place", "port", "resets", "reuses", "settles", "stack", "stateful", "stays", "sticky", "strict",
+        "tag", "takeovers", "urgent", "where",
     )  # fmt: skip
 
     def __init__(
@@ -126,6 +126,7 @@ class Route:
         self.tag = tag_of(key)
         self.stack: list[Entry] = []
         self.clean = driver.clean
+        self.settles: Callable[[Any], bool] | None = getattr(driver, "settled", None)
         self.stays = 0 if moves else STAYS
         self.sticky = sticky
         self.strict = strict

@@ -91,8 +91,9 @@ class _Slot:
     """A permit in use and, unless it is bare, its connection.
 
     `state` is named as in the stats. `watch` is the pool's own descriptor of the connection, which the user cannot
-    close; `number` is the one in `conn`. `word` is the lease's, while in force. `doomed`: the lease outlived its pool.
-    `way`: how its lease was counted. `idle`: for how long it was idle before, s. `session`: what the driver exports.
+    close; `beside`: of a stand-in, that of what it stands for; `number` is the one in `conn`. `word` is the lease's,
+    while in force. `doomed`: the lease outlived its pool. `way`: how its lease was counted. `idle`: for how long it was
+    idle before, s. `session`: what the driver exports.
     """
 
     route: LocalRoute
@@ -101,6 +102,7 @@ class _Slot:
     conn: Any = None
     number: int = -1
     watch: socket.socket | None = None
+    beside: socket.socket | None = None
     word: int = 0
     thread: int = 0
     opened: float = 0.0
@@ -126,6 +128,8 @@ class _Slot:
             self.number = driver.fileno(conn)
             self.watch = socket.fromfd(self.number, -1, -1)  # -1: of the family and type that it is
             self.session = driver.export(conn)
+            remote = getattr(conn, "stands_for", None)
+            self.beside = None if remote is None else remote.dup()
             self.conn = conn
             self.opened = monotonic()
         except OSError as error:
@@ -138,6 +142,8 @@ class _Slot:
         """Whether somebody else may have the connection: still the one that was lent, clean, open and silent."""
         driver = self.route.driver
         if driver.fileno(self.conn) != self.number or not driver.clean(self.conn) or getattr(self.conn, "inside", None):
+            return False
+        if hasattr(driver, "settled") and not driver.settled(self.conn):
             return False
         return not polled or not readable(self.number) or self._is_harmless()
 
@@ -164,6 +170,8 @@ class _Slot:
         """Close the pool's own descriptor, and only that."""
         if self.watch is not None:
             self.watch.close()
+        if self.beside is not None:
+            self.beside.close()
 
 
 class Durations:
@@ -599,7 +607,7 @@ class LocalPool:
             self._free(slot)
         elif not keep:
             self._close(slot, reason)
-        elif slot.doomed or len(self.slots) > self.options.max_connections:
+        elif slot.doomed or len(self.slots) - len(self._closing) > self.options.max_connections:
             self._close(slot, "stopped" if slot.doomed else "over_limit")
         elif self._is_full(slot.route, above=1, closing=False):
             self._close(slot, "over_limit")
@@ -621,7 +629,11 @@ class LocalPool:
         driver = slot.route.driver
         if hasattr(driver, "goodbye"):
             driver.goodbye(slot.conn)
-        slot.ending = Ending(slot.watch, drivers.abort_of(driver.name, slot.watch, slot.session))
+        then = None
+        if slot.beside is not None:
+            name, state = slot.conn.calls_off
+            then = Ending(slot.beside, drivers.abort_of(name, slot.beside, state))
+        slot.ending = Ending(slot.watch, drivers.abort_of(driver.name, slot.watch, slot.session), then)
         slot.ending.begin()
         driver.close(slot.conn)
         slot.conn = None

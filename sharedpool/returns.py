@@ -29,9 +29,7 @@ from .layout import (
     HOLDER_SHIFT,
     IDLE,
     KEY,
-    KEYS_OVER,
     MASK64,
-    MAX_PER_KEY,
     OVER,
     PAUSED,
     QUEUED,
@@ -40,6 +38,7 @@ from .layout import (
     STATE,
     STAYS,
     STOPPED,
+    VER,
     generation_of,
     with_state,
 )
@@ -134,10 +133,12 @@ class Returns:
                 seen = self._check(at, word)
             gate = w[GATE]
             now = monotonic_ns()
-            over = gate & OVER or (gate & RESERVING and self._is_over(route))
-            if seen & DOOMED or over or gate & STOPPED:
-                reason = "stopped" if gate & STOPPED else "over_limit" if over else "doomed"
-                result = self._close(at, seen, now, reason)
+            over = self._over(route, gate) if gate & (OVER | RESERVING) else 0
+            if gate & STOPPED or seen & DOOMED:
+                result = self._close(at, seen, now, "stopped" if gate & STOPPED else "doomed")
+                outcome = CLOSED
+            elif over:
+                result = self._close(at, seen, now, "over_limit", over)
                 outcome = CLOSED
             elif not gate & QUEUED or gate & PAUSED:
                 outcome = with_state(seen, IDLE) | route.stays
@@ -179,13 +180,13 @@ class Returns:
             return self._close(at, seen, now, "evicted"), CLOSED
         return self._hand(at, seen, seen, head, waits, gate, now, 0, most and most + 1), GIVEN
 
-    def _is_over(self, route: Route) -> bool:
-        """Whether the key has more connections than it may since the limit was lowered, not counting those closing."""
-        w = self.words
-        limit = w[MAX_PER_KEY]
-        if not (limit and w[KEYS_OVER]):
-            return False
-        return view.count_keys(w, self._table.geometry, closing=False).get(route.key, 0) > limit
+    def _over(self, route: Route, gate: int) -> int:
+        """VER as it was when the pool, or the key, had more connections than a lowered limit allows; 0: it has not."""
+        w, geometry = self.words, self._table.geometry
+        ver: int = w[VER]
+        if gate & OVER and view.surplus(w, geometry) > 0:
+            return ver
+        return ver if gate & RESERVING and view.surplus_of_key(w, geometry, route.key) > 0 else 0
 
     def _to_waiter_of_a_key(self, at: int, seen: int, route: Route, gate: int, keyed: int, now: int) -> tuple[int, int]:
         """The same with a limit per key: the longest waiter who may have it, or its permit; idle if nobody may."""
@@ -301,10 +302,10 @@ class Returns:
             if result == BUSY and not patience.wait():
                 return LATER
 
-    def _close(self, at: int, seen: int, now: int, reason: str) -> int:
+    def _close(self, at: int, seen: int, now: int, reason: str, ver: int = 0) -> int:
         w = self.words
         counter = self._lines.place(w[at + KEY]) + CLOSES[reason]
-        result = self._table.close(at, seen, w[at + SINCE], 0, counter, now)
+        result = self._table.close(at, seen, w[at + SINCE], 0, counter, now, ver)
         if result == DONE:
             self._tell_close(self._table.slot_index(at), generation_of(seen))
         return result

@@ -152,6 +152,15 @@ class Later(Exception):
 
 
 @dataclasses.dataclass(slots=True)
+class Beside:
+    """What a stand-in stands for: a library's own connection, and how its work is called off."""
+
+    sock: socket.socket
+    driver: str
+    state: bytes | None
+
+
+@dataclasses.dataclass(slots=True)
 class Held:
     """The arbiter's duplicate of one connection's descriptor, and its session's state, if its driver has any."""
 
@@ -160,11 +169,26 @@ class Held:
     rows: set[int]
     driver: str = ""
     state: bytes | None = b""
+    beside: Beside | None = None
 
     @property
     def usable(self) -> bool:
         """Whether another process could go on with it."""
         return self.state is not None
+
+    def ending(self) -> Ending:
+        """Closes it to the end; of a stand-in, then what it stands for."""
+        there = self.beside
+        then = None
+        if there is not None:
+            then = Ending(there.sock, abort_of(there.driver, there.sock, there.state))
+        return Ending(self.sock, abort_of(self.driver, self.sock, self.state), then)
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        self.sock.close()
+        if self.beside is not None:
+            self.beside.sock.close()
 
 
 @dataclasses.dataclass(slots=True)
@@ -524,13 +548,28 @@ class ServedPool:
         w = self.words
         if not w[GATE] & (OVER | STOPPED):
             return
-        surplus, reason = w[USED] - w[MAX], "over_limit"
-        surplus -= sum(word & STATE == CLOSING for _, _, word in self.slots())
-        idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
-        if self.stopped:
-            surplus, reason = len(idle), "stopped"
-        for _, at, word in idle[: max(0, surplus)]:
-            self._close(at, word, reason, self._clock())
+        for _, at, word in self._idle():
+            if self.stopped:
+                self._close(at, word, "stopped", self._clock())
+            elif not self._close_surplus(at, word, lambda: view.surplus(w, self.segment.geometry)):
+                return
+
+    def _idle(self) -> list[tuple[int, int, int]]:
+        """(since, place, word) of every idle slot, the longest unused first."""
+        return sorted((self.words[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
+
+    def _close_surplus(self, at: int, word: int, surplus: Callable[[], int]) -> bool:
+        """Close an idle connection if there is a surplus at that very moment; False if there is none.
+
+        Checkins may close what is too many at the same time.
+        """
+        for _ in range(_TRIES):
+            ver = self.words[VER]
+            if surplus() <= 0:
+                return False
+            if self._close(at, word, "over_limit", self._clock(), ver=ver) or self.words[at] != word:
+                break
+        return True
 
     def _look_after_keys(self, now: int) -> None:
         if self.words[NOTED_PER_KEY] and self.segment.layout >= WITH_KEYS:
@@ -543,14 +582,18 @@ class ServedPool:
         """The same for every key that has more than it may; once none has, checkins need not look any more."""
         w = self.words
         limit = w[MAX_PER_KEY]
-        surplus = view.count_keys(w, self.segment.geometry, closing=False)
-        surplus = {key: count - limit for key, count in surplus.items() if limit and count > limit}
-        idle = sorted((w[at + SINCE], at, word) for _, at, word in self.slots() if word & STATE == IDLE)
-        for _, at, word in idle:
+        geometry = self.segment.geometry
+
+        def over() -> set[int]:
+            counts = view.count_keys(w, geometry, closing=False)
+            return {key for key, count in counts.items() if limit and count > limit}
+
+        keys = over()
+        for _, at, word in self._idle() if keys else ():
             key = w[at + KEY]
-            if surplus.get(key, 0) > 0 and self._close(at, word, "over_limit", self._clock()):
-                surplus[key] -= 1
-        w[KEYS_OVER] = 1 if any(surplus.values()) else 0
+            if key in keys and not self._close_surplus(at, word, lambda: view.surplus_of_key(w, geometry, key)):  # noqa: B023
+                keys.discard(key)
+        w[KEYS_OVER] = 1 if over() else 0
 
     # --- descriptors --------------------------------------------------------------------------------------------------
 
@@ -600,6 +643,14 @@ class ServedPool:
         else:
             self.register(row, index, generation, sock, driver, state)
 
+    def stands_for(self, index: int, generation: int, sock: socket.socket, driver: str, state: bytes | None) -> None:
+        """A worker tells which connection its stand-in in this slot stands for."""
+        held = self.held.get(index)
+        if held is None or held.generation != generation or held.beside is not None:
+            sock.close()  # the connection goes with its process
+        else:
+            held.beside = Beside(sock, driver, state)
+
     def registered(self, row: int, now: int) -> None:
         """A row (0: none) has told all that it holds, or has gone. After the last one, what nobody holds goes."""
         if self._inherited is None or (row and row not in self.expected):
@@ -641,7 +692,7 @@ class ServedPool:
         if held is not None and (generation is None or held.generation == generation):
             del self.held[index]
             self._unwatch(held.sock)
-            held.sock.close()
+            held.close()
 
     def fetch(self, row: int, index: int, generation: int) -> Held | None:
         """The connection that the row has leased, or None."""
@@ -732,11 +783,11 @@ class ServedPool:
 
     # --- closing ------------------------------------------------------------------------------------------------------
 
-    def _close(self, at: int, word: int, reason: str, now: int, old_cell: int = 0) -> bool:
-        """A slot -> CLOSING, and begin."""
+    def _close(self, at: int, word: int, reason: str, now: int, old_cell: int = 0, ver: int = 0) -> bool:
+        """A slot -> CLOSING, and begin; with `ver` only if nothing was closed since."""
         since = self.words[at + SINCE]
         counter = self.lines.place(self._key(at)) + CLOSES[reason]
-        done = self._settle(lambda: self.table.close(at, word, since, old_cell, counter, now))
+        done = self._settle(lambda: self.table.close(at, word, since, old_cell, counter, now, ver))
         if done:
             self.begin_closing(self.table.slot_index(at), now)
         return done
@@ -764,7 +815,7 @@ class ServedPool:
         ending = None
         at = self.table.slot_at(index)
         if held is not None and held.generation == generation:
-            ending = Ending(held.sock, abort_of(held.driver, held.sock, held.state))
+            ending = held.ending()
             ending.begin()
             if word & STAYS:  # its object knows how to say goodbye, and may be all that there is
                 reason = view.reason(self.words, self.segment.geometry, at)

@@ -701,7 +701,8 @@ class Table:
             at: The slot.
             seen: Its word as it was searched.
             new: Its word as it is to be: GRANTED, the holder the cell's number, BARE without a connection.
-            gate: GATE as it was searched; its OVER flag must not be set.
+            gate: GATE as it was searched. With its OVER flag set, only a lease may be handed on, with its connection,
+                and only where nothing is to be closed.
             cell: The waiting cell.
             cell_word: Its word as it was searched.
             old_cell: The cell that loses a grant it did not take, and stalls; 0 for none.
@@ -909,7 +910,7 @@ class Table:
                 +mutex
         return done or self.missed(rc)
 
-    def close(self, at: int, seen: int, since: int, old_cell: int, counter: int, now: int) -> int:
+    def close(self, at: int, seen: int, since: int, old_cell: int, counter: int, now: int, ver: int = 0) -> int:
         """Any slot with a connection -> CLOSING; the arbiter closes it to the end. The slot counts until then.
 
         Args:
@@ -919,6 +920,8 @@ class Table:
             old_cell: The cell that loses its grant, and stalls; 0 for none.
             counter: Where the close is counted by its reason, unless no connection was opened there.
             now: When the closing began.
+            ver: VER as it was when more slots than the limit were counted, not counting those that are closing; 0: it
+                is closed in any case. Every close raises VER, so that no two close the same surplus.
         """
         w = self._words
         marks = self._marks
@@ -933,8 +936,9 @@ class Table:
         rc = -mutex
         if rc == 0:
             try:
-                if w[at] == seen and w[at + SINCE] == since and not w[DIRTY]:
+                if w[at] == seen and w[at + SINCE] == since and not w[DIRTY] and (ver == 0 or w[VER] == ver):
                     w[DIRTY] = me
+                    w[VER] = w[VER] + 1
                     w[at + SINCE] = now
                     w[at] = new
                     if old_cell:

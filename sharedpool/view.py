@@ -31,6 +31,7 @@ from .layout import (
     IDLE_COUNT,
     KEY,
     KEYED,
+    KEYS_OVER,
     LEASED,
     LINE,
     LINE_HIGH,
@@ -139,6 +140,23 @@ def count_keys(w: memoryview[int], geometry: Geometry, *, closing: bool = True) 
         if word & STATE and (closing or word & STATE != CLOSING):
             counts[key] = counts.get(key, 0) + 1
     return counts
+
+
+def surplus(w: memoryview[int], geometry: Geometry) -> int:
+    """How many slots are to be closed, so that no more are in use than MAX; those that are closing already are not.
+
+    Read VER before: who closes one of them gives it to `Table.close`.
+    """
+    closing = sum(word & STATE == CLOSING for word in slot_words(w, geometry))
+    return w[USED] - w[MAX] - closing
+
+
+def surplus_of_key(w: memoryview[int], geometry: Geometry, key: int) -> int:
+    """The same for one key and MAX_PER_KEY; 0 while no key can have more than it may."""
+    limit = w[MAX_PER_KEY]
+    if not (limit and w[KEYS_OVER]):
+        return 0
+    return count_keys(w, geometry, closing=False).get(key, 0) - limit
 
 
 def queue(w: memoryview[int]) -> Iterator[tuple[int, int, int]]:

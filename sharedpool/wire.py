@@ -141,6 +141,11 @@ def with_state(driver: str, state: bytes | None) -> dict[str, Any]:
     return {"driver": driver} if state is None else {"driver": driver, "state": state.decode("latin-1")}
 
 
+def beside(calls_off: tuple[str, bytes]) -> dict[str, Any]:
+    """The body of a HOLDS whose descriptor is what a stand-in stands for, and how its work is called off."""
+    return {**with_state(*calls_off), "beside": True}
+
+
 def state_of(message: Message) -> bytes | None:
     """The session state in a message; None if there is to be one, which is not known.
 

@@ -16,7 +16,7 @@ cdef class Entry:
 
 
 cdef class Route:
-    cdef public object checks, clean, driver, host, matters, place, resets, stateful, urgent, where
+    cdef public object checks, clean, driver, host, matters, place, resets, settles, stateful, urgent, where
     cdef public list stack
     cdef public uint64_t counts, handoffs, key, reuses, stays, tag, takeovers
     cdef public int port

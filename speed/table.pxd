@@ -54,7 +54,7 @@ cdef class Table:
     @cython.locals(done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, new=cython.ulonglong, rc=cython.int, w=Word[::1])
     cpdef int free(self, uint64_t at, uint64_t seen, uint64_t gate, uint64_t old_cell, uint64_t first=*, uint64_t waits=*, uint64_t most=*, uint64_t keyed=*) except -2
     @cython.locals(done=cython.int, idle=bint, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, new=cython.ulonglong, rc=cython.int, w=Word[::1])
-    cpdef int close(self, uint64_t at, uint64_t seen, uint64_t since, uint64_t old_cell, uint64_t counter, uint64_t now) except -2
+    cpdef int close(self, uint64_t at, uint64_t seen, uint64_t since, uint64_t old_cell, uint64_t counter, uint64_t now, uint64_t ver=*) except -2
     @cython.locals(done=cython.int, index=cython.ulonglong, me=cython.ulonglong, mutex=object, owned=cython.ulonglong, rc=cython.int, top=cython.ulonglong, w=Word[::1])
     cpdef int claim_cell(self, uint64_t cell) except -2
     @cython.locals(closing=cython.ulonglong, done=cython.int, mark=cython.ulonglong, marks=Mark[::1], me=cython.ulonglong, mutex=object, owned=cython.ulonglong, place=cython.ulonglong, queued=cython.ulonglong, rc=cython.int, tail=cython.ulonglong, ticket=cython.ulonglong, w=Word[::1], waiting=cython.ulonglong)

@@ -57,11 +57,18 @@ class Driver(Protocol[T]):
             did. False, or an error, and the connection is closed; the same permit opens another.
         always: True: `reset` is called at the beginning of every lease but the one that opened the connection.
         resets: False: `reset` has nothing to do, and is not called.
+        settled(conn) -> bool: Asked at a checkin once the object is parked: whether nothing that its user has begun in
+            other threads can reach the next user. May wait for that, a second at most.
         idle_readable(conn) -> bool: An idle connection has said something: whether it may be lent all the same.
         prepare(ahead): Called while the descriptor of a connection is on its way here: makes what `adopt` needs, and
             appends it to the list `ahead`. It is given to `adopt` as a third argument, and closed at last in any case.
             Nothing is appended where that fails: `adopt` then does without. Takes microseconds, must not fail.
         goodbye(conn): Said before this process ends a connection of its own accord; must not block, and not fail.
+
+    A connection may have:
+        stands_for: A duplicate of its own socket, where what `fileno` gives is a stand-in. Once the stand-in has ended,
+            this is closed to the end.
+        calls_off: With it, a driver's name and a state for `aborts`.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """Connections of any library that makes its own: they stay in their process, and only their permits go over.
 
-Such a library shows nobody its socket. What the arbiter watches, and closes, is a stand-in: one end of a socket pair
-whose other end is closed as soon as the connection itself has been. So a connection that has been closed "to the end"
-is one that its process has closed, or that went with its process; a server that does not notice at once is not seen.
+What the pool lends, polls and closes is a stand-in: one end of a socket pair whose other end is closed as soon as the
+library has closed its connection, or has gone with its process. Then the remote has to close, too: the pool has a
+duplicate of the library's own socket, where the library shows one, and ends it like any other connection. Where it
+shows none, a server that does not notice at once is not seen.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import stat
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -20,19 +22,40 @@ from . import Register, check_host, check_port
 log = logging.getLogger("sharedpool")
 
 
+def socket_of(thing: Any) -> socket.socket | None:
+    """A duplicate of the connected socket whose number an object's `fileno()` tells; None where it tells none."""
+    try:
+        number = thing.fileno()
+        if not isinstance(number, int) or number < 0 or not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return None
+    except Exception:  # noqa: BLE001 - the library's; whatever it is, it shows no socket
+        return None
+    sock = socket.socket(fileno=os.dup(number))
+    try:
+        sock.getpeername()
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
 class Session:
     """A library's connection and its stand-in.
 
     Attributes:
         connection: The library's object; None once it has been closed.
         note: For whoever lends it.
+        stands_for: A duplicate of its socket, on which the pool sees the remote's end; None: there is none, or no more.
+        calls_off: A driver's name and a state, by which work that is under way is called off, as in `drivers.aborts`.
     """
 
-    __slots__ = ("__weakref__", "_open", "_owner", "_sign", "_watched", "connection", "note")
+    __slots__ = ("__weakref__", "_open", "_owner", "_sign", "_watched", "calls_off", "connection", "note", "stands_for")
 
     def __init__(self, watched: socket.socket, sign: socket.socket) -> None:
         self.connection: Any = None
         self.note: Any = None
+        self.stands_for: socket.socket | None = None
+        self.calls_off: tuple[str, bytes] = ("", b"")
         self._open = [True]
         self._owner = os.getpid()
         self._watched = watched
@@ -56,9 +79,11 @@ class Session:
             return False
 
     def sign_off(self) -> None:
-        """The connection has been closed, or was never made."""
+        """The library has closed its connection, cannot any more, or has never made it; the remote is yet to close."""
         self._sign.close()
         self._watched.close()
+        if self.stands_for is not None:
+            self.stands_for.close()
 
 
 _sessions: Final[weakref.WeakSet[Session]] = weakref.WeakSet()
@@ -83,6 +108,7 @@ class DbapiDriver:
         close: Closes one; the connection's own `close()` if not given. Called by whichever thread finds out, one of
             sharedpool too.
         clean: Whether the next user of this process may have one; True if not given. Asked at every checkin.
+        find: Gives what has the connection's own socket: its `fileno()` is asked. The connection itself if not given.
 
     `host` is any text that says what is connected to, without passwords; `port` is 0.
     """
@@ -98,11 +124,13 @@ class DbapiDriver:
         *,
         close: Callable[[Any], object] | None = None,
         clean: Callable[[Any], bool] | None = None,
+        find: Callable[[Any], Any] | None = None,
     ) -> None:
         self.name = f"dbapi:{kind}"
         self._creator = creator
         self._close = close or _close
         self._clean = clean
+        self._find = find
 
     def address(self, host: str, port: int) -> tuple[str, int]:
         """Compared as it is written."""
@@ -118,10 +146,18 @@ class DbapiDriver:
         try:
             register(watched)
             session.connection = self._creator()
+            self.find_remote(session)
         except BaseException:
             self.close(session)
             raise
         return session
+
+    def find_remote(self, session: Session) -> None:
+        """Have the pool see the end of the remote, too, where the library shows its socket."""
+        try:
+            session.stands_for = socket_of(self._find(session.connection) if self._find else session.connection)
+        except OSError as error:
+            raise file_limit(error, f"hold a connection of {self.name}") from error
 
     def fileno(self, conn: Session) -> int:
         """The stand-in's."""

@@ -1,8 +1,8 @@
 """PostgreSQL's wire: how a session is relayed to a library at its start, noted, started again elsewhere, and cancelled.
 
 Nothing here knows a client library, so the arbiter can load it. What is noted of a session are messages of the server:
-ParameterStatus and BackendKeyData, one after the other. Formats: the PostgreSQL documentation, "Frontend/Backend
-Protocol", "Message Formats".
+ParameterStatus and BackendKeyData, one after the other, and for a Unix socket the path that led to it. Formats: the
+PostgreSQL documentation, "Frontend/Backend Protocol", "Message Formats".
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ _SSL_REQUEST: Final = struct.pack("!ii", 8, 80877103)
 _CANCEL_REQUEST: Final = 80877102
 _AUTHENTICATION_OK: Final = b"R" + struct.pack("!ii", 8, 0)
 _READY: Final = b"Z" + struct.pack("!i", 5) + b"I"
+#: The type of a message that no server sends: the path of the Unix socket that a session was opened by. The kernel
+#: knows only the server's own path, which is another one where a volume or a symbolic link leads there.
+_PATH: Final = b"@"
 #: Authentication requests that name the server's host: GSSAPI and SSPI.
 _BY_HOST: Final = (7, 9)
 #: struct ucred.
@@ -67,6 +70,21 @@ def backend_key(state: bytes) -> bytes:
     return next((body for kind, body in messages(state) if kind == b"K"), b"")
 
 
+def with_key(key: bytes, path: bytes = b"") -> bytes:
+    """What is needed to cancel a session: its key, as in a BackendKeyData message, and its Unix socket's path."""
+    return with_path(b"K" + struct.pack("!i", 4 + len(key)) + key, path)
+
+
+def with_path(state: bytes, path: bytes) -> bytes:
+    """The state of a session that was opened by a Unix socket; its path is "" for TCP."""
+    return state + _PATH + struct.pack("!i", 4 + len(path)) + path if path else state
+
+
+def path_of(state: bytes) -> bytes:
+    """The path of the Unix socket that a session was opened by; empty for TCP."""
+    return next((body for kind, body in messages(state) if kind == _PATH), b"")
+
+
 def cancel(peer: Any, family: int, state: bytes, seconds: float = _CANCEL) -> None:
     """Ask the server to cancel what a session is doing, and wait until it has taken note.
 
@@ -78,7 +96,7 @@ def cancel(peer: Any, family: int, state: bytes, seconds: float = _CANCEL) -> No
         return
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.settimeout(seconds)
-        sock.connect(peer)
+        sock.connect(path_of(state) or peer)
         sock.sendall(struct.pack("!ii", 8 + len(key), _CANCEL_REQUEST) + key)
         sock.recv(1)  # it says nothing, and closes
 
@@ -135,19 +153,21 @@ class Relay:
     Args:
         far: The server's connection.
         state: A session that is there already: it is told to the library, instead of being begun.
+        path: The path of the Unix socket that led to the server.
     """
 
-    def __init__(self, far: socket.socket, state: bytes = b"") -> None:
+    def __init__(self, far: socket.socket, state: bytes = b"", path: bytes = b"") -> None:
         self.far = far
         self.near: socket.socket | None = None
         self._state = state
+        self._path = path
         self._said = bytearray()
         self._begun = not state
         self._parameters: dict[bytes, bytes] = {}
         self._key = b""
 
     def state(self) -> bytes:
-        """What the server said until the session was ready."""
+        """What the server said until the session was ready, and where it was found."""
         return self._state
 
     def step(self, until: float, stop: int = -1) -> bool:
@@ -211,7 +231,7 @@ class Relay:
             elif kind == b"K":
                 self._key = message
             elif kind == b"Z" and not self._state:
-                self._state = b"".join(self._parameters.values()) + self._key
+                self._state = with_path(b"".join(self._parameters.values()) + self._key, self._path)
             elif kind == b"R" and struct.unpack_from("!i", message, 5)[0] in _BY_HOST:
                 raise CannotMove("the server asks for GSSAPI or SSPI, which are about its host's name")
 
@@ -264,7 +284,7 @@ def _told(state: bytes) -> bytes:
     """
     told = b"".join(
         kind + struct.pack("!i", 4 + len(body)) + body
-        for kind, body in ((k, b[:8] if k == b"K" else b) for k, b in messages(state))
+        for kind, body in ((k, b[:8] if k == b"K" else b) for k, b in messages(state) if k != _PATH)
     )
     return _AUTHENTICATION_OK + told + _READY
 
@@ -306,10 +326,17 @@ class Server:
         """Whether the host is a place in the file system, or an abstract one."""
         return not self.hostaddr and self.host[:1] in ("/", "@")
 
+    @property
+    def path(self) -> bytes:
+        """The path of its Unix socket; empty for TCP."""
+        if not self.is_unix:
+            return b""
+        path = os.fsencode(f"{self.host}/.s.PGSQL.{self.port}")
+        return b"\0" + path[1:] if path[:1] == b"@" else path
+
     def _addresses(self) -> list[tuple[int, Any]]:
         if self.is_unix:
-            path = f"{self.host}/.s.PGSQL.{self.port}"
-            return [(socket.AF_UNIX, "\0" + path[1:] if path[0] == "@" else path)]
+            return [(socket.AF_UNIX, self.path)]
         flags = socket.AI_NUMERICHOST if self.hostaddr else 0
         try:
             found = socket.getaddrinfo(self.hostaddr or self.host, self.port, type=socket.SOCK_STREAM, flags=flags)

@@ -471,7 +471,7 @@ def connect(conn: PooledSocket, address: Any, where: str, seconds: float) -> Non
     conn.rest()
 
 
-def connect_unix(sock: socket.socket, path: str, seconds: float) -> None:
+def connect_unix(sock: socket.socket, path: str | bytes, seconds: float) -> None:
     """Connect to a Unix socket within `seconds`; afterwards it does not block.
 
     A queue that is full refuses who does not block, so that one asks again and again. Who blocks instead connects in
@@ -535,11 +535,15 @@ class Ending:
     Args:
         sock: The connection.
         abort: Calls off what the peer is doing; used where it has not closed after some milliseconds.
+        then: Of a stand-in: the connection that it stands for, to be closed to the end once the stand-in has ended.
     """
 
-    __slots__ = ("_abort", "_cut", "_left", "_sock", "_tcp", "asked")
+    __slots__ = ("_abort", "_cut", "_left", "_sock", "_tcp", "_then", "asked")
 
-    def __init__(self, sock: socket.socket, abort: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, abort: Callable[[], None] | None = None, then: Ending | None = None
+    ) -> None:
+        self._then = then
         self._sock = sock
         self._abort = abort
         self._tcp = not is_unix(sock)
@@ -557,6 +561,17 @@ class Ending:
 
     def ended(self) -> bool:
         """Whether the peer has closed as well; never blocks."""
+        if self.asked < 0:
+            return self._then is None or self._then.ended()
+        if not self._has_ended():
+            return False
+        if self._then is None:
+            return True
+        self.asked = -1
+        self._then.begin()
+        return self._then.ended()
+
+    def _has_ended(self) -> bool:
         self.asked += 1
         if self.asked == _PATIENT and self._abort is not None:
             self._abort()
@@ -589,6 +604,8 @@ class Ending:
 
     def force(self) -> None:
         """The peer did not close in time, or has very much to say: cut it off."""
+        if self._then is not None:
+            self._then.force()
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -600,6 +617,8 @@ class Ending:
 
     def pause(self) -> float:
         """Seconds until the next look: 0.5 ms, then 1, 2, 4 ... up to 50 ms."""
+        if self.asked < 0 and self._then is not None:
+            return self._then.pause()
         return float(min(0.05, 0.0005 * 2 ** min(self.asked, 10)))
 
 

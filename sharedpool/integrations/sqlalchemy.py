@@ -15,6 +15,7 @@ QueuePool instead would mean to disarm its queue and its counts.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -22,11 +23,13 @@ import hashlib
 import logging
 import os
 import re
+import socket
+import struct
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, Protocol, cast
 
 from sqlalchemy import exc
@@ -37,6 +40,7 @@ from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 from .. import aio, control
 from ..aio._threads import in_thread
 from ..drivers import Register
+from ..drivers import postgres as wire
 from ..drivers.dbapi import DbapiDriver, Session
 from ..errors import (
     ConnectFailed,
@@ -58,6 +62,8 @@ log = logging.getLogger("sharedpool")
 _MOVING: Final = {"psycopg": "Psycopg3Driver", "psycopg2": "Psycopg2Driver"}
 #: SQLAlchemy's code for "QueuePool limit reached", whose page explains what to do.
 _LIMIT: Final = "3o7r"
+#: Who waits for a loop looks so often whether it still runs, s.
+_LOOKS_UP: Final = 0.2
 #: Where an object of a library that moves keeps its record.
 _RECORD: Final = "_sharedpool_record"
 #: Where one for asyncio keeps what SQLAlchemy uses in its place.
@@ -561,7 +567,7 @@ class _Staying(DbapiDriver):
     port = 0
 
     def __init__(self, pool: SharedQueuePool, kind: str, host: str) -> None:
-        super().__init__(kind, self._create, close=pool._dialect.do_close)
+        super().__init__(kind, self._create, close=pool._dialect.do_close, find=_with_a_socket)
         self.host = host
         self.address_name = f"{kind}-{host}"
         self._pool = weakref.ref(pool)
@@ -572,11 +578,12 @@ class _Staying(DbapiDriver):
         record = _Record(pool, opened=True)
         return record, pool._create(record)
 
-    def open(self, host: str, port: int, timeout: float, register: Register) -> Session:
+    def find_remote(self, session: Session) -> None:
         """As its base; remembers the record that the engine's events have seen."""
-        session = super().open(host, port, timeout, register)
         session.note, session.connection = session.connection
-        return session
+        super().find_remote(session)
+        if session.stands_for is not None:
+            session.calls_off = _calls_off(session.connection, session.stands_for)
 
     def connection(self, conn: Session) -> Any:
         return conn.connection
@@ -594,6 +601,38 @@ class _Staying(DbapiDriver):
         return {}
 
 
+#: Where libraries keep the socket of a connection, or what has it: pg8000; PyMySQL; asyncpg; asyncmy, aiomysql.
+_PLACES: Final = ("_usock", "_sock", "_transport", "_writer")
+
+
+def _own(connection: Any) -> Any:
+    """The library's own connection, of which SQLAlchemy's adapters for asyncio are made."""
+    return getattr(connection, "driver_connection", None) or getattr(connection, "_connection", connection)
+
+
+def _with_a_socket(connection: Any) -> Any:
+    """What has the socket of a library's connection."""
+    own = _own(connection)
+    found = next((part for name in _PLACES if (part := getattr(own, name, None)) is not None), own)
+    return found.get_extra_info("socket") if hasattr(found, "get_extra_info") else found
+
+
+def _calls_off(connection: Any, sock: socket.socket) -> tuple[str, bytes]:
+    """How a PostgreSQL session's query is cancelled, where the library shows the session's key."""
+    own = _own(connection)
+    try:
+        protocol = getattr(own, "_protocol", None)
+        if protocol is not None:
+            key = struct.pack("!ii", protocol.backend_pid, protocol.backend_secret)
+        else:
+            key = own._backend_key_data
+        address = getattr(own, "_addr", "")
+        path = address if isinstance(address, str) and sock.family == socket.AF_UNIX else ""
+        return wire.NAME, wire.with_key(key, os.fsencode(path))
+    except (AttributeError, TypeError, struct.error):  # another database's, or another version's
+        return "", b""
+
+
 class _StayingWithLoop(_Staying):
     """A library for asyncio: opened and closed by one loop, whichever thread finds out that it is time."""
 
@@ -608,35 +647,42 @@ class _StayingWithLoop(_Staying):
         assert pool is not None
         assert loop is not None
         record = _Record(pool, opened=True)
-        made = asyncio.run_coroutine_threadsafe(greenlet_spawn(pool._create, record), loop)
-        return record, made.result()
+        return record, _made_by(loop, greenlet_spawn(pool._create, record))
 
     def end(self, conn: Session) -> None:
+        """Have the loop close it; of a loop that does not run any more, the pool itself ends the connection."""
         connection, loop = conn.connection, self._loop()
         try:
-            if loop is None:
+            if loop is None or not loop.is_running():
                 raise RuntimeError
             loop.call_soon_threadsafe(self._end_in_loop, conn, connection)
-        except RuntimeError:  # it is closed: nobody can say goodbye, and the library's object is left to be collected
+        except RuntimeError:  # nobody can say goodbye, and the library's object is left to be collected
             conn.sign_off()
 
     def _end_in_loop(self, conn: Session, connection: Any) -> None:
-        loop = asyncio.get_running_loop()
-        if self._dialect.has_terminate:
-            try:
-                self._dialect.do_terminate(connection)
-            finally:
-                loop.call_soon(conn.sign_off)  # after what the library leaves to the loop
-        else:
-            task = loop.create_task(greenlet_spawn(self._dialect.do_close, connection))
-            self._ending.add(task)  # a loop does not keep its tasks
-            task.add_done_callback(functools.partial(self._ended, conn))
+        # In a greenlet a library waits for what it says: that a query is to be cancelled, and goodbye.
+        how = self._dialect.do_terminate if self._dialect.has_terminate else self._dialect.do_close
+        task = asyncio.get_running_loop().create_task(greenlet_spawn(how, connection))
+        self._ending.add(task)  # a loop does not keep its tasks
+        task.add_done_callback(functools.partial(self._ended, conn))
 
     def _ended(self, conn: Session, task: asyncio.Task[Any]) -> None:
         self._ending.discard(task)
         conn.sign_off()
         if not task.cancelled() and task.exception() is not None:
             log.debug("closing a connection of %s failed: %r", self.name, task.exception())
+
+
+def _made_by(loop: asyncio.AbstractEventLoop, making: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine makes in a loop, for a thread that waits for it; ConnectFailed if the loop ends meanwhile."""
+    made = asyncio.run_coroutine_threadsafe(making, loop)
+    while True:
+        done, _ = concurrent.futures.wait([made], _LOOKS_UP)
+        if done:
+            return made.result()
+        if not loop.is_running():
+            made.cancel()
+            raise ConnectFailed("the event loop has ended while it opened a connection")
 
 
 class _Moving:
@@ -760,8 +806,8 @@ class _MovingWithLoop(_MovingForLoops):
             return self.connection(await_only(in_thread(functools.partial(driver.open, host, port, timeout, register))))
 
         record = _Record(pool, opened=True)
-        opening = asyncio.run_coroutine_threadsafe(greenlet_spawn(pool._make, record, make), loop)
-        conn = cast(Any, pool._dialect).get_driver_connection(opening.result())
+        made = _made_by(loop, greenlet_spawn(pool._make, record, make))
+        conn = cast(Any, pool._dialect).get_driver_connection(made)
         self.remember(conn, record)
         return conn
 

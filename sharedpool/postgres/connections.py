@@ -16,7 +16,7 @@ from psycopg._connection_info import ConnectionInfo
 from psycopg._preparing import PrepareManager
 
 from ..native import libpq_number
-from .sessions import Session
+from .sessions import Cancels, Session
 
 #: Seconds for a CancelRequest.
 _PATIENCE = 10.0
@@ -79,6 +79,7 @@ class _Shared:
     """What all of them have in common, before psycopg's own class."""
 
     _shared: Session | None = None
+    _cancels: Cancels
     _baseline: tuple[tuple[bytes, ...], list[bytes | None]] = ((), [])
     _configured = False
     #: Whether something is known to have changed the session: it is set back when it is given back.
@@ -103,33 +104,47 @@ class _Shared:
 
     def cancel(self) -> None:
         """Cancel what the session is doing; nothing, once it was given back."""
-        if self._shared is None:
-            super().cancel()  # type: ignore[misc]
-        elif self._should_cancel():  # type: ignore[attr-defined]
-            _cancel(self, self._shared, _PATIENCE)
+        if self._should_cancel():  # type: ignore[attr-defined]
+            with self._cancels.asking(self) as asks:
+                if asks and self._shared is None:
+                    super().cancel()  # type: ignore[misc]
+                elif asks and self._shared is not None:
+                    _cancel(self._shared, _PATIENCE)
 
 
 class _Sync(_Shared):
     def cancel_safe(self, *, timeout: float = 30.0) -> None:
         """The same, within `timeout` seconds."""
-        if self._shared is None:
-            super().cancel_safe(timeout=timeout)  # type: ignore[misc]
-        elif self._should_cancel():  # type: ignore[attr-defined]
-            _cancel(self, self._shared, timeout)
+        if self._should_cancel():  # type: ignore[attr-defined]
+            with self._cancels.asking(self) as asks:
+                if asks and self._shared is None:
+                    super().cancel_safe(timeout=timeout)  # type: ignore[misc]
+                elif asks and self._shared is not None:
+                    _cancel(self._shared, timeout)
 
 
 class _Async(_Shared):
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:
         """The same, within `timeout` seconds, without blocking the loop."""
-        if self._shared is None:
-            await super().cancel_safe(timeout=timeout)  # type: ignore[misc]
-        elif self._should_cancel():  # type: ignore[attr-defined]
-            await asyncio.to_thread(_cancel, self, self._shared, timeout)
+        if not self._should_cancel():  # type: ignore[attr-defined]
+            return
+        if self._shared is not None:
+            await asyncio.to_thread(self._cancel_in_thread, self._shared, timeout)
+            return
+        with self._cancels.asking(self) as asks:
+            if asks:
+                await super().cancel_safe(timeout=timeout)  # type: ignore[misc]
+
+    def _cancel_in_thread(self, session: Session, timeout: float) -> None:
+        """It goes on although its task may have gone, and is under way until it is done."""
+        with self._cancels.asking(self) as asks:
+            if asks:
+                _cancel(session, timeout)
 
 
-def _cancel(conn: Any, session: Session, seconds: float) -> None:
+def _cancel(session: Session, seconds: float) -> None:
     try:
-        session.cancel(conn.fileno(), seconds or _PATIENCE)
+        session.cancel(seconds or _PATIENCE)
     except TimeoutError:
         raise e.CancellationTimeout("cancellation timeout expired") from None
     except OSError as error:

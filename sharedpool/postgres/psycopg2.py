@@ -31,8 +31,10 @@ from .sessions import (
     END_DBLINK,
     FIND_DBLINK,
     SETTINGS,
+    Cancels,
     Once,
     Session,
+    cancel_while_closing,
     check_reset,
     lay_over,
     real_names,
@@ -45,6 +47,7 @@ Conn = Any
 _OF_PSYCOPG2 = ("cursor_factory",)
 _PATIENCE = 10.0
 _IDLE = extensions.TRANSACTION_STATUS_IDLE
+_ACTIVE = extensions.TRANSACTION_STATUS_ACTIVE
 
 
 class Psycopg2Driver:
@@ -189,12 +192,13 @@ class Psycopg2Driver:
         conn = psycopg2.connect(extensions.make_dsn(**target.given), connection_factory=self._class, **own)
         with socket.socket(fileno=os.dup(conn.fileno())) as sock:
             register(sock)
+            conn._cancels = Cancels(sock.fileno())
         return conn
 
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> Conn:
         assert target.server is not None
         with ended_if_it_fails(target.server.connect(until, register)) as far:
-            return self._connect(wire.Relay(far), target, target.at, own, until)
+            return self._connect(wire.Relay(far, path=target.server.path), target, target.at, own, until)
 
     def _connect(
         self, relay: wire.Relay, target: Target, parameters: Callable[[str], Mapping[str, str]],
@@ -210,6 +214,7 @@ class Psycopg2Driver:
                 raise type(error)(real_names(str(error), door, target)) from None
         try:
             conn._shared = Session.of(target, relay.state(), relay.far)
+            conn._cancels = Cancels(relay.far.fileno())
             conn._baseline = _knows(conn)
             lay_over(relay.far, conn.fileno())
         except BaseException:
@@ -308,6 +313,10 @@ class Psycopg2Driver:
             return False
         return True
 
+    def settled(self, conn: Conn) -> bool:
+        """No cancel request of this lease can reach the next one."""
+        return bool(conn._cancels.settled())
+
     def check(self, conn: Conn) -> bool:
         """Whether the server answers."""
         with conn.cursor() as cursor:
@@ -319,6 +328,10 @@ class Psycopg2Driver:
     def close(self, conn: Conn) -> None:
         """End the session (a word of goodbye) and the object, whatever it is doing."""
         with contextlib.suppress(Exception):
+            if conn._shared is None and not conn.closed and conn.get_transaction_status() == _ACTIVE:
+                with contextlib.suppress(OSError, RuntimeError):
+                    cancel_while_closing(self.fileno(conn), functools.partial(self._class._at_once, conn), conn.close)
+                    return
             conn.close()
 
 
@@ -424,6 +437,7 @@ class _Shared:
     """What all of them have in common, before psycopg2's own class."""
 
     _shared: Session | None = None
+    _cancels: Cancels
     _baseline: tuple[tuple[str, str | None], ...] = ()
     _configured = False
     _changed = False
@@ -441,17 +455,22 @@ class _Shared:
 
     __str__ = __repr__
 
+    def _at_once(self) -> None:
+        """As psycopg2's cancel(), whether it was given back or not."""
+        super().cancel()  # type: ignore[misc]
+
     def cancel(self) -> None:
         """Cancel what the session is doing; nothing, once it was given back."""
-        if self._shared is None:
-            super().cancel()  # type: ignore[misc]
-            return
         if self.closed:  # type: ignore[attr-defined]
             raise psycopg2.InterfaceError("connection already closed")
-        try:
-            self._shared.cancel(self.fileno(), _PATIENCE)
-        except OSError as error:
-            raise psycopg2.OperationalError(f"cancellation failed: {error}") from error
+        with self._cancels.asking(self) as asks:
+            if asks and self._shared is None:
+                super().cancel()  # type: ignore[misc]
+            elif asks and self._shared is not None:
+                try:
+                    self._shared.cancel(_PATIENCE)
+                except OSError as error:
+                    raise psycopg2.OperationalError(f"cancellation failed: {error}") from error
 
     @property
     def info(self) -> Any:

@@ -34,8 +34,10 @@ from .sessions import (
     END_DBLINK,
     FIND_DBLINK,
     SETTINGS,
+    Cancels,
     Once,
     Session,
+    cancel_while_closing,
     check_reset,
     lay_over,
     real_names,
@@ -56,6 +58,7 @@ _CONNECTED = pq.PollingStatus.OK
 _READING = pq.PollingStatus.READING
 _FAILED = pq.PollingStatus.FAILED
 _IDLE = int(pq.TransactionStatus.IDLE)
+_ACTIVE = int(pq.TransactionStatus.ACTIVE)
 _DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)
 
 
@@ -205,7 +208,7 @@ class Psycopg3Driver(Generic[C]):
     def _open_relayed(self, target: Target, own: dict[str, Any], until: float, register: Register) -> C:
         assert target.server is not None
         with ended_if_it_fails(target.server.connect(until, register)) as far:
-            relay = wire.Relay(far)
+            relay = wire.Relay(far, path=target.server.path)
             pgconn = _start(relay, target, until)
             try:
                 session = Session.of(target, relay.state(), far)
@@ -257,6 +260,7 @@ class Psycopg3Driver(Generic[C]):
     def _about(conn: C, session: Session | None) -> C:
         """The same, about its session."""
         conn._shared = session  # type: ignore[union-attr]
+        conn._cancels = Cancels(conn.fileno())  # type: ignore[union-attr]
         conn._baseline = _knows(conn)  # type: ignore[union-attr]
         return conn
 
@@ -332,6 +336,7 @@ class Psycopg3Driver(Generic[C]):
         lay_over(far, pgconn.socket)
         conn = ready.conn or self._made(pgconn, own)
         conn._shared = session  # type: ignore[union-attr]
+        conn._cancels = Cancels(far.fileno())  # type: ignore[union-attr]
         conn._baseline = session.names, session.values  # type: ignore[union-attr]
         ready.taken = True
         return conn
@@ -401,6 +406,10 @@ class Psycopg3Driver(Generic[C]):
         except (e.Error, e._WaitTimeout):
             return False
 
+    def settled(self, conn: C) -> bool:
+        """No cancel request of this lease can reach the next one."""
+        return conn._cancels.settled()  # type: ignore[union-attr, no-any-return]
+
     def talks(self, conn: C) -> bool:
         """Whether `clean` will have to talk to the server: settings were changed, or something was listened to."""
         if conn._shared is None:  # type: ignore[union-attr]
@@ -418,7 +427,12 @@ class Psycopg3Driver(Generic[C]):
         """End the session (a word of goodbye) and the object, whatever it is doing."""
         with contextlib.suppress(Exception):
             conn._closed = True
-            conn.pgconn.finish()
+            pgconn = conn.pgconn
+            if conn._shared is None and pgconn.transaction_status == _ACTIVE:  # type: ignore[union-attr]
+                with contextlib.suppress(OSError, RuntimeError):
+                    cancel_while_closing(pgconn.socket, pgconn.get_cancel().cancel, pgconn.finish)
+                    return
+            pgconn.finish()
 
 
 def execute(conn: Any, command: str) -> list[pq.abc.PGresult]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import socket
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from ..drivers import postgres as wire
@@ -39,6 +43,10 @@ END_DBLINK: Final = """DO $$ DECLARE name text; BEGIN
 FOREACH name IN ARRAY coalesce({0}.dblink_get_connections(), '{{}}'::text[]) LOOP PERFORM {0}.dblink_disconnect(name);
 END LOOP; BEGIN PERFORM {0}.dblink_disconnect(); EXCEPTION WHEN connection_does_not_exist THEN NULL; END; END $$"""
 
+#: Seconds within which a server that is to cancel something takes a connection.
+_REACHES: Final = 1.0
+#: A checkin waits so long for a cancel request that is under way, s; then the connection is closed.
+_SETTLES: Final = 1.0
 #: What a session cannot change, or not by itself: nothing to look at after each lease.
 _FIXED: Final = frozenset(
     {b"server_version", b"server_encoding", b"integer_datetimes", b"is_superuser", b"in_hot_standby"}
@@ -52,9 +60,8 @@ class Session:
     Attributes:
         target: Where it leads.
         state: What the server said at its start.
-        peer: The server's address.
+        peer: The server's address, as it was connected to.
         family: Its family.
-        inode: The connection itself, whatever the number of its descriptor.
         names: What the server reported at its start, as far as a session can change it.
         values: Its values, in that order; not to be changed.
     """
@@ -63,7 +70,6 @@ class Session:
     state: bytes
     peer: Any
     family: int
-    inode: int
     names: tuple[bytes, ...]
     values: list[bytes]
 
@@ -71,29 +77,65 @@ class Session:
     def of(cls, target: Target, state: bytes, sock: socket.socket) -> Session:
         """The session on a connection to the server."""
         names, values = _baseline(state)
-        inode = os.fstat(sock.fileno()).st_ino
-        return cls(target, state, sock.getpeername(), sock.family, inode, names, values)
+        peer = wire.path_of(state) or sock.getpeername()
+        return cls(target, state, peer, sock.family, names, values)
 
     @property
     def hostaddr(self) -> str:
         """The server's IP address; "" for a Unix socket."""
         return "" if self.family == socket.AF_UNIX else str(self.peer[0])
 
-    def is_at(self, number: int) -> bool:
-        """Whether a descriptor is this session's: an object that was given back has a dead one."""
-        try:
-            return os.fstat(number).st_ino == self.inode
-        except OSError:
-            return False
-
-    def cancel(self, number: int, seconds: float) -> None:
-        """Ask the server to cancel what the session does, if it still is the one under that descriptor.
+    def cancel(self, seconds: float) -> None:
+        """Ask the server to cancel what the session does, and wait until it has passed that on.
 
         Raises:
             OSError: The server cannot be reached, or did not take it in time.
         """
-        if self.is_at(number):
-            wire.cancel(self.peer, self.family, self.state, seconds)
+        wire.cancel(self.peer, self.family, self.state, seconds)
+
+
+class Cancels:
+    """The cancel requests of one object, each of which is to reach the lease in which it was begun, and no later one.
+
+    A server closes the connection of a request once it has signalled the session's process, which looks for signals
+    before it begins with another query. So who has seen that end is done. A checkin parks the object first, then waits
+    for those that began before: who begins later finds the parked descriptor.
+    """
+
+    __slots__ = ("_inode", "_lost", "_under_way")
+
+    def __init__(self, number: int) -> None:
+        self._inode = os.fstat(number).st_ino
+        self._under_way: list[bool] = []
+        self._lost = False
+
+    @contextlib.contextmanager
+    def asking(self, conn: Any) -> Iterator[bool]:
+        """For the block, a request is under way; False where the object was given back, and nothing is to be asked."""
+        self._under_way.append(True)  # first: the descriptor is parked before this is looked at
+        try:
+            yield _inode_of(conn.fileno()) == self._inode
+        except BaseException:
+            self._lost = True  # what was sent may arrive at any time
+            raise
+        finally:
+            self._under_way.pop()
+
+    def settled(self) -> bool:
+        """Whether none can reach the next user; waits for them for a second, but not in a thread that runs a loop."""
+        if self._under_way and asyncio._get_running_loop() is None:
+            until = time.monotonic() + _SETTLES
+            while self._under_way and time.monotonic() < until:
+                time.sleep(0.001)
+        return not self._under_way and not self._lost
+
+
+def _inode_of(number: int) -> int:
+    """The socket's that a descriptor is of; 0 for one that is closed."""
+    try:
+        return os.fstat(number).st_ino
+    except OSError:
+        return 0
 
 
 @functools.lru_cache(64)  # 15 us, where an object for a session takes 80
@@ -160,6 +202,34 @@ def check_reset(value: object) -> str:
         f"option 'reset' has the value {value!r} (from the call); allowed is one of {', '.join(RESETS)}",
         option="reset", value=value, source="the call", allowed=RESETS,
     )  # fmt: skip
+
+
+def cancel_while_closing(number: int, cancel: Callable[[], object], close: Callable[[], object]) -> None:
+    """Close a session that stays and is at work: in a thread of its own, libpq cancels that, and closes.
+
+    A server that is at work does not see that its client has gone. Of a session that moves the key is known, and the
+    arbiter cancels. libpq's way may keep the interpreter lock until the server answers, so that it is tried first
+    whether the server can be reached.
+
+    Args:
+        number: The session's descriptor.
+        cancel: Asks the server; only called if it can be reached.
+        close: Called in any case.
+    """
+    with socket.socket(fileno=os.dup(number)) as sock:
+        family, peer = sock.family, sock.getpeername()
+
+    def run() -> None:
+        try:
+            with contextlib.suppress(Exception):  # then the session is left to close_timeout
+                with socket.socket(family, socket.SOCK_STREAM) as probe:
+                    probe.settimeout(_REACHES)
+                    probe.connect(peer)
+                cancel()
+        finally:
+            close()
+
+    threading.Thread(target=run, name="sharedpool-cancel", daemon=True).start()
 
 
 def real_names(text: str, door: str, target: Target) -> str:

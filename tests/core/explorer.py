@@ -250,6 +250,8 @@ class Explorer:
             return True, FULL
         if answer != DONE:
             return False, 0
+        if plan.method == "close" and plan.arguments[6]:
+            assert used - closing > limit, f"closed above the limit: {used} in use, {closing} closing, MAX {limit}"
         if plan.method in self.unsaid:
             w[VER] = ver
         if plan.method in self.unkeyed:
@@ -525,7 +527,7 @@ class Explorer:
         for _, at, word in invariants.slots(table):
             if word & STATE == state:
                 if act in ("expire", "trim"):
-                    return moves.close(table, at, word, 0, NOW), act == "trim"
+                    return moves.close(table, at, word, 0, NOW, w[VER] if act == "trim" else 0), act == "trim"
                 if act == "doom":
                     return Plan("swap", (at, word, word | DOOMED, 0, 0, NOW)), False
                 return moves.revoke(table, at, gate, NOW), False

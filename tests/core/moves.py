@@ -54,6 +54,7 @@ from sharedpool.layout import (
     STOPPED,
     TURN_SHIFT,
     USED,
+    VER,
     holder_of,
     is_high,
     leased_word,
@@ -255,8 +256,12 @@ def reason(table: Table, name: str) -> int:
 def checkin(table: Table, at: int, seen: int, gate: int, key: int, now: int) -> Plan:
     """What the end of a lease decides that has read the slot's word and GATE before."""
     w = table.words
-    if seen & DOOMED or gate & (OVER | STOPPED):
+    if seen & DOOMED or gate & STOPPED:
         return close(table, at, seen, 0, now)
+    if gate & OVER:
+        ver = w[VER]
+        if view.surplus(w, table.geometry) > 0:
+            return close(table, at, seen, 0, now, ver)
     if not gate & QUEUED or gate & PAUSED:
         return put_idle(at, seen, gate, key, now, 0, 0, 0)
     head = w[HEAD]
@@ -295,8 +300,8 @@ def put_idle(
     return Plan("put_idle", (at, seen, new, gate, tag, now))
 
 
-def close(table: Table, at: int, seen: int, old_cell: int, now: int) -> Plan:
-    return Plan("close", (at, seen, table.words[at + SINCE], old_cell, reason(table, "discarded"), now))
+def close(table: Table, at: int, seen: int, old_cell: int, now: int, ver: int = 0) -> Plan:
+    return Plan("close", (at, seen, table.words[at + SINCE], old_cell, reason(table, "discarded"), now, ver))
 
 
 def hand(
@@ -370,11 +375,11 @@ def trim(table: Table, now: int) -> Plan:
     """What is idle above a lowered limit, or in a stopped pool, is closed."""
     w = table.words
     idle = [(w[at + SINCE], at, word) for _, at, word in slots(table) if word & STATE == IDLE]
-    surplus = w[USED] - w[MAX] - sum(word & STATE == CLOSING for _, _, word in slots(table))
-    if not idle or not (w[GATE] & STOPPED or (w[GATE] & OVER and surplus > 0)):
+    ver = w[VER]
+    if not idle or not (w[GATE] & STOPPED or (w[GATE] & OVER and view.surplus(w, table.geometry) > 0)):
         return AGAIN
     _, at, word = min(idle)
-    return close(table, at, word, 0, now)
+    return close(table, at, word, 0, now, 0 if w[GATE] & STOPPED else ver)
 
 
 def _serve_keyed(table: Table, gate: int, keyed: int, now: int) -> Plan:

@@ -473,17 +473,22 @@ def close_an_idle_one(world: World) -> Ready:
     return _close(world, ARBITER_ROW, world.idle(ONE))
 
 
+def close_what_is_too_many(world: World) -> Ready:
+    return _close(world, ONE, world.leased(ONE), surplus=True)
+
+
 def close_what_was_not_taken(world: World) -> Ready:
     at, cell = world.granted(ONE)
     return _close(world, ARBITER_ROW, at, cell)
 
 
-def _close(world: World, row: int, at: int, old_cell: int = 0) -> Ready:
+def _close(world: World, row: int, at: int, old_cell: int = 0, *, surplus: bool = False) -> Ready:
     seen, since, counter, now = world.words[at], world.words[at + SINCE], world.table(row).counter(2), world.tick()
+    ver = world.words[VER] if surplus else 0
     return Ready(
         row,
-        lambda table, _: table.close(at, seen, since, old_cell, counter, now),
-        (at, at + SINCE),
+        lambda table, _: table.close(at, seen, since, old_cell, counter, now, ver),
+        (at, at + SINCE, *([VER] if surplus else [])),
         slots=(at,),
         cells=(old_cell,) if old_cell else (),
     )
@@ -837,7 +842,7 @@ ALL: tuple[Operation, ...] = (
     hand_to_the_only_waiter, hand_to_the_first_of_three, hand_to_one_in_the_middle, hand_the_last_one,
     hand_an_idle_connection, hand_a_permit_on, revoke, hand_a_slot_never_used, hand_a_slot_used_before,
     free_what_never_opened, free_what_was_closed, free_above_the_limit, free_what_the_dead_were_granted,
-    close_a_leased_one, close_an_idle_one, close_what_was_not_taken,
+    close_a_leased_one, close_an_idle_one, close_what_was_not_taken, close_what_is_too_many,
     claim_a_cell_never_used, claim_a_cell_used_before, claim_a_line,
     enqueue_first, enqueue_behind_others, enqueue_and_evict,
     enqueue_high_alone, enqueue_high_before_the_head, enqueue_high_behind_its_like, enqueue_high_at_the_end,

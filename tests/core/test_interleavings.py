@@ -71,6 +71,13 @@ WITHOUT_A_WATCHER: dict[str, Case] = {
 WITH_A_WATCHER: dict[str, Case] = {
     "the limit is raised twice": ([patient, patient], ("raise", "raise"), watched),
     "the limit is lowered": ([patient, patient], ("lower", "trim"), {**watched, "maximum": 2}),
+    "the limit is lowered over an idle one and two leases": (
+        [patient, patient], ("lower",), {**watched, "maximum": 3, "idle": (A,)}
+    ),
+    "the limit is lowered, raised and lowered": ([patient] * 2, ("lower", "raise", "lower"), {**watched, "maximum": 2}),
+    "the limit is lowered while one is discarded": (
+        [patient, Worker(discards=True)], ("lower",), {**watched, "maximum": 2}
+    ),
     "paused and resumed": ([patient, patient], ("pause", "resume"), watched),
     "resumed": ([patient, hasty], ("resume",), {**watched, "maximum": 2, "flags": PAUSED}),
     "stopped": ([patient, patient], ("stop",), watched),

@@ -12,6 +12,7 @@ SLOW: dict[str, Case] = {
     "three of three keys, idle ones": ([patient, other, third], (), {**watched, "maximum": 2, "idle": (A, B)}),
     "three, the limit is raised": ([patient] * 3, ("raise",), watched),
     "three, the limit is lowered": ([patient] * 3, ("lower", "trim"), {**watched, "maximum": 2}),
+    "three leases, the limit is lowered": ([patient] * 3, ("lower",), {**watched, "maximum": 3}),
     "three, the limit is lowered and raised": ([patient] * 3, ("lower", "trim", "raise"), {**watched, "maximum": 2}),
     "three, one is killed": ([patient] * 3, ("kill1", "reap1"), watched),
     "three, one grant is revoked, one killed": ([patient] * 3, ("revoke", "kill1", "reap1"), watched),

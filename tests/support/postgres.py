@@ -139,12 +139,14 @@ def _template() -> Path:
 class Postgres(Daemon):
     """One cluster: database "postgres", user "app", who is a superuser, and "plain", who is not (password "secret")."""
 
-    def __init__(self, *, auth: str = "trust", **settings: str) -> None:
+    def __init__(self, *, auth: str = "trust", socket_at: str = "", **settings: str) -> None:
+        """With `socket_at` there is another Unix socket, in that directory or abstract."""
         program = binary("postgres")
         directory = private_directory("sp-pg-")
         self.data = directory / "data"
         self.port = free_port()
-        given = {**_SETTINGS, **settings, "port": str(self.port), "unix_socket_directories": str(directory)}
+        given = {**_SETTINGS, **settings, "port": str(self.port)}
+        given["unix_socket_directories"] = f"{directory},{socket_at}" if socket_at else str(directory)
         options = [part for name, value in given.items() for part in ("-c", f"{name}={value}")]
         super().__init__(directory, [program, "-D", str(self.data), "-h", "127.0.0.1", *options])
         subprocess.run([*as_somebody(), "cp", "-a", str(_template()), str(self.data)], check=True, cwd="/")

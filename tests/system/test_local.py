@@ -393,6 +393,17 @@ def test_pools_of_different_apps_are_different(harness: Harness, backend: Backen
     worker.fails(PoolTimeout, commands.checkout, tcp, checkout_timeout=0)
 
 
+def test_a_lowered_limit_closes_exactly_what_is_too_many(solo: Worker, backend: Backend, tcp: Target) -> None:
+    solo.attach(max_connections=10)
+    labels = [solo.checkout(tcp) for _ in range(10)]
+    solo.call(commands.library, "start_pool", "default", max_connections=8)
+    for label in labels:
+        solo.checkin(label)
+    backend.wait_open(8)
+    stats = solo.wait_stats(closing=0, in_use=0)
+    assert (stats.idle, stats.over_limit) == (8, 2)
+
+
 def test_a_lowered_limit_closes_what_was_idle_longest(solo: Worker, backend: Backend, tcp: Target) -> None:
     solo.attach(max_connections=4)
     labels = [solo.checkout(tcp) for _ in range(4)]

@@ -145,6 +145,16 @@ def test_it_can_be_lowered_and_raised_while_the_pool_runs(solo: Worker, backend:
     assert (stats.idle, backend.open, other.open) == (6, 4, 2)
 
 
+def test_lowered_it_closes_exactly_what_is_too_many_of_a_key(solo: Worker, backend: Backend, other: Backend) -> None:
+    solo.attach(max_connections=12, max_per_key=8)
+    labels = [solo.checkout(target) for target in (backend.tcp, other.tcp) for _ in range(6)]
+    change(solo, max_per_key=4)
+    for label in labels:
+        solo.checkin(label)
+    stats = solo.wait_stats(in_use=0, closing=0)
+    assert (stats.idle, stats.over_limit, backend.open, other.open) == (8, 4, 4, 4)
+
+
 def test_permits_have_it_by_their_names(solo: Worker) -> None:
     limits = {"max_connections": 3, "max_per_key": 1, "checkout_timeout": 0}
     solo.call(commands.hold_permit, "api", "first", **limits)

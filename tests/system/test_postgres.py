@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import commands, sessions
-from tests.support.postgres import Postgres
+from tests.support.detour import Detour
+from tests.support.postgres import CLIENTS, Postgres, private_directory
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
@@ -380,6 +384,49 @@ def test_a_session_taken_over_can_be_cancelled_from_another_thread(
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+@pytest.mark.parametrize(  # of what stays in psycopg2, libpq's way keeps the interpreter lock: no checkin is meanwhile
+    ("kind", "move"), [("psycopg3", True), ("psycopg3", False), ("psycopg2", True)]
+)
+def test_a_cancel_under_way_at_the_checkin_never_reaches_the_next_user(
+    two: list[Worker], kind: str, postgres: Postgres, move: bool, in_time: bool
+) -> None:
+    one, other = two
+    how = "cancel" if kind == "psycopg2" else "cancel_safe"
+    with Detour(postgres.port) as detour:
+        one.attach(max_connections=1, steal_after=0)
+        for worker in two:
+            worker.call(sessions.make, kind, f"{postgres.conninfo} port={detour.port}", move=move)
+        pid = one.call(sessions.lease)
+        cancelling = one.begin(sessions.call, how, thread="canceller")
+        assert detour.kept.acquire(timeout=40)
+        checkin = one.begin(commands.checkin, "a")
+        if in_time:
+            detour.let_through()
+        checkin.result()
+        sleeping = other.begin(sessions.query, "SELECT pg_backend_pid(), pg_sleep(1)")
+        wait_until(
+            lambda: postgres.ask("SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE %s", "%1)")
+        )
+        detour.let_through()
+        assert (sleeping.result()[0] == pid) == (move and in_time)
+        cancelling.result()
+        assert one.stats().closes["unclean"] == (0 if in_time else 1)
+
+
+def test_a_cancel_begun_after_the_checkin_asks_nobody(two: list[Worker], kind: str, postgres: Postgres) -> None:
+    with Detour(postgres.port) as detour:
+        two[0].attach(max_connections=1)
+        for worker in two:
+            worker.call(sessions.make, kind, f"{postgres.conninfo} port={detour.port}")
+        two[0].call(sessions.lease)
+        two[0].call(sessions.kept_object)
+        two[0].call(commands.checkin, "a")
+        assert two[1].call(sessions.lease)
+        two[0].call(sessions.cancel_stale)
+        assert not detour.kept.acquire(blocking=False)
+
+
 def test_killed_in_the_midst_of_a_query_its_backend_goes_at_once(
     two: list[Worker], kind: str, postgres: Postgres
 ) -> None:
@@ -392,6 +439,46 @@ def test_killed_in_the_midst_of_a_query_its_backend_goes_at_once(
     assert backend_of(other) != pid
     assert time.monotonic() - began < 10, "without the CancelRequest it is 30"
     assert len(postgres.backends()) == 1
+
+
+@pytest.fixture(params=["a symbolic link", "another mount", "abstract"])
+def elsewhere(request: pytest.FixtureRequest, directory: Path) -> Iterator[tuple[Postgres, str]]:
+    """A server, and the connection string of a Unix socket that is not where the server believes it to be."""
+    there = private_directory("sp-pg-socket-")
+    place = f"@{there.name}" if request.param == "abstract" else str(directory / "place")
+    server = Postgres(socket_at=place if request.param == "abstract" else str(there))
+    try:
+        server.begin()
+        if request.param == "a symbolic link":
+            there.rename(place)
+            there.symlink_to(place)  # for the server's lock file
+        elif request.param == "another mount":  # as for a container in which the same volume is elsewhere
+            there.rename(place)
+        yield server, f"host={place} port={server.port} user=app dbname=postgres"
+    finally:
+        server.end()
+        there.unlink() if there.is_symlink() else shutil.rmtree(there, ignore_errors=True)
+
+
+def test_by_a_path_that_the_server_does_not_know_it_is_cancelled_all_the_same(
+    two: list[Worker], kind: str, elsewhere: tuple[Postgres, str]
+) -> None:
+    server, conninfo = elsewhere
+    two[0].attach(max_connections=1)
+    for worker in two:
+        worker.call(sessions.make, kind, conninfo)
+    pid = backend_of(two[0])
+    assert two[1].call(sessions.lease) == pid, "it has moved"
+    sleeping = two[1].begin(sessions.try_sql, "SELECT pg_sleep(30)", thread="sleeper")
+    wait_until(lambda: server.ask("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", pid))
+    two[1].call(sessions.call, "cancel")
+    assert "QueryCanceled" in sleeping.result()
+    two[1].call(sessions.call, "rollback")
+    two[1].begin(sessions.try_sql, "SELECT pg_sleep(30)", thread="sleeper")
+    wait_until(lambda: server.ask("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", pid))
+    two[1].kill()
+    assert backend_of(two[0]) != pid
+    assert len(server.ask(CLIENTS)) == 1
 
 
 # --- what a connection says of itself ---------------------------------------------------------------------------------

@@ -93,6 +93,22 @@ def test_under_tls_each_process_keeps_its_session_and_says_why_once(
     assert [worker.call(sessions.staying) for worker in two] == [{"tls": 1}, {"tls": 1}]
 
 
+def test_under_tls_a_query_broken_off_is_cancelled_before_its_permit_goes_on(
+    worker: Worker, kind: str, secure: Postgres
+) -> None:
+    worker.attach(max_connections=1, close_timeout=30)
+    worker.call(sessions.make, kind, secure.conninfo.replace("disable", "require"))
+    for _ in range(3):
+        pid = worker.call(sessions.lease)
+        worker.begin(sessions.try_sql, "SELECT pg_sleep(60)", thread="sleeper")
+        wait_until(lambda: secure.ask("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", pid))  # noqa: B023
+        worker.call(commands.discard, "a")
+        assert worker.call(sessions.query, "SELECT pg_backend_pid()")[0] != pid
+        assert len(secure.backends()) == 1
+    stats = worker.stats()
+    assert stats.closed_unconfirmed == 0
+
+
 def test_under_tls_a_cap_that_is_reached_is_held(two: list[Worker], kind: str, secure: Postgres) -> None:
     secure.wait_until_alone()
     one, other = two

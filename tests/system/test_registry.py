@@ -217,6 +217,25 @@ def test_a_lowered_limit_evicts_the_idle_at_once_and_the_leased_at_their_checkin
     assert backend.open == 2
 
 
+@pytest.mark.parametrize("idle", [0, 1, 4])
+def test_a_lowered_limit_closes_exactly_what_is_too_many(
+    three: list[Worker], backend: Backend, tcp: Target, idle: int
+) -> None:
+    start_pool(three[0], max_connections=10)
+    labels = [(worker, worker.checkout(tcp)) for worker in (*three, *three, *three, three[0])]
+    for worker, label in labels[:idle]:
+        worker.checkin(label)
+    for limit in (9, 7, 8):
+        start_pool(three[0], max_connections=limit)
+    ends = [worker.begin(commands.checkin, label) for worker, label in labels[idle:]]
+    for end in ends:
+        end.result()
+    # With several idle ones, those of the lowest limit of the three were closed at once.
+    left = 8 if idle < 2 else 7
+    stats = three[0].wait_stats(in_use=0, closing=0)
+    assert (stats.idle, stats.over_limit, backend.open) == (left, 10 - left, left)
+
+
 def test_while_the_limit_is_lowered_nobody_opens_another(two: list[Worker], backend: Backend, tcp: Target) -> None:
     start_pool(two[0], max_connections=3)
     labels = [two[0].checkout(tcp) for _ in range(3)]
