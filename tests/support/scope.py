@@ -20,7 +20,7 @@ class Scope:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"SHAREDPOOL_DIR": str(self.directory)}
+        return {"SHAREDPOOL_DIR": str(self.directory), **leaks.places(self.directory)}
 
     def files(self) -> list[str]:
         return leaks.files_below(self.directory)

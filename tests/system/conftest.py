@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.backend import Backend, Target
-from tests.support.leaks import check_nothing_left, take_census
+from tests.support.leaks import check_nothing_left, places, take_census
 from tests.support.postgres import Postgres
 from tests.support.processes import adopt_orphans
 from tests.support.scope import Scope
@@ -53,9 +53,11 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(directory: Path, fork_server: ForkServer) -> Iterator[None]:
+def nothing_left_behind(directory: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The leak check: set up before and torn down after everything else of a test."""
     scope = directory / "s"
+    for name, value in places(scope).items():
+        monkeypatch.setenv(name, value)
     before = take_census(scope)
     yield
     check_nothing_left(before, scope)

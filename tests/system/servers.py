@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -153,14 +154,24 @@ class Server:
 
     def kill_a_hanging_worker(self) -> None:
         """Stop a worker in the midst of its requests; the server is to kill it, and to start another."""
-        victim = min(self.workers())
-        os.kill(victim, signal.SIGSTOP)
+        victim = wait_until(self._stop_a_worker, what="a worker that serves is stopped")
         try:
             wait_until(lambda: not processes.alive(victim), what="the server kills its hanging worker")
         except AssertionError as error:
             seen = f"{victim} is {processes.state(victim)}, workers {self.workers()}"
             raise AssertionError(f"{error}; {seen}; the server's log: {self.log[-2000:]}") from error
         wait_until(lambda: len(self.workers()) == self.count, what="there is another")
+
+    def _stop_a_worker(self) -> int:
+        """Stop one that has served: gunicorn never kills one that has not yet given a sign of life. 0: it has ended."""
+        status, body = self.get("/stats")
+        victim = int(json.loads(body)["pid"]) if status == 200 else 0
+        if victim not in self.workers():
+            return 0
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGSTOP)
+            wait_until(lambda: processes.state(victim) in ("T", "Z", ""), what=f"worker {victim} is stopped")
+        return victim if processes.state(victim) == "T" else 0
 
     def stop(self) -> None:
         if self.first.poll() is None:
