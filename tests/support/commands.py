@@ -163,7 +163,7 @@ def requests(state: State, targets: list[Target], number: int, **options: Any) -
 def requests_until_told(state: State, targets: list[Target], **options: Any) -> Load:
     """Requests until `tell_to_stop`, which may come first."""
     load = Load()
-    stop = _told_to_stop(state)
+    stop = told_to_stop(state)
     while not stop.is_set():
         load = load + requests(state, targets, 20, **options)
     return load
@@ -171,10 +171,11 @@ def requests_until_told(state: State, targets: list[Target], **options: Any) -> 
 
 def tell_to_stop(state: State) -> None:
     """For good: all loops of this process, those that begin later, too."""
-    _told_to_stop(state).set()
+    told_to_stop(state).set()
 
 
-def _told_to_stop(state: State) -> threading.Event:
+def told_to_stop(state: State) -> threading.Event:
+    """What this process's loops look at."""
     event: threading.Event = state.things.setdefault("stop", threading.Event())
     return event
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import processes
-from tests.support.waiting import wait_until
-
-PATIENCE = 15.0
+from tests.support.waiting import DEADLINE, wait_until
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def check_nothing_left(before: Census, directory: Path) -> None:
     """
     # Waiting, because the last steps of a dying process are the kernel's.
     try:
-        wait_until(lambda: not take_census(directory).left_behind(before), deadline=PATIENCE)
+        wait_until(lambda: not take_census(directory).left_behind(before), deadline=DEADLINE)
     except AssertionError:
         after = take_census(directory)
         left = after.left_behind(before)

@@ -17,6 +17,7 @@ from redis.retry import Retry
 
 from sharedpool.integrations.redis import SharedConnectionPool
 from sharedpool.integrations.redis import asyncio as asynchronous
+from tests.support import commands
 from tests.support.postgres import Daemon, Missing, Ports, as_somebody, private_directory
 from tests.support.state import State
 from tests.support.waiting import wait_until
@@ -206,8 +207,9 @@ def work(state: State, seconds: float, evidence: str, label: str = "r") -> None:
     """
     client = state.things[label]
     end, n = time.monotonic() + seconds, 0
+    stop = commands.told_to_stop(state)
     with open(evidence, "a", buffering=1) as file:
-        while time.monotonic() < end:
+        while time.monotonic() < end and not stop.is_set():
             n += 1
             token = f"{os.getpid()}-{n}".encode()
             try:

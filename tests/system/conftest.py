@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patient_arbiter
 from tests.support.backend import Backend, Target
 from tests.support.leaks import check_nothing_left, places, take_census
 from tests.support.postgres import Postgres
@@ -69,6 +70,12 @@ def scope(directory: Path, nothing_left_behind: None) -> Iterator[Scope]:
     scope = Scope(directory / "s")
     yield scope
     scope.stop()
+
+
+@pytest.fixture
+def patient(directory: Path, scope: Scope) -> None:
+    """The test is about who is served after whom: nobody loses his grant because the machine is busy."""
+    scope.settings.update(patient_arbiter.interpreter(directory))
 
 
 @pytest.fixture

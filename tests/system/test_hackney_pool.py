@@ -612,17 +612,3 @@ def test_the_example_keeps_a_pool_until_it_is_told_to_end(two: list[Worker], sco
         process.terminate()
         assert process.wait(30) == 0
     assert call(two[1], "find_pool", "api") is None
-
-
-def test_the_programs_of_the_page_run_as_they_stand(tmp_path: Path) -> None:
-    programs = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "hackney.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert programs
-    for program in programs:
-        environment = clean_environment({"SHAREDPOOL_DIR": str(tmp_path)})
-        ended = subprocess.run(
-            [sys.executable, "-c", program + "\nsharedpool.stop()\n"],
-            env=environment, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr

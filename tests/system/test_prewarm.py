@@ -14,6 +14,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 def prewarm(state: State, target: Target, count: int | None = None, **options: Any) -> None:
     commands.pool_of(state, "default").prewarm(target.host, target.port, target.transport, count=count, **options)

@@ -26,6 +26,8 @@ from tests.system.cli import good
 from tests.system.lineup import line_up
 from tests.system.test_succession import kill_arbiter, successor
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture(params=["shared", "local"])
 def mode(request: pytest.FixtureRequest) -> str:

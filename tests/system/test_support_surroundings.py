@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
+from sharedpool.served import GRANT_TIMEOUT
 from tests.support import commands, leaks
 from tests.support.backend import Backend
 from tests.support.postgres import Ports
@@ -19,6 +21,7 @@ from tests.support.scope import Scope
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import ROOT, Harness, Worker, clean_environment
+from tests.system.lineup import line_up
 
 #: A program that hands down the usual signals, and one that shows what it has got.
 STARTER = """
@@ -96,3 +99,20 @@ def loop_that_was_told_before(state: State) -> commands.Load:
 
 def test_who_is_told_to_stop_before_he_begins_does_not_begin(worker: Worker) -> None:
     assert worker.call(loop_that_was_told_before) == commands.Load()
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_patient_arbiter_leaves_a_grant_where_it_is_for_long(three: list[Worker], backend: Backend) -> None:
+    for worker in three:
+        worker.attach(max_connections=1)
+    label = three[0].checkout(backend.tcp)
+    first, second = line_up(three[0], [(three[1], backend.tcp), (three[2], backend.tcp)])
+    three[1].stop()
+    three[0].checkin(label)
+    over = time.monotonic() + 10 * GRANT_TIMEOUT / 1e9
+    wait_until(lambda: time.monotonic() > over)
+    assert (second.done, three[0].stats().granted) == (False, 1)
+    three[1].resume()
+    three[1].checkin(first.result())
+    three[2].checkin(second.result())
+    assert three[0].stats().revoked == 0
