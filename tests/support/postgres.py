@@ -36,7 +36,7 @@ class Missing(_Skipped):  # type: ignore[valid-type, misc]
 _SETTINGS = {
     "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "16MB",
     "max_connections": "100", "autovacuum": "off", "wal_level": "minimal", "max_wal_senders": "0",
-    "dynamic_shared_memory_type": "mmap",  # /dev/shm is looked at by the leak check
+    "dynamic_shared_memory_type": "mmap",  # of its own directory, which goes with it
     "log_min_messages": "warning", "timezone": "UTC", "logging_collector": "off",
 }  # fmt: skip
 

@@ -34,6 +34,8 @@ from tests.support.workers import Harness, Worker, clean_environment
 from tests.system import hackney
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: The function index of hackney_pool 1.16 to 1.21.

@@ -472,6 +472,8 @@ for module, names in (
             delattr(module, name)
 sys.platform = sys.argv[1]
 import sharedpool
+
+pytestmark = pytest.mark.usefixtures("patient")
 pool = sharedpool.attach(max_connections=1)
 numbers = []
 for _ in range(2):
