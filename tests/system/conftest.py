@@ -79,6 +79,12 @@ def patient(directory: Path, scope: Scope) -> None:
 
 
 @pytest.fixture
+def unhurried(scope: Scope) -> None:
+    """The test counts connections at a back end that may be slow to close; after close_timeout they count no more."""
+    scope.settings["SHAREDPOOL_DEFAULT_CLOSE_TIMEOUT"] = "20"
+
+
+@pytest.fixture
 def backend(directory: Path, nothing_left_behind: None) -> Iterator[Backend]:
     """The counting back end."""
     with Backend(directory) as running:

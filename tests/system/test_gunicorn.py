@@ -13,6 +13,8 @@ from tests.support.scope import Scope
 from tests.support.waiting import DEADLINE, wait_until
 from tests.system.servers import CAP, Gunicorn, Load, Web
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 #: The issue asks for 60.
 SECONDS = float(os.environ.get("SHAREDPOOL_TEST_SECONDS", "5"))
 WORKERS, RECYCLE = 4, 50

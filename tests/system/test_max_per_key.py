@@ -18,7 +18,7 @@ from tests.system.lineup import line_up
 from tests.system.test_prewarm import prewarm
 from tests.system.test_succession import kill_arbiter
 
-pytestmark = pytest.mark.usefixtures("patient")
+pytestmark = pytest.mark.usefixtures("patient", "unhurried")
 
 
 @pytest.fixture(params=["shared", "local"])

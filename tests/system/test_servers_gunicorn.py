@@ -17,6 +17,8 @@ from tests.support.waiting import DEADLINE, wait_until
 from tests.support.workers import ROOT, clean_environment
 from tests.system.servers import CAP, CLIENTS, Gunicorn, Load, Web
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 ASGI = "examples.fastapi_app:app"
 KINDS = {
     "sync": ["--worker-class", "sync"],

@@ -32,7 +32,10 @@ class Uwsgi(Server):
         )  # fmt: skip
 
 
-pytestmark = pytest.mark.skipif(UWSGI is None, reason="binary uwsgi is missing")
+pytestmark = [
+    pytest.mark.skipif(UWSGI is None, reason="binary uwsgi is missing"),
+    pytest.mark.usefixtures("unhurried"),
+]
 
 
 @pytest.mark.parametrize("options", [[], ["--lazy-apps"]], ids=["loaded before the fork", "loaded after it"])
