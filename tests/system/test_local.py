@@ -27,6 +27,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker, clean_environment
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture(params=["shared", "local"])
 def mode(request: pytest.FixtureRequest) -> str:
@@ -472,8 +474,6 @@ for module, names in (
             delattr(module, name)
 sys.platform = sys.argv[1]
 import sharedpool
-
-pytestmark = pytest.mark.usefixtures("patient")
 pool = sharedpool.attach(max_connections=1)
 numbers = []
 for _ in range(2):
