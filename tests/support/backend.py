@@ -36,8 +36,8 @@ _Ends = tuple[tuple[str, int], tuple[str, int]]
 def _untouched(ends: set[_Ends]) -> set[_Ends]:
     """Those of these connections that are established and have nothing unread.
 
-    A packet over loopback may be delivered after the call that sent it; that it is there only the kernel knows. A port
-    alone names no connection: others of this host may have the same one, with another address.
+    A packet over loopback may be delivered after the call that sent it; only the kernel knows that it is there. A port
+    alone does not name a connection: other programs may have a connection with the same port at another address.
     """
     found = set()
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:

@@ -44,8 +44,8 @@ def places(directory: Path) -> dict[str, str]:
 def take_census(directory: Path) -> Census:
     """Count now; files and Unix sockets are looked for below `directory`.
 
-    Only what the tests' own processes make is counted: /dev/shm and /tmp are others', too, who may use sharedpool. A
-    segment has no name, and the default scope of a test's processes lies below `directory` (`places`).
+    Only what the tests' own processes make is counted. Other programs use /dev/shm and /tmp, too, perhaps by
+    sharedpool. A segment has no name, and the default scope of a test's processes lies below `directory` (`places`).
     """
     for pid in processes.children():
         if processes.state(pid) == "Z":

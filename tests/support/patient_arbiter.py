@@ -1,9 +1,9 @@
-"""An arbiter that leaves a grant with its waiter for 5 s instead of 0.1 s, for tests of who is served after whom.
+"""An arbiter that leaves a grant with its waiter for 5 s instead of 0.1 s, for tests of the queue's order.
 
-Who does not take his grant in that time loses it to the next one: so it is meant for a stopped process, and so it is
-for one that a busy machine does not let run. What order there is without that, a test sees with more patience only.
+A waiter that does not take its grant in time loses it to the next one. The rule is meant for stopped processes. But a
+busy machine can keep any thread from running for 0.1 s, and then the order changes.
 
-Run in the place of a Python (SHAREDPOOL_PYTHON), so that it is started as every arbiter is: `-I -c CODE ARGUMENTS`.
+It runs in the place of a Python (SHAREDPOOL_PYTHON), so it is started like every arbiter: `-I -c CODE ARGUMENTS`.
 """
 
 from __future__ import annotations

@@ -56,11 +56,11 @@ def binary(name: str) -> str:
 
 
 class Ports:
-    """Ports of 127.0.0.1 that are given to nobody else until `close`.
+    """Ports of 127.0.0.1 that the kernel gives to no other program until `close`.
 
-    A port that was only looked for may be another program's before its server listens there, or while it is restarted:
-    every connection gets one of the same numbers. Each has a socket here that is bound and never listens; as all
-    servers do, it allows others to bind the address, too. Until one listens, a connection is refused.
+    A free port that is not held may be gone before its server listens: any new connection can get it as its own port.
+    So each port has a socket that is bound and never listens. It allows another socket to bind the same address, as
+    servers do, too. While no server listens, a connection is refused.
     """
 
     def __init__(self) -> None:

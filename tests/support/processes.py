@@ -25,11 +25,11 @@ def adopt_orphans() -> None:
 
 
 def hand_down_usual_signals() -> None:
-    """What this process starts has every signal as usual, however this process itself was started.
+    """Give the programs that this process starts the usual signals, whatever this process was started with.
 
-    A script's `&` ignores SIGINT, nohup SIGHUP, some supervisors SIGCHLD, and a signal may be blocked: all of this is
-    inherited through fork and exec. This process goes on ignoring what it ignores, but by a handler, which is not
-    inherited through exec. For the main thread, before anything is started.
+    A script's `&` ignores SIGINT, nohup ignores SIGHUP, and a parent may block signals. Fork and exec hand this down.
+    This process goes on ignoring these signals, but by a handler, and exec hands down no handler. Call it in the main
+    thread, before anything is started.
     """
     for number in signal.valid_signals() - _PYTHONS:
         if signal.getsignal(number) == signal.SIG_IGN:
@@ -43,7 +43,7 @@ _PYTHONS = {signal.SIGPIPE, signal.SIGXFSZ}
 
 
 def _do_nothing(number: int, frame: object) -> None:
-    """The handler of what was ignored."""
+    """The handler of the signals that were ignored."""
 
 
 def state(pid: int) -> str:

@@ -74,13 +74,13 @@ def scope(directory: Path, nothing_left_behind: None) -> Iterator[Scope]:
 
 @pytest.fixture
 def patient(directory: Path, scope: Scope) -> None:
-    """The test is about who is served after whom: nobody loses his grant because the machine is busy."""
+    """For tests of the queue's order: no waiter loses its grant because the machine is busy (patient_arbiter)."""
     scope.settings.update(patient_arbiter.interpreter(directory))
 
 
 @pytest.fixture
 def unhurried(scope: Scope) -> None:
-    """The test counts connections at a back end that may be slow to close; after close_timeout they count no more."""
+    """For tests that count connections at a back end: it has 20 s to close one before the permit goes on without it."""
     scope.settings["SHAREDPOOL_DEFAULT_CLOSE_TIMEOUT"] = "20"
 
 

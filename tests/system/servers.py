@@ -163,7 +163,7 @@ class Server:
         wait_until(lambda: len(self.workers()) == self.count, what="there is another")
 
     def _stop_a_worker(self) -> int:
-        """Stop one that has served: gunicorn never kills one that has not yet given a sign of life. 0: it has ended."""
+        """Stop a worker that has served; 0: it had ended. Before its first sign of life gunicorn kills none."""
         status, body = self.get("/stats")
         victim = int(json.loads(body)["pid"]) if status == 200 else 0
         if victim not in self.workers():

@@ -1,4 +1,4 @@
-"""Every Python block of docs/ runs as it is pasted; its addresses are exchanged for those of the tests' servers."""
+"""Every Python block of docs/ runs as it is pasted; its addresses are replaced by those of the tests' servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.waiting import DEADLINE
 from tests.support.workers import ROOT, Worker, clean_environment
 from tests.system.servers import Web
 
-#: Who stands for an address of the pages. A block that names another one, and uses it, fails.
+#: Which of the tests' servers takes the place of an address. A block that connects to another address fails.
 ADDRESSES = {
     "api.example.org:443": "tls",
     '"10.0.0.5", 443': "mutual_tls",
@@ -28,7 +28,7 @@ ADDRESSES = {
     "10.0.0.5:8080": "web",
     "host=10.0.0.5 dbname=shop user=app sslmode=disable": "postgres",
 }
-#: PostGIS needs libraries that are no Python packages; what stands on its engine stands on PostgreSQL's, too.
+#: PostGIS needs libraries that are no Python packages; PostgreSQL's engine has the same base.
 INSTEAD = {"django.contrib.gis.db.backends.postgis": "django.db.backends.postgresql"}
 
 
@@ -51,7 +51,7 @@ def blocks() -> list[Block]:
 
 
 def stand_in(name: str, request: pytest.FixtureRequest, directory: Path) -> str:
-    """Start who stands for an address, and give his, written as it was."""
+    """Start the server that takes an address's place, and give its address in the same form."""
     if name == "tcp":
         backend: Backend = request.getfixturevalue("backend")
         return f'"{backend.tcp.host}", {backend.tcp.port}'

@@ -1,4 +1,4 @@
-"""The tests' own tools know what is theirs: signals, ports and files of others make no difference."""
+"""Signals, ports and files of other programs make no difference to the tests."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def loop_that_was_told_before(state: State) -> commands.Load:
     return commands.requests_until_told(state, [])
 
 
-def test_who_is_told_to_stop_before_he_begins_does_not_begin(worker: Worker) -> None:
+def test_a_loop_that_is_told_to_stop_before_it_begins_does_nothing(worker: Worker) -> None:
     assert worker.call(loop_that_was_told_before) == commands.Load()
 
 
