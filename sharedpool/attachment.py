@@ -102,7 +102,7 @@ from .lines import CLOSES, COUNTS, Lines
 from .native import Call, patched
 from .notices import Notices
 from .returns import CLOSED, GIVEN, LATER, Returns
-from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats, from_closes
+from .stats import OTHER_KEYS, REASONS, KeyStats, PoolStats
 from .sticky import steal_after
 from .table import BUSY, DONE, LEFT
 from .waiting import OutOfTime, Waiter, WaitingRoom
@@ -237,8 +237,7 @@ class Attachment:
 
     def own_counters(self) -> dict[str, int]:
         """What this process has counted."""
-        counters, closes = view.row_counts(self.words, self.segment.geometry, self.row)
-        return {**counters, **from_closes(closes)}
+        return view.worker_counts(self.words, self.segment.geometry, self.row)
 
     def key_stats(self) -> dict[str, KeyStats]:
         """The numbers of every address that this process has used, over all processes; "other": what has none."""

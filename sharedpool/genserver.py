@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
+from time import monotonic_ns
 from typing import Any
 
 from . import layout, options, view
@@ -179,7 +180,7 @@ class PoolServer(ServedPool):
         return found
 
     def _stats(self) -> PoolStats:
-        return view.stats(self.words, self.segment.geometry, self.name)
+        return view.stats(self.words, self.segment.geometry, self.name, monotonic_ns())
 
     def _idle_of(self, address: Address | None = None) -> int:
         """Idle connections: all, or those of one address as `drivers.key` gives it. Keys need the pool's secret."""

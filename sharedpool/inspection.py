@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
-from time import monotonic
 from typing import Any
 
 from . import scope
@@ -64,13 +63,12 @@ def stats_of(numbers: dict[str, Any]) -> PoolStats:
 
 def _local_overview(pool: Any) -> dict[str, Any]:
     stats = pool.stats()
-    since = [slot.since for slot in pool.slots if slot.state == "in_use"]
     return {
         "stats": stats,
         "options": pool.options.as_dict(),
         "paused": pool.paused,
-        "longest_wait": 0.0,
-        "longest_lease": monotonic() - min(since) if since else 0.0,
+        "longest_wait": stats.longest_wait,
+        "longest_lease": stats.longest_lease,
     }
 
 

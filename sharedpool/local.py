@@ -556,6 +556,7 @@ class LocalPool:
     def _timeout(self, route: LocalRoute) -> PoolTimeout:
         self._count("timeouts", route)
         stats = self.stats()
+        stats = dataclasses.replace(stats, waiting=stats.waiting + 1)  # this one has just left the queue
         text = f"pool {self.name!r}: no connection to {route.where} became free in time {stats.numbers()}"
         if self.paused:
             text += "; the pool is paused"

@@ -246,14 +246,13 @@ def _about(served: Arbiter) -> dict[str, Any]:
 
 
 def _overview(pool: PoolServer) -> dict[str, Any]:
-    now, w, geometry = time.monotonic_ns(), pool.words, pool.segment.geometry
-    leases = view.leases(w, geometry)
+    stats = pool.handle_call("stats")
     return {
-        "stats": dataclasses.asdict(view.stats(w, geometry, pool.name, now)),  # not pickled: versions may differ
+        "stats": dataclasses.asdict(stats),  # not pickled: versions may differ
         "options": pool.options.as_dict(),
-        "paused": bool(w[layout.GATE] & layout.PAUSED),
-        "longest_wait": view.longest_wait(w, now) / 1e9,
-        "longest_lease": (now - leases[0].since) / 1e9 if leases else 0.0,
+        "paused": bool(pool.words[layout.GATE] & layout.PAUSED),
+        "longest_wait": stats.longest_wait,
+        "longest_lease": stats.longest_lease,
     }
 
 
@@ -266,7 +265,7 @@ def _workers(pool: PoolServer) -> list[dict[str, Any]]:
             "row": row,
             "age": (now - w[layout.HEADER + layout.ROW * row + layout.ROW_SINCE]) / 1e9,
             "leases": leases[row],
-            "counters": view.row_counts(w, geometry, row)[0],
+            "counters": view.worker_counts(w, geometry, row),
         }
         for row in view.live_rows(w, geometry)
     ]

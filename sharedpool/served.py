@@ -1226,7 +1226,7 @@ class ServedPool:
         waiting = w[WAITING_COUNT]
         if waiting and w[USED] >= w[MAX] and not w[GATE] & PAUSED and now >= self._cap_said + _SAY_EVERY:
             self._cap_said = now
-            numbers = stats(w, self.segment.geometry, self.name).numbers()
+            numbers = stats(w, self.segment.geometry, self.name, now).numbers()
             self._log.warning("pool %r: cap reached: %d in the queue %s", self.name, waiting, numbers)
 
     def _sweep(self, now: int) -> None:

@@ -82,6 +82,7 @@ from .stats import (
     Histogram,
     KeyStats,
     PoolStats,
+    from_closes,
     from_counts,
     histogram_of,
     key_counters,
@@ -244,6 +245,12 @@ def row_counts(w: memoryview[int], geometry: Geometry, row: int) -> tuple[dict[s
     return _named(counts, COUNTERS), _named(counts, REASONS, ROW_CLOSES)
 
 
+def worker_counts(w: memoryview[int], geometry: Geometry, row: int) -> dict[str, int]:
+    """What one row has counted, by the names of PoolStats: its counters, and its closes by their reasons."""
+    counters, closes = row_counts(w, geometry, row)
+    return {**counters, **from_closes(closes)}
+
+
 def _named(counts: list[int], names: tuple[str, ...], offset: int = ROW_COUNTERS) -> dict[str, int]:
     """The counts that begin at an offset, by name."""
     return dict(zip(names, counts[offset - ROW_COUNTERS :], strict=False))
@@ -256,8 +263,8 @@ def reason(w: memoryview[int], geometry: Geometry, at: int) -> str:
     return REASONS[offset] if cause and 0 <= offset < len(REASONS) else ""
 
 
-def stats(w: memoryview[int], geometry: Geometry, name: str, now: int = 0) -> PoolStats:
-    """The pool's numbers over all processes; with the time, monotonic ns, also how long the longest ones last."""
+def stats(w: memoryview[int], geometry: Geometry, name: str, now: int) -> PoolStats:
+    """The pool's numbers over all processes; the time, monotonic ns, is what the longest ones are measured by."""
     states = dict.fromkeys(_NAMES, 0)
     connections = 0
     base = geometry.slot_base
@@ -270,7 +277,7 @@ def stats(w: memoryview[int], geometry: Geometry, name: str, now: int = 0) -> Po
     counts, processes = sums(w, geometry)
     return from_counts(
         name, w[MAX], states, _counters(counts), w[WAITING_COUNT], processes, _named(counts, REASONS, ROW_CLOSES),
-        connections=connections, **_histograms(counts), **(_longest(w, geometry, now) if now else {}),
+        connections=connections, **_histograms(counts), **_longest(w, geometry, now),
     )  # fmt: skip
 
 
@@ -377,7 +384,7 @@ def workers(w: memoryview[int], geometry: Geometry) -> dict[int, dict[str, Any]]
     for row in live_rows(w, geometry):
         counters, closes = row_counts(w, geometry, row)
         ways = sum(counters[name] for name in ("reuses", "takeovers", "handoffs", "opens"))
-        found[row_pid(w, row)] = {"checkouts": ways, **counters, "closes": closes}
+        found[row_pid(w, row)] = {"checkouts": ways, **counters, **from_closes(closes), "closes": closes}
     return found
 
 
@@ -461,20 +468,6 @@ def leases(w: memoryview[int], geometry: Geometry) -> list[LeaseView]:
             since = w[geometry.slot_base + SLOT * index + SINCE]
             found.append(LeaseView(index, row, row_pid(w, row), since))
     return sorted(found, key=lambda lease: lease.since)
-
-
-def longest_wait(w: memoryview[int], now: int) -> int:
-    """How long the one in the queue who came first has waited, ns; 0 if nobody waits.
-
-    With priorities that is not always its head. The queue may change meanwhile: no more steps than wait.
-    """
-    cell, longest = w[HEAD], 0
-    for _ in range(min(w[WAITING_COUNT], MOST_WAITING)):
-        if not cell:
-            break
-        longest = max(longest, now - w[cell + CELL_SINCE])
-        cell = w[cell + NEXT]
-    return longest
 
 
 def count_idle(w: memoryview[int], geometry: Geometry, key: int) -> int:

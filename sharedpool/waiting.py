@@ -336,7 +336,7 @@ class WaitingRoom:
         return result
 
     def _full(self) -> TooManyWaiting:
-        stats = view.stats(self.words, self._segment.geometry, self._name)
+        stats = view.stats(self.words, self._segment.geometry, self._name, monotonic_ns())
         limit = self.words[MAX_WAITING]
         text = f"pool {self._name!r}: {limit} checkouts wait already, and no more may (max_waiting) {stats.numbers()}"
         return TooManyWaiting(text, stats=stats, pool=self._name)

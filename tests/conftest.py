@@ -7,9 +7,14 @@ import random
 
 import pytest
 
+from tests.support.processes import hand_down_usual_signals
+
 # As it is written, unless the caller says otherwise: many tests of the core look at the source's byte code or break its
 # stores off, and a source tree's compiled modules may be old. scripts/test runs what can be compiled both ways.
 os.environ.setdefault("SHAREDPOOL_SPEED", "pure")
+
+
+hand_down_usual_signals()
 
 
 @pytest.fixture

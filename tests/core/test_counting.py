@@ -55,9 +55,9 @@ def test_durations_are_counted_and_summed() -> None:
     seconds = Durations(world.words, HEADER + ROW * ONE + ROW_LEASE_SECONDS)
     for took in (1_000_000, 2_000_000, -5):
         seconds.add(took)
-    found = view.stats(world.words, world.geometry, "x").lease_seconds
+    found = view.stats(world.words, world.geometry, "x", 0).lease_seconds
     assert (found.counts[:4], found.sum, found.count) == ((1, 1, 1, 0), 0.003, 3)
-    assert view.stats(world.words, world.geometry, "x").wait_seconds == Histogram()
+    assert view.stats(world.words, world.geometry, "x", 0).wait_seconds == Histogram()
 
 
 def test_threads_that_count_at_once_lose_none() -> None:
@@ -73,7 +73,7 @@ def test_threads_that_count_at_once_lose_none() -> None:
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    found = view.stats(world.words, world.geometry, "x").wait_seconds
+    found = view.stats(world.words, world.geometry, "x", 0).wait_seconds
     assert (found.count, round(found.sum * 1e9)) == (80_000, 560_000)
 
 
@@ -87,21 +87,21 @@ def counted(row: int) -> World:
 
 
 def test_a_fold_broken_off_anywhere_is_finished_by_the_next_and_loses_and_doubles_nothing() -> None:
-    before = view.stats(counted(TWO).words, counted(TWO).geometry, "x")
+    before = view.stats(counted(TWO).words, counted(TWO).geometry, "x", 0)
     for k in range(1, 1000):
         world = counted(TWO)
         words: Any = BreakingWords(world.words, Breaker(k).store)
         try:
             fold(words, TWO)
         except Broken:
-            assert view.stats(world.words, world.geometry, "x") == before, f"store {k}, and nobody goes on"
+            assert view.stats(world.words, world.geometry, "x", 0) == before, f"store {k}, and nobody goes on"
             counting.finish(world.words)
-            assert view.stats(world.words, world.geometry, "x") == before, f"store {k}"
+            assert view.stats(world.words, world.geometry, "x", 0) == before, f"store {k}"
             fold(world.words, TWO)
         totals = [world.words[HEADER + ROW * TOTALS_ROW + offset] for offset in range(ROW_COUNTERS, ROW)]
         assert totals == [1000 + 2 * offset for offset in range(ROW_COUNTERS, ROW)], f"store {k}"
         assert not any(world.words[HEADER + ROW * TWO + offset] for offset in range(ROW_COUNTERS, ROW))
-        assert view.stats(world.words, world.geometry, "x") == before
+        assert view.stats(world.words, world.geometry, "x", 0) == before
         if k > 5 * (ROW - ROW_COUNTERS):
             return
     raise AssertionError("the fold does not end")
@@ -111,7 +111,7 @@ def test_closes_are_counted_over_all_rows_and_some_are_numbers_of_their_own() ->
     world = World()
     for row, name in ((ONE, "expired"), (TWO, "expired"), (TWO, "unclean"), (TOTALS_ROW, "evicted")):
         world.words[HEADER + ROW * row + ROW_CLOSES + REASONS.index(name)] += 2
-    found = view.stats(world.words, world.geometry, "x")
+    found = view.stats(world.words, world.geometry, "x", 0)
     assert {name: number for name, number in found.closes.items() if number} == {
         "expired": 4, "unclean": 2, "evicted": 2
     }  # fmt: skip

@@ -46,7 +46,7 @@ def test_each_process_has_one_line_for_a_key_and_they_are_added_up() -> None:
     for place, number in zip(places, (1, 10, 100), strict=True):
         count(world, place, "reuses", number)
     assert reuses(world) == {A: 11, B: 100}
-    assert view.stats(world.words, world.geometry, "x").reuses == 111
+    assert view.stats(world.words, world.geometry, "x", 0).reuses == 111
     assert view.row_counts(world.words, world.geometry, ONE)[0]["reuses"] == 101
 
 
@@ -71,7 +71,7 @@ def test_a_process_gets_a_quarter_of_the_lines_and_the_last_ones_are_the_arbiter
     for key in range(101, 110):
         count(world, arbiter.place(key), "reuses")
     assert world.words[LINE_HIGH] == 16
-    assert sum(reuses(world).values()) == 4 * 19 + 9 == view.stats(world.words, world.geometry, "x").reuses
+    assert sum(reuses(world).values()) == 4 * 19 + 9 == view.stats(world.words, world.geometry, "x", 0).reuses
     assert reuses(world)[0] == 4 * 19 + 9 - 16
     assert reuses(world)[101] == 1
 
@@ -146,20 +146,20 @@ def test_broken_off_at_any_store_and_done_again_by_an_heir_nothing_is_lost_or_do
             place = Lines(world.table(row)).place(key)
             for offset in range(ROW_COUNTERS, LINE):
                 world.words[place + offset] = number * (1000 + offset)
-        before = view.stats(world.words, world.geometry, "x")
+        before = view.stats(world.words, world.geometry, "x", 0)
         try:
             work(arbiter(world, Breaker(k).store))
         except Broken:
-            assert view.stats(world.words, world.geometry, "x") == before, f"store {k}, and nobody goes on"
+            assert view.stats(world.words, world.geometry, "x", 0) == before, f"store {k}, and nobody goes on"
             counting.finish(world.words)
-            assert view.stats(world.words, world.geometry, "x") == before, f"store {k}"
+            assert view.stats(world.words, world.geometry, "x", 0) == before, f"store {k}"
             work(arbiter(world))
         else:
             assert k > LINE - ROW_COUNTERS
             left = [line.key for line in view.lines(world.words, world.geometry)]
             assert left == ([A, B, C] if step == "fold" else [])
             return
-        assert view.stats(world.words, world.geometry, "x") == before, f"store {k}"
+        assert view.stats(world.words, world.geometry, "x", 0) == before, f"store {k}"
     raise AssertionError("it does not end")
 
 

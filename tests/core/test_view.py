@@ -40,7 +40,7 @@ def test_the_numbers_are_counted_over_all_slots_and_rows() -> None:
     cell = world.waiting(ONE)
     world.grant(granted, cell)
     world.waiting(TWO)
-    stats = view.stats(world.words, world.geometry, "x")
+    stats = view.stats(world.words, world.geometry, "x", 0)
     assert (stats.in_use, stats.idle, stats.opening, stats.granted, stats.closing) == (2, 1, 1, 1, 1)
     assert (stats.name, stats.max_connections, stats.waiting, stats.processes) == ("x", 7, 1, 3)
     assert stats.used == 6
@@ -53,7 +53,7 @@ def test_counters_are_those_of_the_living_the_dead_and_the_arbiter() -> None:
         w[HEADER + ROW * row + ROW_COUNTERS + last] = number
     w[HEADER + ROW * TOTALS_ROW + ROW_ARBITERS] = 3
     w[HEADER + ROW * ARBITER_ROW + ROW_COUNTERS] = 4  # there one of layout 2 counted
-    stats = view.stats(w, world.geometry, "x")
+    stats = view.stats(w, world.geometry, "x", 0)
     assert getattr(stats, COUNTERS[last]) == 1110
     assert getattr(stats, ARBITER_COUNTERS[0]) == 7
     assert view.row_counts(w, world.geometry, ONE)[0][COUNTERS[last]] == 100
@@ -182,11 +182,11 @@ def test_a_grant_counts_for_the_key_that_its_waiter_wants() -> None:
     assert C not in view.keys(world.words, world.geometry)
 
 
-def test_the_longest_wait_is_that_of_the_head_of_the_queue() -> None:
+def test_the_longest_wait_is_that_of_who_came_first() -> None:
     world = World(maximum=1, slots=1)
     world.leased(ONE)
-    assert view.longest_wait(world.words, 10**12) == 0
+    assert view.stats(world.words, world.geometry, "x", 10**12).longest_wait == 0
     cell = world.waiting(TWO)
     world.waiting(THREE)
     since = world.words[cell + CELL_SINCE]
-    assert view.longest_wait(world.words, since + 5) == 5
+    assert view.stats(world.words, world.geometry, "x", since + 5).longest_wait == 5e-9

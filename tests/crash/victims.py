@@ -144,7 +144,7 @@ def look(outcome: Outcome, worker: Worker, backend: Backend, within: float, **co
     worker.call(check)
     if (peak := backend.counts()["peak"]) > CAP:
         outcome.lost.append(f"{peak} connections at the back end:\n{backend.story()}")
-    wait_until(lambda: backend.open == stats.idle, deadline=5, what=f"the back end has {stats.idle}")
+    wait_until(lambda: backend.open == stats.idle, what=f"the back end has {stats.idle}")
     if outcome.seconds > within:
         outcome.lost.append(f"{outcome.seconds:.3f} s")
 

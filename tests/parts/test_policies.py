@@ -47,7 +47,7 @@ def arbiter() -> Iterator[SteppedArbiter]:
 
 
 def numbers(pool: ServedPool) -> PoolStats:
-    return view.stats(pool.words, pool.segment.geometry, pool.name)
+    return view.stats(pool.words, pool.segment.geometry, pool.name, 0)
 
 
 def state(pool: ServedPool, at: int) -> int:

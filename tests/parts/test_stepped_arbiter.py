@@ -46,7 +46,7 @@ def arbiter() -> Iterator[SteppedArbiter]:
 
 
 def numbers(pool: ServedPool) -> PoolStats:
-    return view.stats(pool.words, pool.segment.geometry, pool.name)
+    return view.stats(pool.words, pool.segment.geometry, pool.name, 0)
 
 
 def wait_in_line(arbiter: SteppedArbiter, pool: ServedPool, worker: SteppedWorker, key: int = 1) -> int:

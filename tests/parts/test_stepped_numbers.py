@@ -38,7 +38,7 @@ class Numbers(RuleBasedStateMachine):
         self.arbiter.close()
 
     def stats(self) -> PoolStats:
-        return view.stats(self.pool.words, self.pool.segment.geometry, "default")
+        return view.stats(self.pool.words, self.pool.segment.geometry, "default", 0)
 
     def worker(self, number: int) -> SteppedWorker:
         if number >= len(self.workers):

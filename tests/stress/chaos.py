@@ -274,7 +274,7 @@ class Chaos(Harm):
             stats = operator.wait_stats(
                 POOL, in_use=0, opening=0, granted=0, waiting=0, closing=0, max_connections=CAP, **more
             )
-            wait_until(lambda: self.backend.open == operator.stats(POOL).idle, deadline=5)
+            wait_until(lambda: self.backend.open == operator.stats(POOL).idle)
             operator.call(users.check)
             operator.call(commands.library, "start_pool", POOL, thread="operator", lease_timeout=None)
             labels = [

@@ -112,7 +112,7 @@ class ClientsChaos(Harm):
                 self.operator.wait_stats(name, in_use=0, opening=0, granted=0, waiting=0, closing=0, **more)
                 self.operator.call(users.check, name)
                 if name == REDIS:
-                    wait_until(lambda: self.servers.connected() == self.operator.stats(REDIS).idle, deadline=5)
+                    wait_until(lambda: self.servers.connected() == self.operator.stats(REDIS).idle)
             except Exception as error:
                 self.report.lost.append(f"{name!r} does not come to rest: {error!r}"[:4000])
 

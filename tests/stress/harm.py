@@ -24,9 +24,9 @@ PAUSE = 0.06
 #: A call may be so late before it is called stuck, ns: its process may have to attach, which may take 30 s.
 LATE = 35_000_000_000
 CLOSE_TIMEOUT = 3.0
-#: So many requests per second it serves again, on a machine that may be busy, within so many seconds: an heir waits for
-#: all that live, and then for what the dead one had open as long as `close_timeout`.
-RATE, RECOVERY = 50, 20
+#: It serves again once so many requests were served, within so many seconds on a machine that may be busy: an heir
+#: waits for all that live, and then for what the dead one had open as long as `close_timeout`.
+SERVED, RECOVERY = 50, 40
 
 
 @dataclass
@@ -276,14 +276,14 @@ class Harm:
 
     def _look_at_what_is_left(self) -> None:
         report = self.report
-        for _ in range(RECOVERY):
-            before, start = sum(self.board.outcomes().values()), time.monotonic()
+        before, start = sum(self.board.outcomes().values()), time.monotonic()
+        served = 0
+        while served < SERVED and time.monotonic() < start + RECOVERY:
             time.sleep(1.0)
-            report.rate = (sum(self.board.outcomes().values()) - before) / (time.monotonic() - start)
-            if report.rate >= RATE:
-                break
-        else:
-            report.lost.append(f"the pool serves {report.rate:.0f} requests/s only")
+            served = sum(self.board.outcomes().values()) - before
+        report.rate = served / (time.monotonic() - start)
+        if served < SERVED:
+            report.lost.append(f"the pool served {served} requests only in {RECOVERY} s")
         self._look()
         self.board.stop()
         for worker in self.workers:

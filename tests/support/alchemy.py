@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import traceback
 from typing import Any
 
@@ -122,11 +121,3 @@ def load(state: State, statement: str, number: int, threads: int = 1, label: str
     for thread in started:
         thread.join()
     return errors
-
-
-def until_refused(state: State, seconds: float, label: str = "engine") -> set[int]:
-    """Ask again and again for so long; the sessions that answered."""
-    found, limit = set(), time.monotonic() + seconds
-    while time.monotonic() < limit:
-        found.add(query(state, label=label))
-    return found

@@ -29,17 +29,28 @@ class Target(NamedTuple):
         return f"{self.transport}://{self.host}:{self.port}"
 
 
-def _untouched_ports() -> set[int]:
-    """The local ports of this host's TCP connections that are established and have nothing unread.
+#: A TCP connection as the one side sees it: its own address, and the other one's.
+_Ends = tuple[tuple[str, int], tuple[str, int]]
 
-    A packet over loopback may be delivered after the call that sent it; that it is there only the kernel knows.
+
+def _untouched(ends: set[_Ends]) -> set[_Ends]:
+    """Those of these connections that are established and have nothing unread.
+
+    A packet over loopback may be delivered after the call that sent it; only the kernel knows that it is there. A port
+    alone does not name a connection: other programs may have a connection with the same port at another address.
     """
-    ports = set()
+    found = set()
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, state, queues, *_ = line.split()
+        _, local, remote, state, queues, *_ = line.split()
         if state == "01" and int(queues.partition(":")[2], 16) == 0:
-            ports.add(int(local.rpartition(":")[2], 16))
-    return ports
+            found.add((_address(local), _address(remote)))
+    return ends & found
+
+
+def _address(text: str) -> tuple[str, int]:
+    """An address as the kernel lists it: the host in the machine's byte order, the port as a number."""
+    host, _, port = text.partition(":")
+    return socket.inet_ntoa(int(host, 16).to_bytes(4, sys.byteorder)), int(port, 16)
 
 
 class Backend:
@@ -140,9 +151,9 @@ class Backend:
 
     def _and_arrived(self, command: str, ids: list[int] | None, **fields: Any) -> int:
         chosen = [each for each in self.do("connections") if ids is None or each["id"] in ids]
-        ports = {each["peer"][1] for each in chosen if each["peer"]}
+        ends = {(tuple(each["peer"]), tuple(each["address"])) for each in chosen if each["peer"]}
         number = int(self.do(command, ids=[each["id"] for each in chosen], **fields))
-        wait_until(lambda: not ports & _untouched_ports(), what=f"the client's side has noticed: {command}")
+        wait_until(lambda: not _untouched(ends), what=f"the client's side has noticed: {command}")
         return number
 
     def story(self, around: int = 12) -> str:

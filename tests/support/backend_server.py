@@ -71,6 +71,7 @@ class Connection:
 
     def __init__(self, number: int, sock: socket.socket, listener: str, peer: object) -> None:
         self.number, self.sock, self.listener, self.peer = number, sock, listener, peer
+        self.address = sock.getsockname()
         self.buffer = b""
         self.received = b""
         self.late: list[bytes] = []
@@ -82,6 +83,7 @@ class Connection:
             "id": self.number,
             "listener": self.listener,
             "peer": self.peer,
+            "address": self.address,
             "received": self.received.decode("latin-1"),
             "ended": self.ended,
         }

@@ -161,16 +161,23 @@ def requests(state: State, targets: list[Target], number: int, **options: Any) -
 
 
 def requests_until_told(state: State, targets: list[Target], **options: Any) -> Load:
-    """Requests until `tell_to_stop`."""
+    """Requests until `tell_to_stop`, which may come first."""
     load = Load()
-    state.things["stop"] = threading.Event()
-    while not state.things["stop"].is_set():
+    stop = told_to_stop(state)
+    while not stop.is_set():
         load = load + requests(state, targets, 20, **options)
     return load
 
 
 def tell_to_stop(state: State) -> None:
-    state.things["stop"].set()
+    """For good: all loops of this process, those that begin later, too."""
+    told_to_stop(state).set()
+
+
+def told_to_stop(state: State) -> threading.Event:
+    """What this process's loops look at."""
+    event: threading.Event = state.things.setdefault("stop", threading.Event())
+    return event
 
 
 def checkin_at(state: State, label: str, moment: float) -> None:

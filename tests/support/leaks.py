@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import processes
-from tests.support.waiting import wait_until
-
-PATIENCE = 15.0
+from tests.support.waiting import DEADLINE, wait_until
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,6 @@ class Census:
     descriptors: dict[int, str]
     children: frozenset[int]
     threads: frozenset[str]
-    shared_memory: frozenset[str]
     unix_sockets: frozenset[str]
     scope_files: frozenset[str]
 
@@ -34,14 +31,22 @@ class Census:
         new = {f"descriptor {n} -> {t}" for n, t in self.descriptors.items() if before.descriptors.get(n) != t}
         new |= {f"process {pid}: {processes.command_line(pid)}" for pid in self.children - before.children}
         new |= {f"thread {name}" for name in self.threads - before.threads}
-        new |= {f"/dev/shm/{name}" for name in self.shared_memory - before.shared_memory}
         new |= {f"bound Unix socket {path}" for path in self.unix_sockets - before.unix_sockets}
         new |= {f"file {path}" for path in self.scope_files - before.scope_files}
         return sorted(new)
 
 
+def places(directory: Path) -> dict[str, str]:
+    """The environment in which a scope that nobody named lies below `directory`, where the census sees it."""
+    return {"XDG_RUNTIME_DIR": str(directory / "run")}
+
+
 def take_census(directory: Path) -> Census:
-    """Count now; files and Unix sockets are looked for below `directory`."""
+    """Count now; files and Unix sockets are looked for below `directory`.
+
+    Only what the tests' own processes make is counted. Other programs use /dev/shm and /tmp, too, perhaps by
+    sharedpool. A segment has no name, and the default scope of a test's processes lies below `directory` (`places`).
+    """
     for pid in processes.children():
         if processes.state(pid) == "Z":
             processes.collect(pid)
@@ -49,7 +54,6 @@ def take_census(directory: Path) -> Census:
         descriptors=processes.descriptors(),
         children=frozenset(processes.children()),
         threads=frozenset(f"{thread.name} {thread.ident}" for thread in threading.enumerate()),
-        shared_memory=frozenset(name for name in os.listdir("/dev/shm") if not name.startswith("PostgreSQL.")),
         unix_sockets=frozenset(path for path in bound_unix_sockets() if path.startswith(str(directory))),
         scope_files=frozenset(files_below(directory)),
     )
@@ -72,9 +76,9 @@ def check_nothing_left(before: Census, directory: Path) -> None:
     Raises:
         AssertionError: with a line for each thing left behind.
     """
-    # Waiting, because the last steps of a dying process are the kernel's, and other tests use /dev/shm beside this one.
+    # Waiting, because the last steps of a dying process are the kernel's.
     try:
-        wait_until(lambda: not take_census(directory).left_behind(before), deadline=PATIENCE)
+        wait_until(lambda: not take_census(directory).left_behind(before), deadline=DEADLINE)
     except AssertionError:
         after = take_census(directory)
         left = after.left_behind(before)

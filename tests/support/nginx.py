@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from tests.support.postgres import Daemon, Missing, free_port, private_directory
+from tests.support.postgres import Daemon, Missing, Ports, private_directory
 from tests.support.waiting import wait_until
 
 BODY = "the page"
@@ -54,8 +54,8 @@ class Nginx(Daemon):
         program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin")
         if program is None:
             raise Missing("binary nginx is missing")
-        directory = private_directory("sp-nginx-")
-        port, self._ready = free_port(), free_port()
+        directory, ports = private_directory("sp-nginx-"), Ports()
+        port, self._ready = ports.take(), ports.take()
         self.url = f"https://localhost:{port}"
         mine = shutil.copy(certificate, directory / "server.pem")
         text = _CONFIGURATION.format(directory=directory, certificate=mine, port=port, ready=self._ready, body=BODY)
@@ -63,6 +63,7 @@ class Nginx(Daemon):
         super().__init__(
             directory,
             [program, "-p", str(directory), "-c", str(directory / "nginx.conf"), "-e", str(directory / "error.log")],
+            ports,
         )
 
     def __enter__(self) -> Self:
@@ -72,8 +73,7 @@ class Nginx(Daemon):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.end()
 
     def requests(self, path: str, number: int) -> list[Request]:
         """So many for this path that it has answered, in order; waits for them, because it writes after it answers."""

@@ -36,7 +36,7 @@ class Missing(_Skipped):  # type: ignore[valid-type, misc]
 _SETTINGS = {
     "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "16MB",
     "max_connections": "100", "autovacuum": "off", "wal_level": "minimal", "max_wal_senders": "0",
-    "dynamic_shared_memory_type": "mmap",  # /dev/shm is looked at by the leak check
+    "dynamic_shared_memory_type": "mmap",  # of its own directory, which goes with it
     "log_min_messages": "warning", "timezone": "UTC", "logging_collector": "off",
 }  # fmt: skip
 
@@ -55,10 +55,27 @@ def binary(name: str) -> str:
     return found[-1]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+class Ports:
+    """Ports of 127.0.0.1 that the kernel gives to no other program until `close`.
+
+    A free port that is not held may be gone before its server listens: any new connection can get it as its own port.
+    So each port has a socket that is bound and never listens. It allows another socket to bind the same address, as
+    servers do, too. While no server listens, a connection is refused.
+    """
+
+    def __init__(self) -> None:
+        self._guards: list[socket.socket] = []
+
+    def take(self) -> int:
+        guard = socket.socket()
+        self._guards.append(guard)
+        guard.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        guard.bind(("127.0.0.1", 0))
+        return int(guard.getsockname()[1])
+
+    def close(self) -> None:
+        for guard in self._guards:
+            guard.close()
 
 
 def as_somebody() -> list[str]:
@@ -78,15 +95,16 @@ def private_directory(prefix: str) -> Path:
 class Daemon:
     """A server in the foreground, a child of the tests."""
 
-    def __init__(self, directory: Path, command: list[str]) -> None:
+    def __init__(self, directory: Path, command: list[str], ports: Ports | None = None) -> None:
         self.directory = directory
         self.command = command
         self.log_path = directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.ports = ports or Ports()
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker is told where it is; it is the tests' process."""
-        return {**self.__dict__, "process": None}
+        return {**self.__dict__, "process": None, "ports": Ports()}
 
     def start(self, port: int) -> None:
         with open(self.log_path, "ab") as log:
@@ -122,6 +140,12 @@ class Daemon:
                 self.process.kill()
                 self.process.wait()
 
+    def end(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop it, remove what it left, and let go of its ports."""
+        self.stop(how)
+        self.ports.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
 
 @functools.cache
 def _template() -> Path:
@@ -144,11 +168,12 @@ class Postgres(Daemon):
         program = binary("postgres")
         directory = private_directory("sp-pg-")
         self.data = directory / "data"
-        self.port = free_port()
+        ports = Ports()
+        self.port = ports.take()
         given = {**_SETTINGS, **settings, "port": str(self.port)}
         given["unix_socket_directories"] = f"{directory},{socket_at}" if socket_at else str(directory)
         options = [part for name, value in given.items() for part in ("-c", f"{name}={value}")]
-        super().__init__(directory, [program, "-D", str(self.data), "-h", "127.0.0.1", *options])
+        super().__init__(directory, [program, "-D", str(self.data), "-h", "127.0.0.1", *options], ports)
         subprocess.run([*as_somebody(), "cp", "-a", str(_template()), str(self.data)], check=True, cwd="/")
         (self.data / "pg_hba.conf").write_text(f"local all all trust\nhost all all 127.0.0.1/32 {auth}\n")
 
@@ -213,19 +238,17 @@ class Postgres(Daemon):
         """Until nobody but the judge is connected."""
         wait_until(lambda: not self.backends(), what="no session is left")
 
-    def end(self) -> None:
-        """Stop it and remove what it left."""
-        self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
 
 class PgBouncer(Daemon):
     """pgbouncer before a server, in transaction mode unless said otherwise."""
 
     def __init__(self, postgres: Postgres, *, port: int = 0, login: str = "user=app", **settings: str) -> None:
         """With `port` it reaches the server there, by a detour."""
-        directory = private_directory("sp-pgb-")
-        self.port = free_port()
+        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if program is None:
+            raise Missing("binary pgbouncer is missing")
+        directory, ports = private_directory("sp-pgb-"), Ports()
+        self.port = ports.take()
         given = {
             "listen_addr": "127.0.0.1", "listen_port": str(self.port), "auth_type": "any", "pool_mode": "transaction",
             "default_pool_size": "4", "max_client_conn": "200", "unix_socket_dir": "", "pidfile": "",
@@ -236,10 +259,7 @@ class PgBouncer(Daemon):
         database = f"postgres = host=127.0.0.1 port={port or postgres.port} {login} dbname=postgres"
         config.write_text(f"[databases]\n{database}\n[pgbouncer]\n{lines}\n")
         config.chmod(0o644)
-        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-        if program is None:
-            raise Missing("binary pgbouncer is missing")
-        super().__init__(directory, [program, str(config)])
+        super().__init__(directory, [program, str(config)], ports)
 
     @property
     def conninfo(self) -> str:
@@ -249,10 +269,9 @@ class PgBouncer(Daemon):
         self.start(self.port)
         return self
 
-    def end(self) -> None:
-        """Stop it and remove what it left; with SIGINT it would wait for its clients."""
-        self.stop(signal.SIGTERM)
-        shutil.rmtree(self.directory, ignore_errors=True)
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """As every server; with SIGINT it would wait for its clients."""
+        super().end(how)
 
 
 def too_many(log: str) -> list[str]:

@@ -24,6 +24,28 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def hand_down_usual_signals() -> None:
+    """Give the programs that this process starts the usual signals, whatever this process was started with.
+
+    A script's `&` ignores SIGINT, nohup ignores SIGHUP, and a parent may block signals. Fork and exec hand this down.
+    This process goes on ignoring these signals, but by a handler, and exec hands down no handler. Call it in the main
+    thread, before anything is started.
+    """
+    for number in signal.valid_signals() - _PYTHONS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            # A child whose parent ignores SIGCHLD cannot be waited for.
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else _do_nothing)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+#: Python ignores these by itself, and subprocess gives them back to what it starts.
+_PYTHONS = {signal.SIGPIPE, signal.SIGXFSZ}
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    """The handler of the signals that were ignored."""
+
+
 def state(pid: int) -> str:
     """The state letter of /proc/PID/stat ("R", "S", "T", "Z", ...), "" if there is no such process."""
     fields = _stat(pid)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.support.postgres import Daemon, Missing, free_port, private_directory
+from tests.support.postgres import Daemon, Missing, Ports, private_directory
 from tests.support.waiting import wait_until
 
 PLAIN, SECURE = "plain", "secure"
@@ -55,9 +55,9 @@ class Proxy:
             if program is None:
                 raise Missing(f"binary {name} is missing")
         tinyproxy, haproxy = map(str, programs)
-        self._directory = private_directory("sp-proxy-")
-        port, self._ready = free_port(), free_port()
-        self._ports = {PLAIN: free_port(), SECURE: free_port()}
+        self._directory, self._held = private_directory("sp-proxy-"), Ports()
+        port, self._ready = self._held.take(), self._held.take()
+        self._ports = {PLAIN: self._held.take(), SECURE: self._held.take()}
         mine = shutil.copy(certificate, self._directory / "server.pem")
         texts = {
             "tinyproxy": _TINYPROXY.format(port=port),
@@ -94,6 +94,7 @@ class Proxy:
         """Stop both and remove what they left."""
         for daemon in (self._before, self._behind):
             daemon.stop()
+        self._held.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def address(self, name: str, login: str = "") -> str:

@@ -19,7 +19,8 @@ from redis.retry import Retry
 
 from sharedpool.integrations.redis import SharedConnectionPool
 from sharedpool.integrations.redis import asyncio as asynchronous
-from tests.support.postgres import Daemon, Missing, as_somebody, free_port, private_directory
+from tests.support import commands
+from tests.support.postgres import Daemon, Missing, Ports, as_somebody, private_directory
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.system import tasks
@@ -32,15 +33,15 @@ class RedisServer(Daemon):
         program = shutil.which("redis-server")
         if program is None:
             raise Missing("binary redis-server is missing")
-        directory = private_directory("sp-redis-")
-        self.port, self.path = free_port(), str(directory / "redis.sock")
+        directory, ports = private_directory("sp-redis-"), Ports()
+        self.port, self.path = ports.take(), str(directory / "redis.sock")
         given = {
             "port": str(self.port), "bind": "127.0.0.1", "unixsocket": self.path, "unixsocketperm": "777", "save": "",
             "appendonly": "no", "dir": str(directory), "daemonize": "no", **settings,
         }  # fmt: skip
         self.certificate = str(directory / "server.crt")
         if tls:
-            self.tls_port = free_port()
+            self.tls_port = ports.take()
             given.update({
                 "tls-port": str(self.tls_port), "tls-cert-file": self.certificate,
                 "tls-key-file": str(directory / "server.key"), "tls-auth-clients": "no",
@@ -48,7 +49,7 @@ class RedisServer(Daemon):
             make_certificate(self.certificate, given["tls-key-file"])
         options = [part for name, value in given.items() for part in (f"--{name}", value)]
         users = [part for who in ("app on >secret", "judge on >judge") for part in f"--user {who} ~* &* +@all".split()]
-        super().__init__(directory, [program, *options, *more, *users])
+        super().__init__(directory, [program, *options, *more, *users], ports)
 
     def begin(self) -> RedisServer:
         """Start it and wait until it answers."""
@@ -86,11 +87,6 @@ class RedisServer(Daemon):
     def wait_until_alone(self) -> None:
         """Until nobody but judges is connected."""
         wait_until(lambda: not self.clients(), what="no connection is left")
-
-    def end(self) -> None:
-        """Stop it and remove what it left."""
-        self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def make_certificate(certificate: str, key: str) -> None:
@@ -325,8 +321,9 @@ def work(state: State, seconds: float, evidence: str, label: str = "r") -> None:
     """
     client = state.things[label]
     end, n = time.monotonic() + seconds, 0
+    stop = commands.told_to_stop(state)
     with open(evidence, "a", buffering=1) as file:
-        while time.monotonic() < end:
+        while time.monotonic() < end and not stop.is_set():
             n += 1
             token = f"{os.getpid()}-{n}".encode()
             try:

@@ -16,11 +16,12 @@ class Scope:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.settings: dict[str, str] = {}
         directory.mkdir()
 
     @property
     def env(self) -> dict[str, str]:
-        return {"SHAREDPOOL_DIR": str(self.directory)}
+        return {"SHAREDPOOL_DIR": str(self.directory), **leaks.places(self.directory), **self.settings}
 
     def files(self) -> list[str]:
         return leaks.files_below(self.directory)
@@ -46,4 +47,4 @@ class Scope:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: not self.arbiters(), deadline=15)
+            wait_until(lambda: not self.arbiters())

@@ -145,7 +145,7 @@ def cancel_stale(state: State) -> None:
 
 
 def work(state: State, seconds: float, label: str = "db", query: str = "", evidence: str = "") -> list[str]:
-    """Leases with a token of their own, for so long; gives what was wrong.
+    """Leases with a token of their own, for so long, or until told to stop; gives what was wrong.
 
     Killed at any moment: what is wrong is written to the file `evidence` at once, and a line for each lease that was
     well.
@@ -154,7 +154,8 @@ def work(state: State, seconds: float, label: str = "db", query: str = "", evide
     chance = random.Random(f"{os.getpid()}")
     end, n = time.monotonic() + seconds, 0
     with open(evidence or os.devnull, "a", buffering=1) as file:
-        while time.monotonic() < end:
+        stop = commands.told_to_stop(state)
+        while time.monotonic() < end and not stop.is_set():
             n += 1
             wrong = ""
             try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.support.backend import Backend
 from tests.support.leaks import check_nothing_left, take_census
-from tests.support.processes import adopt_orphans
+from tests.support.processes import adopt_orphans, hand_down_usual_signals
 from tests.support.scope import Scope
 from tests.support.workers import ForkServer, Harness
 
@@ -30,6 +30,7 @@ def stage(*modules: str) -> Iterator[Stage]:
     Raises:
         AssertionError: Something is left behind it; with a line for each thing.
     """
+    hand_down_usual_signals()
     adopt_orphans()
     directory = Path(tempfile.mkdtemp(prefix="sp-", dir="/tmp"))
     before = take_census(directory / "s")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import patient_arbiter
 from tests.support.backend import Backend, Target
-from tests.support.leaks import check_nothing_left, take_census
+from tests.support.leaks import check_nothing_left, places, take_census
 from tests.support.postgres import Postgres
 from tests.support.processes import adopt_orphans
 from tests.support.scope import Scope
@@ -53,9 +54,11 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(directory: Path, fork_server: ForkServer) -> Iterator[None]:
+def nothing_left_behind(directory: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The leak check: set up before and torn down after everything else of a test."""
     scope = directory / "s"
+    for name, value in places(scope).items():
+        monkeypatch.setenv(name, value)
     before = take_census(scope)
     yield
     check_nothing_left(before, scope)
@@ -67,6 +70,18 @@ def scope(directory: Path, nothing_left_behind: None) -> Iterator[Scope]:
     scope = Scope(directory / "s")
     yield scope
     scope.stop()
+
+
+@pytest.fixture
+def patient(directory: Path, scope: Scope) -> None:
+    """For tests of the queue's order: no waiter loses its grant because the machine is busy (patient_arbiter)."""
+    scope.settings.update(patient_arbiter.interpreter(directory))
+
+
+@pytest.fixture
+def unhurried(scope: Scope) -> None:
+    """For tests that count connections at a back end: it has 20 s to close one before the permit goes on without it."""
+    scope.settings["SHAREDPOOL_DEFAULT_CLOSE_TIMEOUT"] = "20"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any, Self
 
 from tests.support import processes
 from tests.support.scope import Scope
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from tests.support.workers import ROOT, clean_environment
 
 #: What the applications may have open at once, and who asks.
@@ -54,10 +55,10 @@ class Web:
 
     def numbers(self) -> dict[str, int]:
         """What it counts; this question is one connection more, which has ended when this returns."""
-        connection = http.client.HTTPConnection(self.address, timeout=20)
+        connection = http.client.HTTPConnection(self.address, timeout=DEADLINE)
         if self._tls:
             context = ssl._create_unverified_context()
-            connection = http.client.HTTPSConnection(self.address, timeout=20, context=context)
+            connection = http.client.HTTPSConnection(self.address, timeout=DEADLINE, context=context)
         connection.request("GET", "/numbers", headers={"Connection": "close"})
         found: dict[str, int] = json.loads(connection.getresponse().read())
         assert connection.sock.recv(1) == b""
@@ -125,10 +126,10 @@ class Server:
 
     def get(self, path: str) -> Answer:
         """One request over a connection of its own; 0 and the reason if there was no whole answer."""
-        connection = http.client.HTTPConnection("localhost", timeout=20)
+        connection = http.client.HTTPConnection("localhost", timeout=DEADLINE)
         try:
             connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(DEADLINE)
             connection.sock.connect(self.address)
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -153,8 +154,7 @@ class Server:
 
     def kill_a_hanging_worker(self) -> None:
         """Stop a worker in the midst of its requests; the server is to kill it, and to start another."""
-        victim = min(self.workers())
-        os.kill(victim, signal.SIGSTOP)
+        victim = wait_until(self._stop_a_worker, what="a worker that serves is stopped")
         try:
             wait_until(lambda: not processes.alive(victim), what="the server kills its hanging worker")
         except AssertionError as error:
@@ -162,10 +162,21 @@ class Server:
             raise AssertionError(f"{error}; {seen}; the server's log: {self.log[-2000:]}") from error
         wait_until(lambda: len(self.workers()) == self.count, what="there is another")
 
+    def _stop_a_worker(self) -> int:
+        """Stop a worker that has served; 0: it had ended. Before its first sign of life gunicorn kills none."""
+        status, body = self.get("/stats")
+        victim = int(json.loads(body)["pid"]) if status == 200 else 0
+        if victim not in self.workers():
+            return 0
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGSTOP)
+            wait_until(lambda: processes.state(victim) in ("T", "Z", ""), what=f"worker {victim} is stopped")
+        return victim if processes.state(victim) == "T" else 0
+
     def stop(self) -> None:
         if self.first.poll() is None:
             self.first.terminate()
-        self.first.wait(40)
+        self.first.wait(DEADLINE)
 
 
 class Gunicorn(Server):
@@ -219,7 +230,7 @@ class Gunicorn(Server):
         for pid in filter(processes.alive, masters):
             os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not any(map(processes.alive, masters)), what="gunicorn ends")
-        self.first.wait(20)
+        self.first.wait(DEADLINE)
 
 
 class Load:
@@ -264,7 +275,7 @@ class Load:
     def wait_more(self, number: int) -> None:
         """Wait until so many more requests were answered."""
         before = self.statuses[200]
-        wait_until(lambda: self.statuses[200] >= before + number, what=f"{number} requests more")
+        wait_until(lambda: self.statuses[200] >= before + number, DEADLINE + number / 5, what=f"{number} requests more")
 
     def stop(self) -> None:
         self._over.set()

@@ -112,7 +112,7 @@ def use_by_two_handles(state: State, target: Target) -> tuple[int, int, int]:
     handles = [sharedpool.attach("default", max_connections=1) for _ in range(2)]
     numbers = []
     for handle in handles:
-        with handle.connection(target.host, target.port, checkout_timeout=5) as conn:
+        with handle.connection(target.host, target.port, checkout_timeout=30) as conn:
             numbers.append(commands.exchange_over(conn, "x"))
     return numbers[0], numbers[1], handles[0].stats().processes
 

@@ -15,6 +15,8 @@ from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 
+pytestmark = pytest.mark.usefixtures("unhurried")
+
 
 def all_requests(workers: list[Worker], targets: list[Target], number: int, threads: int, **options: object) -> Load:
     """So many requests in so many threads of every worker, all at once."""

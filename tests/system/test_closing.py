@@ -11,6 +11,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 def test_a_permit_is_taken_until_the_remote_has_closed_too(two: list[Worker], backend: Backend, tcp: Target) -> None:
     backend.do("hold_closes")

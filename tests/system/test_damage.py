@@ -22,7 +22,7 @@ from tests.support.workers import Worker
 
 ROUNDS = int(os.environ.get("SHAREDPOOL_TEST_ROUNDS", "6"))
 #: What a checkout may take beyond its own deadline: a repair is due after two looks of the arbiter's, 1 s apart.
-GRACE = 10.0
+GRACE = 30.0
 
 
 def damage(state: State, seed: int, times: int) -> list[tuple[int, int]]:

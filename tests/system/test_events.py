@@ -17,6 +17,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture(params=["shared", "local"])
 def solo(harness: Harness, request: pytest.FixtureRequest) -> Worker:

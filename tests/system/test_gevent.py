@@ -16,6 +16,8 @@ from tests.support.scope import Scope
 from tests.support.tls import Authority, TlsServer
 from tests.support.workers import Worker, clean_environment
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 pytest.importorskip("gevent")
 
 PROGRAM = Path(__file__).with_name("greenlets.py")

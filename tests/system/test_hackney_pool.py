@@ -34,6 +34,8 @@ from tests.support.workers import Harness, Worker, clean_environment
 from tests.system import hackney
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: The function index of hackney_pool 1.16 to 1.21.
@@ -612,17 +614,3 @@ def test_the_example_keeps_a_pool_until_it_is_told_to_end(two: list[Worker], sco
         process.terminate()
         assert process.wait(30) == 0
     assert call(two[1], "find_pool", "api") is None
-
-
-def test_the_programs_of_the_page_run_as_they_stand(tmp_path: Path) -> None:
-    programs = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "hackney.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert programs
-    for program in programs:
-        environment = clean_environment({"SHAREDPOOL_DIR": str(tmp_path)})
-        ended = subprocess.run(
-            [sys.executable, "-c", program + "\nsharedpool.stop()\n"],
-            env=environment, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr

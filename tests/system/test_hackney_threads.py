@@ -24,6 +24,8 @@ from tests.support.workers import Harness, Worker
 from tests.system import hackney
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 THREADS = [
     "p42", "#884", "#886", "#888", "#230", "p41", "#312", "p26", "#462", "#675", "#680", "p08", "#643", "#661", "p13b",
     "p18", "p32", "#419", "#420", "#440", "p07", "p25", "p14", "#648", "p24", "p27", "#183", "#683", "#686", "#717",
@@ -137,11 +139,14 @@ def test_a_waiter_that_has_left_gets_nothing_and_the_next_one_does(
     """hackney #419, #420, #440, p07, p25"""
     holder, leaving, staying = three
     label = holder.call(hackney.checkout, tcp, max_connections=1)
-    gone = leaving.begin_checkout(tcp, checkout_timeout=0.5 if how == "timed out" else None)
+    leaving.stats()  # attached, which is none of its time
+    gone = leaving.begin_checkout(tcp, checkout_timeout=2 if how == "timed out" else None)
     holder.wait_stats(waits=1)
+    leaving.stop()  # it does not leave before the next one waits, too
     waiting = staying.begin_checkout(tcp, checkout_timeout=None)
     holder.wait_stats(waits=2)
     if how == "timed out":
+        leaving.resume()
         gone.error(PoolTimeout)
     else:
         leaving.kill()

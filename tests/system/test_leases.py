@@ -14,6 +14,8 @@ from tests.support.state import State
 from tests.support.workers import Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 def test_a_second_checkin_raises_and_changes_nothing(two: list[Worker], backend: Backend, tcp: Target) -> None:
     """hackney p14: it crashed the pool, made it spin, or closed the new user's socket."""

@@ -15,6 +15,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Pending, Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient", "unhurried")
+
 
 @pytest.fixture(params=["shared", "local"])
 def solo(request: pytest.FixtureRequest, harness: Harness) -> Worker:

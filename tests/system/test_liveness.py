@@ -12,6 +12,8 @@ from tests.support.state import State
 from tests.support.workers import Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture(params=["tcp", "unix"])
 def target(request: pytest.FixtureRequest, backend: Backend) -> Target:

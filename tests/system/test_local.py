@@ -27,6 +27,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker, clean_environment
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture(params=["shared", "local"])
 def mode(request: pytest.FixtureRequest) -> str:
@@ -40,7 +42,7 @@ def solo(harness: Harness, mode: str) -> Worker:
 
 
 def use_url(state: State, url: str) -> int:
-    with commands.pool_of(state, "default").connection(url, checkout_timeout=5) as conn:
+    with commands.pool_of(state, "default").connection(url, checkout_timeout=30) as conn:
         return commands.exchange_over(conn, "by url")
 
 
@@ -167,7 +169,7 @@ def test_permits_work(solo: Worker) -> None:
     solo.call(commands.hold_permit, "openai", "p", max_connections=1)
     solo.fails(PoolTimeout, commands.hold_permit, "openai", "q", max_connections=1, checkout_timeout=0.1)
     solo.call(commands.release_permit, "p")
-    solo.call(commands.hold_permit, "openai", "q", max_connections=1, checkout_timeout=5)
+    solo.call(commands.hold_permit, "openai", "q", max_connections=1, checkout_timeout=30)
 
 
 def test_the_functions_of_the_module_work(solo: Worker, tcp: Target) -> None:

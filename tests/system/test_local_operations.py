@@ -13,6 +13,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture(params=["shared", "local"])
 def solo(request: pytest.FixtureRequest, harness: Harness) -> Worker:

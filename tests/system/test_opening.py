@@ -16,6 +16,8 @@ from tests.support.state import State
 from tests.support.workers import Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture
 def hanging(backend: Backend) -> Target:
@@ -83,11 +85,12 @@ def test_a_hanging_connect_passes_its_permit_to_the_next_waiter(
     two: list[Worker], backend: Backend, tcp: Target, hanging: Target
 ) -> None:
     two[0].attach(max_connections=1)
-    opening = two[0].begin_checkout(hanging, connect_timeout=0.6, thread="opener")
-    two[0].wait_stats(opening=1)
-    (waiting,) = line_up(two[0], [(two[1], tcp)])
+    label = two[0].checkout(tcp)
+    (opening,) = line_up(two[0], [(two[0], hanging)], connect_timeout=0.3)
+    (waiting,) = line_up(two[0], [(two[1], tcp)], already=1)
+    two[0].discard(label)
     opening.error(ConnectTimeout)
-    assert two[1].exchange(waiting.result()) == 1
+    assert two[1].exchange(waiting.result()) == 2
     assert two[0].wait_stats(in_use=1, opening=0).open_failures == 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
+
+pytestmark = pytest.mark.usefixtures("patient")
 
 
 def do(worker: Worker, function: str, *arguments: Any, **options: Any) -> Any:
@@ -356,14 +357,12 @@ def line_up_in(pool: str, observer: Worker, worker: Worker, target: Target) -> l
     return [waiting]
 
 
-def test_a_limit_lowered_from_fifty_to_five_is_seen_by_the_back_end_at_once(
+def test_a_limit_lowered_from_fifty_to_five_is_seen_by_the_back_end_long_before_the_idle_timeout(
     worker: Worker, backend: Backend, tcp: Target
 ) -> None:
-    worker.attach(max_connections=50)
+    worker.attach(max_connections=50, idle_timeout=3600)
     for label in [worker.checkout(tcp) for _ in range(50)]:
         worker.checkin(label)
     assert backend.open == 50
     do(worker, "start_pool", max_connections=5)
-    began = time.monotonic()
     backend.wait_open(5)
-    assert time.monotonic() - began < 5.0, "a loaded machine may need longer than the 0.1 s that are wanted"

@@ -9,6 +9,8 @@ from tests.support import commands, processes
 from tests.support.state import State
 from tests.support.workers import Worker
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 def test_permits_are_counted_over_processes(two: list[Worker]) -> None:
     for worker in two:
@@ -60,7 +62,7 @@ def decorate(state: State, name: str) -> list[object]:
     """A decorated function, called, failing, and asked for its name; and the permits in use inside and after."""
     import sharedpool
 
-    permit = sharedpool.permit(name, max_connections=1, checkout_timeout=5)
+    permit = sharedpool.permit(name, max_connections=1, checkout_timeout=30)
     pool = sharedpool.attach(name, max_connections=1)
 
     @permit
@@ -84,7 +86,7 @@ def nest(state: State, name: str, depth: int) -> int:
     """One permit object, entered again before it was left, by this thread."""
     import sharedpool
 
-    permit = sharedpool.permit(name, max_connections=depth, checkout_timeout=5)
+    permit = sharedpool.permit(name, max_connections=depth, checkout_timeout=30)
     pool = sharedpool.attach(name, max_connections=depth)
 
     def enter(left: int) -> int:
@@ -107,7 +109,7 @@ def permits_made_anew(state: State, name: str, number: int) -> int:
     import sharedpool
 
     for _ in range(number):
-        with sharedpool.permit(name, max_connections=2, checkout_timeout=5):
+        with sharedpool.permit(name, max_connections=2, checkout_timeout=30):
             pass
     return int(sharedpool.attach(name, max_connections=2).stats().processes)
 
@@ -122,7 +124,7 @@ def test_a_permit_made_anew_for_every_use_costs_no_attachment_of_its_own(worker:
 def fail_inside(state: State, name: str) -> int:
     import sharedpool
 
-    with pytest.raises(KeyError), sharedpool.permit(name, max_connections=1, checkout_timeout=5):
+    with pytest.raises(KeyError), sharedpool.permit(name, max_connections=1, checkout_timeout=30):
         raise KeyError
     return int(sharedpool.attach(name).stats().in_use)
 

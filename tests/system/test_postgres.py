@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -376,12 +375,10 @@ def test_a_session_taken_over_can_be_cancelled_from_another_thread(
     one, other = pair(two, kind, postgres)
     pid = backend_of(one)
     assert other.call(sessions.lease) == pid
-    sleeping = other.begin(sessions.try_sql, "SELECT pg_sleep(30)", thread="sleeper")
+    sleeping = other.begin(sessions.try_sql, "SELECT pg_sleep(600)", thread="sleeper")
     wait_until(lambda: postgres.ask("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", pid))
-    began = time.monotonic()
     other.call(sessions.call, how)
     assert "QueryCanceled" in sleeping.result()
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("in_time", [True, False])
@@ -432,12 +429,10 @@ def test_killed_in_the_midst_of_a_query_its_backend_goes_at_once(
 ) -> None:
     one, other = pair(two, kind, postgres)
     pid = one.call(sessions.lease)
-    one.begin(sessions.sql, "SELECT pg_sleep(30)")
+    one.begin(sessions.sql, "SELECT pg_sleep(600)")
     wait_until(lambda: postgres.ask("SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'", pid))
-    began = time.monotonic()
     one.kill()
-    assert backend_of(other) != pid
-    assert time.monotonic() - began < 10, "without the CancelRequest it is 30"
+    assert backend_of(other) != pid  # without the CancelRequest it waited for ten minutes
     assert len(postgres.backends()) == 1
 
 

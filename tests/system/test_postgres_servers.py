@@ -176,7 +176,8 @@ def test_with_no_connection_to_spare_nobody_is_refused_while_workers_are_killed(
             worker.attach(max_connections=cap)
             worker.call(sessions.make, kind, as_plain(server))
         with server.judge() as ask:  # the one beyond the cap
-            working = {worker: worker.begin(sessions.work, 3.0, query="SELECT pg_sleep(0.02)") for worker in workers}
+            query = "SELECT pg_sleep(0.02)"
+            working = {worker: worker.begin(sessions.work, 600.0, query=query, thread="work") for worker in workers}
             for _ in range(6):
                 victim = seeded.choice(list(working))
                 wait_until(lambda: ask(AT_WORK)[0][0] >= 2)
@@ -184,6 +185,8 @@ def test_with_no_connection_to_spare_nobody_is_refused_while_workers_are_killed(
                 victim.wait_dead()
                 del working[victim]
                 assert len(ask(CLIENTS)) <= cap
+            for worker in working:
+                worker.call(commands.tell_to_stop)
             errors = [error for pending in working.values() for error in pending.result()]
         assert errors == []
         assert too_many(server.log()) == []

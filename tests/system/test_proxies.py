@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import ssl
@@ -15,7 +16,7 @@ from urllib3.exceptions import ProxyError, SSLError
 
 from sharedpool.integrations.urllib3 import SharedProxyManager
 from tests.support import http
-from tests.support.postgres import free_port
+from tests.support.postgres import Ports
 from tests.support.proxies import PLAIN, SECURE, Proxy
 from tests.support.scope import Scope
 from tests.support.state import State
@@ -111,8 +112,8 @@ def refused(state: State, proxies: dict[str, str], url: str, plain_url: str, ca:
     for kind in (PLAIN, SECURE):
         with pytest.raises(ProxyError, match="Tunnel connection failed: 40"):
             ask(kind, f"{url}/id", urllib3.make_headers(proxy_basic_auth="me:guessed"), ca_certs=ca)
-        with pytest.raises(ProxyError, match="Tunnel connection failed: 5"):
-            ask(kind, f"https://127.0.0.1:{free_port()}/", ca_certs=ca)
+        with contextlib.closing(Ports()) as ports, pytest.raises(ProxyError, match="Tunnel connection failed: 5"):
+            ask(kind, f"https://127.0.0.1:{ports.take()}/", ca_certs=ca)
         with pytest.raises(SSLError, match="certificate"):
             ask(kind, f"{url}/id", proxy_ssl_context=trusted)
         assert ask(kind, f"{url}/page", ca_certs=ca, proxy_ssl_context=trusted) == b"the page\n"

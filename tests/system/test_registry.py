@@ -13,6 +13,8 @@ from tests.support.scope import Scope
 from tests.support.workers import Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 def start_pool(worker: Worker, name: str = "default", **options: object) -> object:
     return worker.call(commands.library, "start_pool", name, **options)

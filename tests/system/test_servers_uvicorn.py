@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support import processes
 from tests.support.scope import Scope
 from tests.system.servers import CAP, Load, Server, Web
+
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 RECYCLE = 100
 

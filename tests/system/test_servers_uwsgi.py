@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.scope import Scope
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 from tests.support.workers import ROOT
 from tests.system.servers import CAP, Load, Server, Web
 
@@ -32,7 +32,10 @@ class Uwsgi(Server):
         )  # fmt: skip
 
 
-pytestmark = pytest.mark.skipif(UWSGI is None, reason="binary uwsgi is missing")
+pytestmark = [
+    pytest.mark.skipif(UWSGI is None, reason="binary uwsgi is missing"),
+    pytest.mark.usefixtures("unhurried"),
+]
 
 
 @pytest.mark.parametrize("options", [[], ["--lazy-apps"]], ids=["loaded before the fork", "loaded after it"])
@@ -63,7 +66,7 @@ def test_a_pool_that_is_used_before_the_fork_is_refused_with_a_sentence(
     (directory / "hasty.py").write_text("from examples.gunicorn_app import app, pool\n\npool.stats()\n")
     path = f"{ROOT}:{directory}"
     server = Uwsgi(directory, scope, web, "--module", "hasty:app", PYTHONPATH=path)
-    assert server.first.wait(20) == 22
+    assert server.first.wait(DEADLINE) == 22
     assert "NotSupported: uWSGI forks its workers without telling Python" in server.log
     with Uwsgi(directory, scope, web, "--module", "hasty:app", "--lazy-apps", PYTHONPATH=path) as server:
         assert server.get("/page")[0] == 200

@@ -818,9 +818,7 @@ def test_who_waits_does_not_block_the_loop_and_may_be_cancelled(
     two: list[Worker], postgres: Postgres, aiolib: str
 ) -> None:
     for worker in two:
-        worker.call(
-            make_async, url(postgres, aiolib).partition("?")[0], pool_size=1, pool_timeout=0.3, steal_after=0.02
-        )
+        worker.call(make_async, url(postgres, aiolib).partition("?")[0], pool_size=1, pool_timeout=3, steal_after=0.02)
     kept = two[0].call(hold_async)
     assert two[1].call(wait_and_tick) > 5
     two[0].call(give_back_async)

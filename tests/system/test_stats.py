@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import json
 import os
 import random
 import socket
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from sharedpool import KeyStats, PoolStats, PoolTimeout, SharedPoolError
+import sharedpool
+from sharedpool import KeyStats, PoolStats, PoolTimeout, SharedPoolError, TooManyWaiting, inspection
 from sharedpool.stats import KEY_COUNTERS
 from tests.support import commands
 from tests.support.backend import Backend, Target
@@ -19,8 +22,16 @@ from tests.support.scope import Scope
 from tests.support.state import State
 from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
+from tests.system.cli import good
 from tests.system.lineup import line_up
 from tests.system.test_succession import kill_arbiter, successor
+
+pytestmark = pytest.mark.usefixtures("patient")
+
+
+@pytest.fixture(params=["shared", "local"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def ways_to_use(state: State, targets: list[Target], number: int, seed: int, **options: Any) -> int:
@@ -279,6 +290,60 @@ def test_the_longest_lease_and_the_longest_wait_are_told_with_their_processes(th
     assert observer.stats().longest_wait > first.longest_wait
 
 
+def told_everywhere(state: State, target: Target) -> dict[str, dict[str, Any]]:
+    """The numbers by each way to ask for them, in one process that holds a lease and waits for another."""
+    pool = commands.pool_of(state, "default")
+    where = (target.host, target.port, target.transport)
+    found = {
+        "Pool.stats": dataclasses.asdict(pool.stats()),
+        "pool_stats": dataclasses.asdict(sharedpool.pool_stats("default")),
+        "inspection.pools": dataclasses.asdict(inspection.pools()[0]),
+    }
+    facts = inspection.overview()[0]
+    found["overview"] = {**dataclasses.asdict(facts["stats"]), **{name: facts[name] for name in AGES}}
+    if os.environ["SHAREDPOOL_MODE"] == "shared":
+        found["status --json"] = good(None, "status", "--json", **dict(os.environ)).json[0]
+    with pytest.raises(TooManyWaiting) as refused:
+        pool.checkout(*where, checkout_timeout=30)
+    found["TooManyWaiting"] = dataclasses.asdict(refused.value.stats)
+    with pytest.raises(PoolTimeout) as late:
+        pool.checkout(*where, checkout_timeout=0)
+    stats = late.value.stats  # the error counts itself
+    found["PoolTimeout"] = dataclasses.asdict(
+        dataclasses.replace(stats, waiting=stats.waiting - 1, timeouts=stats.timeouts - 1)
+    )
+    return found
+
+
+AGES = ("longest_lease", "longest_wait")
+
+
+def test_every_way_to_ask_gives_every_number(harness: Harness, tcp: Target, mode: str) -> None:
+    solo = harness.start(SHAREDPOOL_MODE=mode)
+    solo.attach(max_connections=1, max_waiting=1)
+    solo.use(tcp)
+    solo.checkout(tcp)
+    line_up(solo, [(solo, tcp)])
+    found = solo.call(told_everywhere, tcp)
+    first = found["Pool.stats"]
+    assert (first["longest_lease_pid"], first["longest_wait_pid"], first["reuses"]) == (solo.pid, solo.pid, 1)
+    assert min(first[name] for name in AGES) > 0
+    for way, numbers in found.items():
+        assert all(numbers[name] >= first[name] for name in AGES), way
+        told = {name: numbers[name] for name in first} | {name: first[name] for name in AGES}
+        assert json.dumps(told) == json.dumps(first), way  # JSON, because the command has no tuples
+
+
+def test_a_workers_counts_are_the_ones_it_has_itself(harness: Harness, tcp: Target, mode: str) -> None:
+    solo = harness.start(SHAREDPOOL_MODE=mode)
+    solo.use(tcp)
+    solo.discard(solo.checkout(tcp))
+    found = solo.call(commands.library, "worker_stats")[solo.pid]
+    own = solo.call(commands.worker_stats)
+    assert own["discards"] == 1
+    assert {name: found[name] for name in own} == own
+
+
 def test_every_workers_counts_can_be_had_from_any_process(two: list[Worker], tcp: Target) -> None:
     two[0].attach(max_connections=2)
     two[0].use(tcp)
@@ -292,7 +357,6 @@ def test_every_workers_counts_can_be_had_from_any_process(two: list[Worker], tcp
     assert found[two[1].pid]["closes"]["discarded"] == 1
 
 
-@pytest.mark.parametrize("mode", ["shared", "local"])
 def test_the_states_are_counted_by_key_too(harness: Harness, tcp: Target, unix: Target, mode: str) -> None:
     solo = harness.start(SHAREDPOOL_MODE=mode)
     solo.attach(max_connections=3)

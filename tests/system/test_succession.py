@@ -36,7 +36,7 @@ def successor(worker: Worker, old: int) -> int:
         answer = worker.call(commands.library, "ping", thread="ping")
         return answer["pid"] if answer and answer["pid"] != old else 0
 
-    return int(wait_until(answers, deadline=20))
+    return int(wait_until(answers))
 
 
 def test_its_pools_go_on_with_their_limits_counters_and_connections(

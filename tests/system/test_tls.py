@@ -12,7 +12,6 @@ import signal
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,9 +161,7 @@ def test_what_cannot_be_verified_is_refused_and_leaves_nothing_open(
             assert (server.open, server.accepted, server.shaken) == (0, 1, 0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         mute = Target("127.0.0.1", silent.getsockname()[1], "ssl")
-        began = time.monotonic()
         error = one.fails(ConnectTimeout, commands.use, mute, connect_timeout=0.3)
-        assert time.monotonic() - began < 7
         assert "did not finish the TLS handshake within 0." in str(error)
         closer = threading.Thread(target=read_and_close, args=(silent, 2))
         closer.start()

@@ -17,6 +17,8 @@ from tests.support.waiting import wait_until
 from tests.support.workers import Harness, Worker
 from tests.system.lineup import line_up
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture
 def holder(worker: Worker, tcp: Target) -> Worker:
@@ -102,12 +104,14 @@ def test_a_checkout_that_waits_too_long_leaves_the_queue(
     """hackney #419, #420, #440, p07, p25: a departed waiter got the socket, and the pool was wedged."""
     impatient, patient = two
     for worker in two:
-        worker.stats()  # attached: the second is in the queue long before the first gives up
+        worker.stats()  # attached, which is none of its time
     begun = time.monotonic()
-    (given_up,) = line_up(holder, [(impatient, tcp)], checkout_timeout=1.5)
+    (given_up,) = line_up(holder, [(impatient, tcp)], checkout_timeout=2)
+    impatient.stop()  # it does not give up before the second one waits, too
     (patiently,) = line_up(holder, [(patient, tcp)], already=1)
+    impatient.resume()
     given_up.error(PoolTimeout)
-    assert time.monotonic() - begun >= 1.5
+    assert time.monotonic() - begun >= 2
     assert holder.wait_stats(waiting=1).timeouts == 1
     holder.checkin("held")
     label = patiently.result()
@@ -215,8 +219,9 @@ def test_a_grant_that_nobody_takes_becomes_idle_again(
     holder: Worker, two: list[Worker], backend: Backend, tcp: Target
 ) -> None:
     stopped, newcomer = two
-    (pending,) = line_up(holder, [(stopped, tcp)], checkout_timeout=1)
-    over = time.monotonic() + 1
+    stopped.stats()  # attached, which is none of its time
+    (pending,) = line_up(holder, [(stopped, tcp)], checkout_timeout=2)
+    over = time.monotonic() + 2
     stopped.stop()
     holder.checkin("held")
     assert newcomer.use(tcp) == 1
