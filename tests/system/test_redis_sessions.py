@@ -88,7 +88,9 @@ def test_an_error_without_a_transaction_changes_nothing_and_neither_does_the_end
     session.sends([MULTI, EXEC])
     session.answered()
     session.answered(ExecAbortError("EXECABORT"))
-    assert session.clean
+    session.sends([GET])
+    session.answered(ResponseError("WRONGTYPE"))
+    assert session.clean, "that was after the transaction"
 
 
 def test_a_command_that_nobody_knows_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -160,6 +160,8 @@ class Ledger:
         self.awaited -= 1
         if error is not None and self._transacts and not isinstance(error, _ENDED):
             self.spoiled = True
+        if not (self.awaited or self._multi or self._watch):
+            self._transacts = False  # all is answered, the end, too
 
     @property
     def clean(self) -> bool:
