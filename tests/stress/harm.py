@@ -173,8 +173,9 @@ class Harm:
 
     def _read_errors(self, worker: Worker) -> None:
         text = worker.stderr()
-        if "Traceback" in text or "Fatal" in text:
-            self.report.stuck.append(f"worker {worker.pid} wrote:\n{text[-3000:]}")
+        found = [at for at in map(text.find, ("Traceback", "Fatal")) if at >= 0]
+        if found:  # what it wrote afterwards may be long
+            self.report.stuck.append(f"worker {worker.pid} wrote:\n{text[min(found) :][:3000]}")
 
     def _worker_killed(self, index: int | None = None) -> bool:
         index = self.chance.randrange(self.board.workers) if index is None else index

@@ -92,7 +92,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         else:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            length = int(self.headers["Content-Length"])
+            body = self.rfile.read(length)
+            if len(body) < length:  # its client was shut down in the midst of it: that is no request
+                self.close_connection = True
+                return
         self._answer(307 if self.path == "/redirect" else 200, body)
 
     def do_CONNECT(self) -> None:
