@@ -1,11 +1,13 @@
 """Which runtime directory a process uses, and whether it is safe. One scope = one directory = one arbiter.
 
-The directory holds sockets and locks only, is ours and 0700, and is refused otherwise.
+The directory holds sockets, locks and the roster only, is ours and 0700, and is refused otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import stat
 import tempfile
@@ -19,12 +21,16 @@ ARBITER_SOCKET = "arbiter.sock"
 REGISTRY_SOCKET = "registry.sock"
 START_LOCK = "start.lock"
 LEADER_LOCK = "leader.lock"
-OUR_FILES = (ARBITER_SOCKET, REGISTRY_SOCKET, START_LOCK, LEADER_LOCK)
+ROSTER = "roster"
+ROSTER_DRAFT = "roster.new"
+OUR_FILES = (ARBITER_SOCKET, REGISTRY_SOCKET, START_LOCK, LEADER_LOCK, ROSTER, ROSTER_DRAFT)
 
 DEFAULT_APP = "default"
 _SUBDIRECTORY = "sharedpool"
 _PRIVATE = "private-"
 _TRIES = 20
+#: As many symbolic links as the kernel follows in one path.
+_LINKS = 40
 
 T = TypeVar("T")
 
@@ -113,16 +119,15 @@ def _first_usable(environ: Mapping[str, str], use: Callable[[str], T]) -> T:
 
 
 def prepare(path: str) -> str:
-    """Make the directory if it is not there, and check that it is ours alone.
+    """Make the directory if it is not there, and check that it is ours alone and that nobody else can exchange it.
 
     Raises:
-        StartFailed: It cannot be made, or is not a directory of this user with mode 0700.
+        StartFailed: It cannot be made, is not a directory of this user with mode 0700, or a parent is not safe.
     """
     for _ in range(_TRIES):  # an arbiter that ends may take it along just now
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
+            _make(path)
+            _check_parents(path)
             os.close(open_directory(path))
             return path
         except FileNotFoundError:
@@ -130,6 +135,84 @@ def prepare(path: str) -> str:
         except OSError as error:
             raise StartFailed(f"the runtime directory {path} cannot be made: {error}") from error
     raise StartFailed(f"the runtime directory {path} vanishes as soon as it is made")
+
+
+def _make(path: str) -> None:
+    """Make a directory and those parents that are not there. All are 0700, whatever the umask is."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        parent = os.path.dirname(path)
+        if parent == path or os.path.lexists(parent):  # a link that leads nowhere, or it has just been made
+            raise
+        _make(parent)
+        _make(path)
+        return
+    if stat.S_IMODE(os.lstat(path).st_mode) & 0o700 != 0o700:  # a umask that takes our own rights away
+        os.chmod(path, 0o700)
+
+
+def _check_parents(path: str) -> None:
+    """Every directory on the way is ours or root's, and nobody else may rename or remove what lies in it.
+
+    Raises:
+        StartFailed: One is not; the message names it.
+    """
+    left = os.path.abspath(path).split("/")[1:-1]
+    at = "/"
+    links = 0
+    while True:
+        _check_parent(path, at, os.lstat(at))
+        if not left:
+            return
+        name = left.pop(0)
+        if name in ("", "."):
+            continue
+        following = os.path.dirname(at) if name == ".." else os.path.join(at, name)
+        status = os.lstat(following)
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > _LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), following)
+            _check_owner(path, following, status)
+            target = os.readlink(following)
+            left = target.split("/") + left
+            following = "/" if target.startswith("/") else at
+        at = following
+
+
+def _check_parent(path: str, parent: str, status: os.stat_result) -> None:
+    _check_owner(path, parent, status)
+    mode = stat.S_IMODE(status.st_mode)
+    by_others = mode & stat.S_IWOTH or (mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid()))
+    if by_others and not mode & stat.S_ISVTX:
+        raise StartFailed(
+            f"the runtime directory {path} is not safe: its parent {parent} has mode {mode:04o} and gid"
+            f" {status.st_gid}, so other users can exchange what lies in it; take their right to write (or set the"
+            " sticky bit), or choose another place"
+        )
+
+
+def _check_owner(path: str, parent: str, status: os.stat_result) -> None:
+    if status.st_uid not in (0, os.geteuid(), _nobody()):
+        raise StartFailed(
+            f"the runtime directory {path} is not safe: its parent {parent} belongs to uid {status.st_uid}, who can"
+            f" exchange what lies in it; every parent must belong to root or to uid {os.geteuid()}"
+        )
+
+
+@functools.cache
+def _nobody() -> int:
+    """In a user namespace: as whom the users outside it are seen, root among them. Elsewhere: root."""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            all_users = file.read().split() == ["0", "0", "4294967295"]
+        if not all_users:
+            with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+                return int(file.read())
+    return 0
 
 
 def open_directory(path: str) -> int:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from . import counting, view
+from . import counting, foreign, view
 from . import options as rules
 from . import segment as segments
 from .drivers import Address, abort_of, named
@@ -186,9 +186,9 @@ class Held:
 
     def close(self) -> None:
         """Let go of the descriptors."""
-        self.sock.close()
+        foreign.close_socket(self.sock)
         if self.beside is not None:
-            self.beside.sock.close()
+            foreign.close_socket(self.beside.sock)
 
 
 @dataclasses.dataclass(slots=True)
@@ -244,6 +244,10 @@ def _options_in(w: memoryview[int]) -> dict[str, Any]:
 
 #: What `nanoseconds` makes of 0; in STEAL_AFTER 0 stands for "not given".
 _AT_ONCE: Final = 1
+
+
+#: In GATE: what only operators decide.
+_OPERATORS: Final = PAUSED | STOPPED
 
 
 def _foreign_word(number: int | None) -> int:
@@ -319,6 +323,7 @@ class ServedPool:
         self.options = options
         self.declared_by = declared_by
         self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
+        self.memory = segments.memory_of(self.segment.fd)
         self.expected: set[int] = set()
         self._unbacked = False
         self._unheld: dict[int, tuple[int, int]] = {}  # by slot: generation and row of what could not be received
@@ -348,6 +353,7 @@ class ServedPool:
         self._cap_said = -_SAY_EVERY
         self._damage = ""
         self._rules = self._rule_words()
+        self._flags = self.words[GATE] & _OPERATORS
         self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
         self._log = logging.getLogger(f"sharedpool.pool.{name}")
@@ -407,7 +413,7 @@ class ServedPool:
 
     @property
     def stopped(self) -> bool:
-        return bool(self.words[GATE] & STOPPED)
+        return bool(self._flags & STOPPED)
 
     def apply(self, options: PoolOptions) -> None:
         """Put options in force, at once, for idle connections and waiters too.
@@ -441,10 +447,11 @@ class ServedPool:
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
         w[MAX_WAITING] = options.max_waiting or ANY_NUMBER
-        flags = w[GATE] & PAUSED
+        flags = self._flags & PAUSED
         per_key = self._per_key(options)
         w[KEYS_OVER] = 1 if per_key else 0  # before it holds: from then on checkins look
         self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve, per_key))
+        self._flags = flags
         self.options = options
         self._rules = self._rule_words()
         self._expire_at = 0
@@ -474,8 +481,7 @@ class ServedPool:
 
     def stop(self) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
-        w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED, w[RESERVE], w[MAX_PER_KEY]))
+        self._set_flags(STOPPED)
         now = self._clock()
         for _, at, word in self.slots():
             if word & STATE == IDLE:
@@ -489,13 +495,11 @@ class ServedPool:
 
     def pause(self) -> None:
         """Nobody gets anything any more until `resume`; leases go on, and checkouts wait within their deadlines."""
-        w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED | PAUSED, w[RESERVE], w[MAX_PER_KEY]))
+        self._set_flags(self._flags | PAUSED)
 
     def resume(self) -> None:
         """Those who wait are served at once, in their order."""
-        w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED, w[RESERVE], w[MAX_PER_KEY]))
+        self._set_flags(self._flags & ~PAUSED)
         self._serve(self._clock())
 
     def keys_of(self, address: Address) -> frozenset[int]:
@@ -503,6 +507,12 @@ class ServedPool:
         where = named(*address[:3])[:LONGEST_NAME]
         told = {key for key, name in self.key_names.items() if name == where}
         return frozenset({segments.key_of(self.segment.secret, address), *told})
+
+    def _set_flags(self, flags: int) -> None:
+        """Put STOPPED and PAUSED in force. Nobody else sets them, so what is here is what they should be."""
+        w = self.words
+        self._insist(lambda: self.table.set_limit(w[MAX], flags, w[RESERVE], w[MAX_PER_KEY]))
+        self._flags = flags
 
     def drain(self, address: Address | None, seconds: float | None, *, kill: bool = False) -> Drain:
         """Close idle connections now and leased ones at their checkin; those of an address, or all.
@@ -539,6 +549,11 @@ class ServedPool:
     @property
     def empty(self) -> bool:
         return self.words[USED] == 0
+
+    @property
+    def lends(self) -> bool:
+        """Whether anything is leased, or about to be."""
+        return any(word & STATE in (LEASED, OPENING, GRANTED) for _, _, word in self.slots())
 
     def _trim(self) -> None:
         """Close the idle connections longest unused while there are more than the limit allows; all of a stopped pool.
@@ -602,7 +617,7 @@ class ServedPool:
     ) -> None:
         """A worker's connection-to-be. Of an older generation: drop it, which ends it."""
         if index >= self.segment.geometry.slots:
-            sock.close()
+            foreign.close_socket(sock)
             return
         word = self.words[self.table.slot_at(index)]
         if generation_of(word) != generation or word & STATE == FREE:
@@ -639,7 +654,7 @@ class ServedPool:
             held.rows.add(row)
             if state is not None:
                 held.driver, held.state = driver, state
-            sock.close()
+            foreign.close_socket(sock)
         else:
             self.register(row, index, generation, sock, driver, state)
 
@@ -1238,8 +1253,7 @@ class ServedPool:
         self.lines.make_room()
         w = self.words
         if w[TICKET] >= MANY_TICKETS:
-            flags = w[GATE] & (PAUSED | STOPPED)
-            self._insist(lambda: self.table.set_limit(w[MAX], flags, w[RESERVE], w[MAX_PER_KEY]))
+            self._set_flags(self._flags)
 
     def _look_for_damage(self) -> None:
         """What cannot be, and still cannot at the next look a second later, is mended; so are the options."""
@@ -1251,6 +1265,9 @@ class ServedPool:
         if not self.stopped and self._rule_words() != self._rules:
             self._log.error("pool %r: the options in its shared memory were damaged, and are set anew", self.name)
             self.apply(self.options)
+        if self.words[GATE] & _OPERATORS != self._flags:
+            self._log.error("pool %r: its state (stopped, paused) was damaged, and is set anew", self.name)
+            self._set_flags(self._flags)
 
     def _rule_words(self) -> list[int]:
         return [self.words[at] for at in _RULE_WORDS]
@@ -1294,4 +1311,4 @@ def _cut(sock: socket.socket) -> None:
     """End a connection whose slot is no longer its own."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-    sock.close()
+    foreign.close_socket(sock)

@@ -8,11 +8,12 @@ import shutil
 import signal
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sharedpool import AttachRefused, SharedPoolError, control, launch
+from sharedpool import AttachRefused, SharedPoolError, StartFailed, control, launch
 from tests.support import commands, processes
 from tests.support.backend import Backend, Target
 from tests.support.scope import Scope
@@ -32,11 +33,108 @@ def own_directory(worker: Worker, scope: Scope) -> Path:
 
 
 def test_the_directory_is_private_however_open_its_parent_is(worker: Worker, scope: Scope) -> None:
-    scope.directory.chmod(0o777)
+    scope.directory.chmod(0o1777)
     worker.call(commands.library, "start")
     (directory,) = {Path(name).parent for name in scope.files()}
     assert directory.parent == scope.directory
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o077, 0o777])
+def test_what_is_made_on_the_way_is_private_whatever_the_umask_is(
+    harness: Harness, scope: Scope, tcp: Target, mask: int
+) -> None:
+    above = scope.directory / "run" / "app"
+    worker = harness.start(SHAREDPOOL_DIR=str(above))
+    worker.call(set_umask, mask)
+    assert worker.use(tcp) == 1
+    for made in (above.parent, above, above / "sharedpool"):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
+def set_umask(state: State, mask: int) -> None:
+    os.umask(mask)
+
+
+def others_may_write(above: Path) -> str:
+    above.chmod(0o777)
+    return "mode 0777"
+
+
+def another_group_may_write(above: Path) -> str:
+    os.chown(above, -1, 12345)
+    above.chmod(0o770)
+    return "gid 12345"
+
+
+def another_owns_it(above: Path) -> str:
+    os.chown(above, 12345, -1)
+    return "uid 12345"
+
+
+def another_owns_it_and_it_is_sticky(above: Path) -> str:
+    above.chmod(0o1777)
+    os.chown(above, 12345, -1)
+    return "uid 12345"
+
+
+def a_link_leads_through_such_a_place(above: Path) -> str:
+    open_to_all = above.with_name("open")
+    (open_to_all / "below").mkdir(parents=True)
+    open_to_all.chmod(0o777)
+    above.rmdir()
+    above.symlink_to("open/below")
+    return "mode 0777"
+
+
+def another_has_made_a_link(above: Path) -> str:
+    elsewhere = above.with_name("elsewhere")
+    elsewhere.mkdir()
+    above.rmdir()
+    above.symlink_to(elsewhere)
+    os.chown(above, 12345, -1, follow_symlinks=False)
+    return "uid 12345"
+
+
+OPEN = [others_may_write, a_link_leads_through_such_a_place]
+if os.geteuid() == 0:  # giving away needs root
+    OPEN += [
+        another_group_may_write, another_owns_it, another_owns_it_and_it_is_sticky, another_has_made_a_link,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", OPEN)
+def test_a_directory_that_others_could_exchange_is_refused_with_the_parent_and_why(
+    harness: Harness, scope: Scope, tcp: Target, spoil: Callable[[Path], str]
+) -> None:
+    above = scope.directory / "above"
+    above.mkdir()
+    why = spoil(above)
+    worker = harness.start(SHAREDPOOL_DIR=str(above / "run"))
+    error = worker.fails(StartFailed, commands.use, tcp)
+    assert "is not safe: its parent" in str(error)
+    assert why in str(error)
+    assert scope.arbiters() == set()
+
+
+def test_links_and_parents_that_nobody_else_can_change_are_followed(
+    harness: Harness, scope: Scope, tcp: Target
+) -> None:
+    real = scope.directory / "real"
+    real.mkdir(mode=0o775)
+    real.chmod(0o775)  # the group is our own
+    (scope.directory / "link").symlink_to("./real/../real")
+    sticky = scope.directory / "sticky"
+    sticky.mkdir()
+    sticky.chmod(0o1777)
+    one = harness.start(SHAREDPOOL_DIR=str(scope.directory / "link"))
+    same = harness.start(SHAREDPOOL_DIR=str(real))
+    assert [one.use(tcp), same.use(tcp)] == [1, 1]
+    assert harness.start(SHAREDPOOL_DIR=str(sticky)).use(tcp) == 2
+    loop = scope.directory / "loop"
+    loop.symlink_to("loop")
+    harness.start(SHAREDPOOL_DIR=str(loop)).fails(StartFailed, commands.use, tcp)
+    loop.unlink()
 
 
 def spoil_mode(directory: Path) -> None:
