@@ -1324,11 +1324,17 @@ class Attachment:
         self.segment.let_go()
 
     def _end_leases(self) -> None:
-        """End what this process has leased: there may be no arbiter that could, or one that knows nothing of it."""
+        """End what this process has leased: there may be no arbiter that could, or one that knows nothing of it.
+
+        From here on its users read nothing more: the arbiter reads away what still comes, and they would not know
+        what is missing.
+        """
         for entry in list(self.entries.values()):
             if self._leases(entry):
                 with contextlib.suppress(OSError):
                     shut(entry.real)
+                if entry.fileno[entry.conn] == entry.number:
+                    _ = -entry.gate
 
     def _say_goodbye(self, entry: Entry) -> None:
         """Before this process leaves: on what only it can say it, because nobody else can have the connection."""

@@ -176,13 +176,13 @@ class Held:
         """Whether another process could go on with it."""
         return self.state is not None
 
-    def ending(self) -> Ending:
-        """Closes it to the end; of a stand-in, then what it stands for."""
+    def ending(self, *, lent: bool) -> Ending:
+        """Closes it to the end; of a stand-in, then what it stands for. `lent`: a user may still read from it."""
         there = self.beside
         then = None
         if there is not None:
-            then = Ending(there.sock, abort_of(there.driver, there.sock, there.state))
-        return Ending(self.sock, abort_of(self.driver, self.sock, self.state), then)
+            then = Ending(there.sock, abort_of(there.driver, there.sock, there.state), lent=lent)
+        return Ending(self.sock, abort_of(self.driver, self.sock, self.state), then, lent=lent)
 
     def close(self) -> None:
         """Let go of the descriptors."""
@@ -830,10 +830,10 @@ class ServedPool:
         ending = None
         at = self.table.slot_at(index)
         if held is not None and held.generation == generation:
-            ending = held.ending()
+            reason = view.reason(self.words, self.segment.geometry, at)
+            ending = held.ending(lent=reason == "reclaimed_leases")
             ending.begin()
             if word & STAYS:  # its object knows how to say goodbye, and may be all that there is
-                reason = view.reason(self.words, self.segment.geometry, at)
                 self._tell_closed(self, held.rows, index, generation, reason)
         elif self.expected:  # somebody may hold it; found again by the sweep
             return

@@ -538,13 +538,20 @@ class Ending:
         sock: The connection.
         abort: Calls off what the peer is doing; used where it has not closed after some milliseconds.
         then: Of a stand-in: the connection that it stands for, to be closed to the end once the stand-in has ended.
+        lent: A user may still read from it. Nothing is read away: that user would miss it, and not know.
     """
 
-    __slots__ = ("_abort", "_cut", "_left", "_sock", "_tcp", "_then", "asked")
+    __slots__ = ("_abort", "_cut", "_left", "_lent", "_sock", "_tcp", "_then", "asked")
 
     def __init__(
-        self, sock: socket.socket, abort: Callable[[], None] | None = None, then: Ending | None = None
+        self,
+        sock: socket.socket,
+        abort: Callable[[], None] | None = None,
+        then: Ending | None = None,
+        *,
+        lent: bool = False,
     ) -> None:
+        self._lent = lent
         self._then = then
         self._sock = sock
         self._abort = abort
@@ -591,6 +598,10 @@ class Ending:
 
     def _read_away(self) -> bool:
         """Whether nothing more can come."""
+        if self._lent:
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                return not self._sock.recv(1, _AT_ONCE | socket.MSG_PEEK)
+            return False
         for _ in range(_READS):
             try:
                 read = len(self._sock.recv(_DRAIN, _AT_ONCE))

@@ -297,6 +297,19 @@ def test_what_the_peer_still_says_does_not_keep_its_end_from_being_seen(both: Bo
     wait_until(ending.ended, 5)
 
 
+def test_what_a_user_may_still_read_is_not_read_away(both: Both) -> None:
+    conn, peer = both
+    watched = socket.socket(fileno=os.dup(conn.fileno()))
+    with watched:
+        ending = Ending(watched, lent=True)
+        ending.begin()
+        peer.sendall(b"the rest")
+        assert not ending.ended()
+        peer.close()
+        assert (conn.recv(100), conn.recv(100)) == (b"the rest", b"")
+        wait_until(ending.ended)
+
+
 def test_a_peer_that_still_answers_has_not_ended_before_it_closes(both: Both) -> None:
     """Reset, it would be taken for closed while its process still holds the connection, and counts it."""
     conn, peer = both
