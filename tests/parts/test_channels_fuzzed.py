@@ -501,15 +501,15 @@ def test_a_damaged_segment_that_is_brought_keeps_its_name_from_everybody(arbiter
     fd = os.memfd_create(segment.name("", "damaged"))
     try:
         os.write(fd, b"x" * 8192)
-        coming, newcomer = Peer(arbiter), Peer(arbiter)
+        coming, newcomer, apart = Peer(arbiter), Peer(arbiter), Peer(arbiter)
         refused = brings(arbiter, coming, "damaged", fd, row=3, nonce=4)
         assert (refused.kind, refused.body["fact"]) == (Kind.REFUSED, "")
         answer = newcomer.hello("damaged")
         assert (answer.kind, f"in use by the processes {os.getpid()}" in answer.body["text"]) == (Kind.REFUSED, True)
-        assert Peer(arbiter).hello("other").kind is Kind.WELCOME
+        assert apart.hello("other").kind is Kind.WELCOME
     finally:
         os.close(fd)
     again = Peer(arbiter)
     assert again.hello("damaged").kind is Kind.WELCOME, "it has ended"
-    for peer in (coming, newcomer, again):
+    for peer in (coming, newcomer, apart, again):
         peer.close()
