@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
-import psutil
-
-from . import fdpass, layout, options, segment, succession, view, wire
-from .errors import AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, file_limit
+from . import fdpass, foreign, layout, options, processes, segment, succession, view, wire
+from .errors import ArbiterLost, AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, file_limit
 from .genserver import PoolServer
-from .layout import HEADER, INCARNATION, ROW, ROW_NONCE
+from .layout import HEADER, INCARNATION, ROW, ROW_NONCE, ROW_SINCE
+from .processes import Process
 from .records import Records
+from .roster import Attached, Roster
 from .served import Later, options_in
 from .stats import REASONS
+from .succession import Kept
 from .wire import Kind, Message, WireError
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ _BATCH: Final = 32
 #: A process that lost its channel may come back for its row within this, ns, and while it is stopped (after an exec,
 #: which keeps the pid, nobody comes back).
 _RETURN_TIME: Final = 1_000_000_000
+#: An heir lets newcomers wait so long for those who have a pool already, ns; then it refuses them. The last second of
+#: a worker's own patience is longer.
+_COMING_BACK: Final = 800_000_000
 #: Without pidfds, processes are looked at so often, ns.
 _POLL_PROCESSES: Final = 100_000_000
 #: Whoever started an arbiter has so long to come, seconds, however short the linger time.
@@ -49,6 +53,7 @@ _ACCEPT_AGAIN: Final = 100_000_000
 #: That nobody can be accepted is said so often, ns.
 _SAY_EVERY: Final = 1_000_000_000
 _LONG: Final = select.EPOLLRDHUP | select.EPOLLET
+_UNKNOWN: Final = Process(0, 0)
 #: What a handler gives after which there is nothing else to do in a turn.
 _ANSWERED: Final = object()
 
@@ -70,7 +75,7 @@ class Client:
     row: int = 0
     nonce: int = 0
     pidfd: int = -1
-    born: float = 0.0
+    process: Process = _UNKNOWN
     orphaned: int = 0
     attached: int = 0
     expected: bool = False
@@ -85,6 +90,7 @@ class Arbiter:
         linger: Seconds without any client after which it wants to end.
         clock: Gives the time in monotonic ns.
         scope: What tells this scope's segments from those of others.
+        directory: A descriptor of the runtime directory, for the roster; None in tests.
     """
 
     def __init__(
@@ -94,11 +100,14 @@ class Arbiter:
         linger: float,
         clock: Callable[[], int] = time.monotonic_ns,
         scope: str = "",
+        directory: int | None = None,
     ) -> None:
         self.listener = listener
         self._clock = clock
         self.pools: dict[str, PoolServer] = {}
-        self._refused: dict[str, tuple[str, list[psutil.Process]]] = {}
+        self._kept: dict[str, Kept] = {}
+        self._roster = None if directory is None else Roster(directory, succession.place(), self._all_attached)
+        self._roster_at = 0
         self.incarnation = 1
         self._authkey = authkey
         self._scope = scope
@@ -162,6 +171,9 @@ class Arbiter:
         self._ship_records()
         if not self._clients:
             due = min(due, int((self._quiet_since + self._linger) * 1e9))
+        if self._roster is not None and now >= self._roster_at:
+            self._roster_at = now + _BEAT_EVERY
+            self._roster.keep()
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
             self.pools.pop(name).segment.let_go()
         self._due = due
@@ -176,7 +188,7 @@ class Arbiter:
         hellos, self._hellos = self._hellos, []
         for client, message, events in hellos:
             if client.channel is None or client.pool is not None:  # it has not waited for so long, or asks twice
-                events.close()
+                foreign.close_socket(events)
             else:
                 self._within(client, functools.partial(self._hello, client, message, events))
 
@@ -223,7 +235,7 @@ class Arbiter:
                 pool.forget(index)
             pool.segment.let_go()
         for _, _, events in self._hellos:
-            events.close()
+            foreign.close_socket(events)
         self._epoll.close()
         os.close(self._bell)
         if self._spare >= 0:
@@ -279,7 +291,7 @@ class Arbiter:
                 continue
             pid, uid, _ = fdpass.credentials(channel)
             if uid != os.geteuid():
-                channel.close()
+                foreign.end_channel(channel)
                 continue
             channel.setblocking(False)
             client = Client(channel, pid)
@@ -333,12 +345,12 @@ class Arbiter:
                     return None
                 continue
             except OSError as error:
-                log.warning("process %d: %s", client.pid, error)
+                log.warning("process %d: %s", client.pid, str(error))
                 self._lost(client)
                 return None
             if not data:
                 if descriptor is not None:
-                    os.close(descriptor)
+                    foreign.close(descriptor)
                 self._lost(client)
                 return None
             if short and not number and descriptor is None and client.pool is not None:
@@ -357,7 +369,7 @@ class Arbiter:
         except Later:
             pass  # found again by the pool's next turn
         except WireError as error:
-            log.warning("process %d sent %s", client.pid, error)
+            log.warning("process %d sent %s", client.pid, str(error))  # not its traceback, which has the pool
             self._lost(client)
             return False
         except Exception:
@@ -387,7 +399,7 @@ class Arbiter:
             message = wire.unpack(data)
         except WireError:
             if sock is not None:
-                sock.close()
+                foreign.close_socket(sock)
             raise
         kind = message.kind
         if sock is not None and kind is Kind.HELLO and client.pool is None:
@@ -399,16 +411,28 @@ class Arbiter:
             driver, state = wire.driver_of(message), wire.state_of(message)
             client.pool.holds(client.row, message.slot, message.generation, sock, driver, state)
         elif sock is not None:
-            sock.close()
+            foreign.close_socket(sock)
             raise WireError(f"a descriptor with a {kind.name}")
-        elif kind is Kind.CALLER:
-            self._reply(client, Message(Kind.KEY, message.request, body={"key": self._authkey.hex()}))
-        elif kind is Kind.HOLD:
-            self._reply(client, Message(Kind.OK, message.request))
+        elif kind in (Kind.CALLER, Kind.HOLD) and client.pool is None:
+            self._answer_caller(client, message)
         elif client.pool is None:
             raise WireError(f"a {kind.name} before its hello")
         else:
             self._for_pool(client, client.pool, message)
+
+    def _answer_caller(self, client: Client, message: Message) -> None:
+        """Somebody who attaches to no pool: it asks for the registry's key, or wants the arbiter to stay.
+
+        On an attached channel nobody gets the key: its process may have changed its user since it connected.
+        """
+        try:
+            _check_peer(client, message)
+        except AttachRefused as error:
+            self._reply(client, _refusal(message, error))
+            self._lost(client)
+        else:
+            key = Message(Kind.KEY, message.request, body={"key": self._authkey.hex()})
+            self._reply(client, key if message.kind is Kind.CALLER else Message(Kind.OK, message.request))
 
     def _for_pool(self, client: Client, pool: PoolServer, message: Message) -> None:
         """What an attached worker says of its pool."""
@@ -468,13 +492,9 @@ class Arbiter:
         try:
             if events.family != socket.AF_UNIX or events.type != socket.SOCK_SEQPACKET:
                 raise WireError("a HELLO with a socket that is no event channel")
-            segment.check_identity(_part(message, "identity"), f"process {client.pid}")
-            if client.pid != message.body.get("pid"):
-                raise AttachRefused(
-                    f"process {message.body.get('pid')} is seen here as {client.pid}: another PID namespace;"
-                    " one container = one cap"
-                )
+            _check_peer(client, message)
             if message.body.get("row"):
+                self._take_what_is_brought(client, message.body, events)
                 body = self._return_to_row(client, message.body)
             else:
                 body = self._attach(client, message)
@@ -482,7 +502,7 @@ class Arbiter:
             self._hellos.append((client, message, events))
             return
         except BaseException as error:
-            events.close()
+            foreign.close_socket(events)
             if isinstance(error, WireError) or not isinstance(error, SharedPoolError):
                 raise
             self._reply(client, _refusal(message, error))
@@ -496,6 +516,7 @@ class Arbiter:
         body = message.body
         name, version = options.check_pool_name(body.get("pool")), layout_of(body)
         self._check_layout(name, version, client.pid)
+        self.check_kept(name, client.pid)
         pool, warnings = self.declare(
             name, _part(message, "options"), client.pid, defaults=_part(message, "defaults"),
             update=bool(body.get("update", True)), implicit=not body.get("declares"), attaching=True,
@@ -508,7 +529,14 @@ class Arbiter:
         self._attached += 1
         self._leave_behind(pool, client.pid)
         client.pool, client.row, client.nonce, client.attached = pool, row, nonce, self._attached
-        self._watch_process(client)
+        client.process = processes.find(client.pid)
+        try:
+            self._watch_process(client)
+            self._write_down(client, pool)
+        except BaseException:
+            self._end_row(client)
+            client.pool = None
+            raise
         return {
             "row": row,
             "nonce": nonce,
@@ -517,6 +545,69 @@ class Arbiter:
             "processes": len(self._rows(pool)),
             "warnings": warnings,
         }
+
+    def _write_down(self, client: Client, pool: PoolServer) -> None:
+        """Into the roster, before the process has the segment.
+
+        Raises:
+            AttachRefused: That cannot be written, and an heir would not see by itself that the process has it.
+        """
+        if self._roster is None or self._roster.note(_attached(client, pool)):
+            return
+        log.warning("process %d could not be written into the roster of %r", client.pid, pool.name)
+        if succession.has(client.process, self._scope, pool.name) is None:
+            raise AttachRefused(
+                f"process {client.pid} cannot be written down in the runtime directory (is its file system full?), and"
+                " /proc does not show what the process has open: an arbiter's successor would not know of it"
+            )
+
+    def _all_attached(self) -> list[Attached]:
+        """Who has which pool, in the order in which they attached."""
+        kept = [Attached(name, kept.memory, each) for name, kept in self._kept.items() for each in kept.processes]
+        clients = sorted((client for client in self._clients if client.pool), key=lambda client: client.attached)
+        return kept + [_attached(client, client.pool) for client in clients if client.pool]
+
+    def is_hidden_from_an_heir(self) -> bool:
+        """Whether a living process has a pool of which an heir must know, and /proc does not show it.
+
+        Of a stopped pool that is what is still leased.
+        """
+        unneeded = {name for name, pool in self.pools.items() if pool.stopped and not pool.lends}
+        having = [each for each in self._all_attached() if each.pool not in unneeded]
+        return any(succession.has(each.process, self._scope, each.pool, each.memory) is None for each in having)
+
+    def _take_what_is_brought(self, client: Client, body: Mapping[str, Any], events: socket.socket) -> None:
+        """Who comes back for its row brings the segment: it lies in the event channel that came with the message.
+
+        Raises:
+            AttachRefused: It is not what it should be.
+        """
+        if not body.get("brings"):
+            return
+        try:
+            _, descriptor = fdpass.receive(events, wire.LONGEST, wait=False)
+        except OSError:  # it could not be sent, or does not fit into our limit of open files
+            return
+        if descriptor is None:
+            return
+        name = str(body.get("pool"))
+        if name in self.pools:
+            foreign.close(descriptor)
+            return
+        kept = self._kept.get(name)
+        if kept is not None and not kept.memory:
+            foreign.close(descriptor)
+            raise AttachRefused(f"pool {name!r} is not taken over: {kept.why}", fact=kept.fact)
+        try:
+            memory = kept.memory if kept is not None else ""
+            row, nonce = body.get("row"), body.get("nonce")
+            taken = succession.brought(descriptor, self._scope, name, memory, row, client.pid, nonce)
+        except AttachRefused as error:
+            if error.fact != "row":  # it is the pool, and can never be taken over
+                others = kept.processes if kept is not None else []
+                self.keep(name, Kept(str(error), error.fact, "", [processes.find(client.pid), *others]))
+            raise
+        self.inherit(name, taken)
 
     def _leave_behind(self, pool: PoolServer, pid: int) -> None:
         """Rows of which this process will tell no heir: it left while nobody was there to be told, or was exec'd."""
@@ -557,11 +648,15 @@ class Arbiter:
                 if (other.row, other.nonce, other.pid) == (body["row"], body.get("nonce"), client.pid):
                     break
         else:
-            raise AttachRefused(f"row {body['row']} of pool {body.get('pool')!r} is no longer this process's")
+            kept = self._kept.get(str(body.get("pool")))
+            if kept is not None and kept.memory:
+                raise ArbiterLost(f"pool {body['pool']!r} is waited for, and process {client.pid} did not bring it")
+            text = f"row {body['row']} of pool {body.get('pool')!r} is no longer this process's"
+            raise AttachRefused(text, fact="row")
         self._drop_channel(other)
         other.pool.layouts[other.row] = layout_of(body)
-        client.pool, client.row, client.nonce, client.pidfd, client.born, client.attached = (
-            other.pool, other.row, other.nonce, other.pidfd, other.born, other.attached,
+        client.pool, client.row, client.nonce, client.pidfd, client.process, client.attached = (
+            other.pool, other.row, other.nonce, other.pidfd, other.process, other.attached,
         )  # fmt: skip
         if client.pidfd >= 0:
             self._by_fd[client.pidfd] = lambda events: self._died(client)
@@ -596,8 +691,7 @@ class Arbiter:
             AttachRefused, PoolNotFound, PoolOptionsDiffer, OptionError, StartFailed.
         """
         values = {option: options.check(option, value, f"process {pid}") for option, value in given.items()}
-        if name in self._refused:
-            self._check_refused(name)
+        self.check_kept(name)
         pool = self.pools.get(name)
         if pool is None or pool.stopped:
             for option, value in (defaults or {}).items():
@@ -610,22 +704,47 @@ class Arbiter:
             return self._make(pool, name, options.make(values), pid), []
         return pool, self._change(pool, values, pid, update, attaching)
 
-    def refuse(self, name: str, why: str, pids: list[int]) -> None:
-        """No pool of this name before these processes have gone: they have it in a layout that is not known here."""
-        processes = []
-        for pid in pids:
-            with contextlib.suppress(psutil.Error):
-                processes.append(psutil.Process(pid))
-        self._refused[name] = why, processes
-        log.error("pool %r is refused: %s", name, why)
+    def keep(self, name: str, kept: Kept) -> None:
+        """No pool of this name before it comes back, or before the processes that have it have ended."""
+        if kept.memory:
+            kept.until = self._clock() + _COMING_BACK
+        self._kept[name] = kept
+        pids = ", ".join(str(process.pid) for process in kept.processes)
+        log.log(
+            logging.INFO if kept.memory else logging.ERROR, "pool %r is kept for the processes %s: %s", name, pids,
+            kept.why,
+        )  # fmt: skip
 
-    def _check_refused(self, name: str) -> None:
-        why, processes = self._refused[name]
-        left = [str(process.pid) for process in processes if _lives(process)]
-        if left:
-            text = f"pool {name!r} is in use by the processes {', '.join(left)}, and there is no second one: {why}"
-            raise AttachRefused(text, fact="layout")
-        del self._refused[name]
+    def check_kept(self, name: str, newcomer: int = 0) -> None:
+        """Nobody gets a pool that others have, and that this arbiter does not have.
+
+        Args:
+            name: The pool's name.
+            newcomer: The process that wants to attach. If the pool is waited for, this process has left it.
+
+        Raises:
+            Later: They may still come back.
+            AttachRefused: They have not.
+        """
+        kept = self._kept.get(name)
+        if kept is None:
+            return
+        late = self._clock() >= kept.until
+        left = newcomer if late and kept.memory else 0
+        kept.processes = [
+            process for process in kept.processes
+            if process.pid != left
+            and succession.has(process, self._scope, name, kept.memory) is not False
+        ]  # fmt: skip
+        if not kept.processes:
+            del self._kept[name]
+            return
+        if not late:
+            raise Later
+        pids = ", ".join(str(process.pid) for process in kept.processes)
+        raise AttachRefused(
+            f"pool {name!r} is in use by the processes {pids}, and there is no second one: {kept.why}", fact=kept.fact
+        )
 
     def _make(self, pool: PoolServer | None, name: str, wanted: options.PoolOptions, pid: int) -> PoolServer:
         if pool is not None and all(getattr(pool.options, fixed) == getattr(wanted, fixed) for fixed in options.FIXED):
@@ -648,22 +767,38 @@ class Arbiter:
         )  # fmt: skip
         return pool
 
-    def inherit(self, name: str, inherited: segment.Segment) -> None:
+    def inherit(self, name: str, inherited: segment.Segment, noted: Iterable[Attached] = ()) -> None:
         """Go on with the pool of an arbiter that was killed: its limits, counters and queue are in its table.
 
         Its workers come back by themselves, and tell what they hold.
+
+        Args:
+            name: The pool's name.
+            inherited: Its segment.
+            noted: Who had which pool.
         """
         w, geometry = inherited.words, inherited.geometry
         pool = self._serve(name, options_in(w), 0, inherited=inherited)
         self.incarnation = max(self.incarnation, w[INCARNATION] + 1)
         w[INCARNATION] = self.incarnation
+        kept = self._kept.pop(name, None)
+        known = {process.pid: process for process in kept.processes} if kept else {}
+        known |= {each.process.pid: each.process for each in noted if each.pool == name}
         for row in view.live_rows(w, geometry):
-            nonce = w[HEADER + ROW * row + ROW_NONCE]
-            client = Client(None, view.row_pid(w, row), pool=pool, row=row, nonce=nonce, expected=True)
+            at, pid = HEADER + ROW * row, view.row_pid(w, row)
+            process = known.get(pid) or self._as_old_as(processes.find(pid), w[at + ROW_SINCE])
+            client = Client(None, pid, pool=pool, row=row, nonce=w[at + ROW_NONCE], expected=True, process=process)
             pool.expected.add(row)
             self._clients.add(client)
             self._watch_process(client)
         pool.registered(0, self._clock())
+        if self._roster is not None and not self._roster.write():
+            log.error("the roster of the processes that have pools cannot be written: is the file system full?")
+
+    def _as_old_as(self, process: Process, since: int) -> Process:
+        """The process, unless it has certainly started after that time; then one that has ended."""
+        since_boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return Process(process.pid, -1) if process.is_younger_than(since, self._clock(), since_boot) else process
 
     def _change(self, pool: PoolServer, values: dict[str, Any], pid: int, update: bool, attaching: bool) -> list[str]:
         """Apply options that differ; gives a warning for each."""
@@ -716,6 +851,8 @@ class Arbiter:
         return [client for client in self._clients if client.pool is pool]
 
     def _watch_process(self, client: Client) -> None:
+        if not client.process.pid:
+            client.process = processes.find(client.pid)
         try:
             client.pidfd = os.pidfd_open(client.pid)
         except ProcessLookupError:
@@ -727,9 +864,7 @@ class Arbiter:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOSYS):
                 raise file_limit(error, f"watch process {client.pid}", "the arbiter") from error
-            with contextlib.suppress(psutil.Error):  # an old sandbox without pidfds: watch its start time
-                client.born = psutil.Process(client.pid).create_time()
-            return
+            return  # an old sandbox without pidfds: looked at again and again
         self._watch(client.pidfd, select.EPOLLIN, lambda events: self._died(client))
 
     def _died(self, client: Client) -> None:
@@ -750,10 +885,10 @@ class Arbiter:
     def _drop_channel(self, client: Client) -> None:
         if client.channel is not None:
             self._unwatch(client.channel.fileno())
-            client.channel.close()
+            foreign.end_channel(client.channel)
             client.channel = None
         if client.events is not None:
-            client.events.close()
+            foreign.end_channel(client.events)
             client.events = None
 
     def _gone(self, client: Client) -> None:
@@ -763,6 +898,9 @@ class Arbiter:
             client.linked.stop()
         self._drop_channel(client)
         self._clients.discard(client)
+        self._end_row(client)
+
+    def _end_row(self, client: Client) -> None:
         if client.pidfd >= 0:
             self._unwatch(client.pidfd)
             os.close(client.pidfd)
@@ -776,19 +914,23 @@ class Arbiter:
         for client in list(self._clients):
             if client.orphaned:
                 if now - client.orphaned >= _RETURN_TIME:
-                    if _is_stopped(client.pid):
+                    if processes.is_stopped(client.pid):
                         client.orphaned = now
                     else:
                         self._guarded(functools.partial(self._ended, client), 0)
                 due = min(due, client.orphaned + _RETURN_TIME)
             elif client.expected:
-                if client.pool is not None and not succession.has(client.pid, self._scope, client.pool.name):
-                    self._guarded(functools.partial(self._ended, client), 0)  # exec'd, or a stranger with its pid
-            elif client.born:
+                if client.pool is not None and not self._may_come_back(client, client.pool):
+                    self._guarded(functools.partial(self._ended, client), 0)
+            elif client.pidfd < 0 and client.process.pid:
                 due = min(due, now + _POLL_PROCESSES)
-                if not _same_process(client):
+                if not client.process.lives():
                     self._guarded(functools.partial(self._died_at, client), 0)
         return due
+
+    def _may_come_back(self, client: Client, pool: PoolServer) -> bool:
+        """Whether a row's process has not executed another program, and is no stranger who was given its pid."""
+        return succession.has(client.process, self._scope, pool.name) is not False
 
     def _ended(self, client: Client, events: int) -> None:
         self._gone(client)
@@ -853,26 +995,32 @@ class Arbiter:
             self._read(client)
 
 
-def _same_process(client: Client) -> bool:
-    try:
-        return psutil.Process(client.pid).create_time() == client.born
-    except psutil.Error:
-        return False
+def _attached(client: Client, pool: PoolServer) -> Attached:
+    return Attached(pool.name, pool.memory, client.process)
 
 
-def _is_stopped(pid: int) -> bool:
-    """Whether a process stands still, by a signal or a debugger."""
-    try:
-        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    except psutil.Error:
-        return False
+def _check_peer(client: Client, message: Message) -> None:
+    """Only processes of this arbiter's PID namespace are answered: a robust mutex and a cap end with it.
 
+    The kernel is asked first of all. Where it does not tell, what the process says of itself is compared.
 
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    Raises:
+        AttachRefused: It is of another one, or nobody can tell.
+    """
+    who = f"process {client.pid}" if client.pid else "a process that is not seen from here"
+    said = message.kind is Kind.HELLO or "pid_namespace" in message.body
+    if message.kind is Kind.HELLO:
+        segment.check_identity(_part(message, "identity"), who)
+    elif said:
+        segment.check_identity({**segment.identity(), "pid_namespace": message.body["pid_namespace"]}, who)
+    nested = processes.is_nested(client.pid) if client.pid else True
+    if nested is None and not said:
+        raise AttachRefused(f"{who} does not say of which PID namespace it is, and /proc does not show it")
+    if nested or (said and client.pid != message.body.get("pid")):
+        number = message.body.get("pid", "one")
+        raise AttachRefused(
+            f"process {number} is seen here as {client.pid}: another PID namespace; one container = one cap"
+        )
 
 
 def _readable(channel: socket.socket) -> bool:
@@ -894,7 +1042,8 @@ def _part(message: Message, name: str) -> dict[str, Any]:
 
 
 def _refusal(message: Message, error: SharedPoolError) -> Message:
-    return Message(Kind.REFUSED, message.request, body={"error": type(error).__name__, "text": str(error)})
+    body = {"error": type(error).__name__, "text": str(error), "fact": getattr(error, "fact", "")}
+    return Message(Kind.REFUSED, message.request, body=body)
 
 
 def _socket_of(descriptor: int) -> socket.socket:
@@ -906,10 +1055,10 @@ def _socket_of(descriptor: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=descriptor)
     except OSError as error:
-        os.close(descriptor)
+        foreign.close(descriptor)
         raise WireError(f"a descriptor that is no socket: {error}") from None
     if sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
-        sock.close()
+        foreign.close_socket(sock)
         raise WireError(f"a socket of type {sock.type}")
     return sock
 

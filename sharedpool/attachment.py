@@ -172,7 +172,7 @@ class Attachment:
             raise file_limit(error, f"attach to pool {name!r}") from error
         try:
             self.welcome, descriptor = self.channel.attach(seconds)
-            self.segment = segment.attach(descriptor)
+            self.segment = self.channel.memory = segment.attach(descriptor)
         except BaseException as error:
             self._tell(Kind.DETACH)
             self.channel.close()
@@ -1270,8 +1270,8 @@ class Attachment:
             found = self.channel.come_back(events)
             self.lost = False
             return found
-        except AttachRefused:
-            self.cut_off()
+        except AttachRefused as error:
+            self.cut_off(of_nobody=error.fact == "row")
             return None
         except (SharedPoolError, OSError) as error:
             log.warning("pool %r: no arbiter answers, trying again: %s", self.name, error)
@@ -1301,13 +1301,18 @@ class Attachment:
         self._end_openings()
         for entry in list(self.entries.values()):
             self._say_goodbye(entry)
-            if self._leases(entry):  # there may be no arbiter that could end it
-                with contextlib.suppress(OSError):
-                    shut(entry.real)
+        self._end_leases()
         self._let_go()
         self._tell(Kind.DETACH)
         self.channel.close()
         self.segment.let_go()
+
+    def _end_leases(self) -> None:
+        """End what this process has leased: there may be no arbiter that could, or one that knows nothing of it."""
+        for entry in list(self.entries.values()):
+            if self._leases(entry):
+                with contextlib.suppress(OSError):
+                    shut(entry.real)
 
     def _say_goodbye(self, entry: Entry) -> None:
         """Before this process leaves: on what only it can say it, because nobody else can have the connection."""
@@ -1335,17 +1340,25 @@ class Attachment:
         self.room.left = True
         self.table.mutex = Call(lambda: LEFT)
 
-    def cut_off(self) -> None:
-        """The arbiter has given this process's row up: it goes on with a new attachment."""
+    def cut_off(self, *, of_nobody: bool) -> None:
+        """The arbiter does not take this process back: it goes on with a new attachment.
+
+        Args:
+            of_nobody: Its row is not known, so nobody counts what it has leased: that ends. Otherwise leases go on, and
+                the memory stays open: the pool's name is refused to everybody while this process has it.
+        """
         self._leave_table()
         self.inert = self.lost = True
         _attachments.discard(self)
         if self.watch is not None:
             self.watch.stop()
         self._end_openings()
+        if of_nobody:
+            self._end_leases()
         self._let_go()
         self.channel.close()
-        self.segment.let_go()
+        if of_nobody:
+            self.segment.let_go()
 
     def _let_go(self) -> None:
         """Close what this process holds. What is leased stays its user's object; the arbiter ends its connection."""

@@ -39,6 +39,9 @@ class Channel:
         update: Whether options that differ are applied.
         holdings: Gives what a successor has to know, each message with a descriptor that is closed after it was sent.
         defaults: What else the pool is made with, if this hello makes it.
+
+    Attributes:
+        memory: The pool's segment, once this process has it.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Channel:
         self.events: socket.socket | None = None
         self._left = False
         self._holdings = holdings
+        self.memory: segment.Segment | None = None
 
     def attach(self, seconds: float) -> tuple[dict[str, Any], int]:
         """Say hello; gives what the arbiter answered, and the segment's descriptor.
@@ -85,7 +89,7 @@ class Channel:
     def _say_hello(self, seconds: float) -> tuple[dict[str, Any], int]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            message = Message(Kind.HELLO, body=self._hello)
+            message = Message(Kind.HELLO, body={**self._hello, "brings": self._bring(ours)})
             channel, answer, descriptor = launch.greet(self._directory, message, seconds, theirs.fileno())
         except BaseException:
             ours.close()
@@ -107,6 +111,28 @@ class Channel:
         channel.setblocking(False)  # who only tells the arbiter something never waits for it
         self._socket, self.events = channel, ours
         return dict(answer.body), descriptor
+
+    def _bring(self, events: socket.socket) -> bool:
+        """Put the pool's segment into the event channel: a successor may have no other way to it."""
+        memory = self.memory
+        if memory is None or "row" not in self._hello:
+            return False
+        number = memory.fd
+        if number < 0:
+            return False
+        try:
+            copy = os.dup(number)
+        except OSError:
+            return False
+        try:
+            if memory.fd != number:  # closed meanwhile by another thread: the number may be a stranger's by now
+                return False
+            fdpass.send(events, wire.pack(Message(Kind.SEGMENT)), copy)
+        except OSError:
+            return False
+        finally:
+            os.close(copy)
+        return True
 
     def _tell_holdings(self, channel: socket.socket) -> None:
         """A successor learns every descriptor that this process has: no slot is free before all have told."""
@@ -374,4 +400,5 @@ def _refusal(answer: Message) -> SharedPoolError:
     kind = getattr(errors, str(answer.body.get("error")), AttachRefused)
     if not (isinstance(kind, type) and issubclass(kind, SharedPoolError)):
         kind = AttachRefused
-    return kind(str(answer.body.get("text") or f"the arbiter answered {answer.kind.name} to a hello"))
+    text = str(answer.body.get("text") or f"the arbiter answered {answer.kind.name} to a hello")
+    return AttachRefused(text, fact=str(answer.body.get("fact", ""))) if kind is AttachRefused else kind(text)

@@ -127,8 +127,7 @@ def _keep() -> None:
         return
     from . import launch
 
-    channel, _, _ = launch.greet(_directory(), Message(Kind.HOLD), launch.START_SECONDS)
-    _hold = channel
+    _hold = launch.hold(_directory(), launch.START_SECONDS)
 
 
 def _alive(channel: socket.socket) -> bool:

@@ -7,13 +7,15 @@ made here. Descriptors that came unasked, or of which some were cut off, are clo
 from __future__ import annotations
 
 import array
-import os
 import socket
 import struct
 
+from . import foreign
+
 _INT = struct.calcsize("i")
-#: Room for a few descriptors although one is allowed: more than one must be seen to be refused.
-_ROOM = socket.CMSG_SPACE(8 * _INT)
+#: Room for all descriptors that a message can have (SCM_MAX_FD), although one is allowed. The kernel closes what finds
+#: no room, in the middle of `recvmsg`, and that may wait.
+_ROOM = socket.CMSG_SPACE(253 * _INT)
 
 # As plain numbers: the socket module's are of enumerations, whose sums take microseconds.
 _SEND = int(socket.MSG_NOSIGNAL)
@@ -81,7 +83,7 @@ def receive(channel: socket.socket, longest: int, *, wait: bool = True) -> tuple
             descriptors.frombytes(content[: len(content) - len(content) % _INT])
     if len(descriptors) > 1 or answer & (_CONTROL_CUT_OFF | _CUT_OFF):
         for descriptor in descriptors:
-            os.close(descriptor)
+            foreign.close(descriptor)
         if not descriptors and not answer & _CUT_OFF:
             raise NoRoom(data)
         raise PassError(f"a message came cut off, or with {len(descriptors)} descriptors instead of one at most")

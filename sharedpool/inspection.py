@@ -122,13 +122,13 @@ def greet(where: str) -> None:
         NoArbiter, ArbiterLost.
     """
     from . import launch
-    from .wire import Kind, Message
+    from .wire import Kind
 
     channel = launch.connect(where)
     if channel is None:
         raise NoArbiter(f"no arbiter runs in {where}")
     with channel:
         try:
-            launch.ask(channel, Message(Kind.HOLD), _GREETING)
+            launch.ask(channel, launch.asking(Kind.HOLD), _GREETING)
         except ArbiterLost as error:
             raise ArbiterLost(f"the arbiter in {where} does not answer: {error}") from error

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import fdpass, scope, wire
+from . import fdpass, scope, segment, wire
 from .errors import NO_DESCRIPTOR, ArbiterLost, AttachRefused, RegistryTimeout, StartFailed, file_limit
 from .wire import Kind, Message
 
@@ -141,6 +141,24 @@ def greet(
             raise
 
 
+def hold(directory: str, seconds: float) -> socket.socket:
+    """A channel to the scope's arbiter, which stays as long as it is open; it is started if none answers.
+
+    Raises:
+        StartFailed, ArbiterLost, AttachRefused.
+    """
+    channel, answer, _ = greet(directory, asking(Kind.HOLD), seconds)
+    if answer.kind is not Kind.OK:
+        channel.close()
+        raise AttachRefused(f"the arbiter answered {answer.kind.name}: {answer.body.get('text')}")
+    return channel
+
+
+def asking(kind: Kind) -> Message:
+    """A message of somebody who attaches to no pool; it says who asks."""
+    return Message(kind, body={"pid_namespace": segment.identity()["pid_namespace"], "pid": os.getpid()})
+
+
 def wait_until_gone(directory: str, seconds: float = 5.0) -> None:
     """Wait until the arbiter that was told to end has taken its files away, and the directory if it was all its own."""
     limit = time.monotonic() + seconds
@@ -159,14 +177,14 @@ def caller(directory: str, *, start: bool, seconds: float = START_SECONDS) -> by
         StartFailed, AttachRefused.
     """
     if start:
-        channel, answer, _ = greet(directory, Message(Kind.CALLER), seconds)
+        channel, answer, _ = greet(directory, asking(Kind.CALLER), seconds)
     else:
         found = connect(directory)
         if found is None:
             return None
         channel = found
         try:
-            answer, _ = ask(channel, Message(Kind.CALLER), seconds)
+            answer, _ = ask(channel, asking(Kind.CALLER), seconds)
         except ArbiterLost as error:
             if isinstance(error.__cause__, TimeoutError):
                 raise RegistryTimeout(f"the arbiter in {directory} did not answer within {seconds:g} s") from error
@@ -229,7 +247,9 @@ def _lock_file(directory: str) -> int:
     while True:
         path = os.path.join(scope.prepare(directory), scope.START_LOCK)
         with contextlib.suppress(FileNotFoundError):  # the directory went with an arbiter that just ended
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            os.fchmod(fd, 0o600)  # a umask may have taken our own rights away
+            return fd
 
 
 def _flock(fd: int, limit: float) -> bool:
@@ -272,7 +292,7 @@ def interpreter() -> str:
 def _import_paths() -> str:
     """Where sharedpool and what it needs were found here: an isolated interpreter may not find them by itself."""
     paths = []
-    for name in ("sharedpool", "multiprocess", "dill", "psutil"):
+    for name in ("sharedpool", "multiprocess", "dill"):
         found = importlib.util.find_spec(name)
         if found is not None and found.origin:
             path = os.path.dirname(os.path.dirname(os.path.abspath(found.origin)))

@@ -20,13 +20,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import multiprocess.managers
-import multiprocess.process
 
-from . import calls, launch, layout, mutex, scope, segment, succession, view
+from . import calls, foreign, launch, layout, mutex, roster, scope, segment, succession, view
 from .arbiter import Arbiter
 from .errors import DrainTimeout, PoolNotFound, RegistryTimeout, SharedPoolError, StartFailed
 from .genserver import PoolServer
@@ -63,7 +62,7 @@ class Registry:
             pool, warnings = self._arbiter.declare(check_pool_name(name), options, pid, update=update)
             return pool.info(), warnings
 
-        return self._arbiter.call(declare)
+        return self._patiently(declare)
 
     def stop_pool(self, name: str) -> bool:
         """Stop a pool; False if there was none."""
@@ -81,10 +80,11 @@ class Registry:
         """A pool's facts, or None."""
 
         def find() -> dict[str, Any] | None:
+            self._arbiter.check_kept(name)
             pool = self._arbiter.pools.get(name)
             return None if pool is None or pool.stopped else cast(dict[str, Any], pool.handle_call("info"))
 
-        return self._arbiter.call(find)
+        return self._patiently(find)
 
     def stats(self, name: str) -> PoolStats:
         """A pool's numbers; PoolNotFound if there is none."""
@@ -103,7 +103,7 @@ class Registry:
                 self._arbiter.link(pool, pid)
             return pool.info(), warnings
 
-        return self._arbiter.call(declare)
+        return self._patiently(declare)
 
     def pool_call(self, name: str, request: str, *arguments: Any) -> tuple[Any]:
         """Ask a pool (PoolServer.handle_call); the answer, in a tuple to tell None from no arbiter."""
@@ -192,6 +192,7 @@ class Registry:
 
     def _with(self, name: str, use: Callable[[PoolServer], T]) -> T:
         def run() -> T:
+            self._arbiter.check_kept(name)
             pool = self._arbiter.pools.get(name)
             if pool is None or pool.stopped:
                 raise PoolNotFound(
@@ -359,37 +360,31 @@ def call(directory: str, method: str, *arguments: Any, start: bool, seconds: flo
 
 def _bereaved(directory: str) -> bool:
     """Whether processes have pools here whose arbiter has died: a successor starts, or is started to be asked."""
-    found, _ = succession.segments(succession.scope_id(directory))
+    noted = []
+    with contextlib.suppress(FileNotFoundError):
+        fd = scope.open_directory(directory)
+        try:
+            noted = roster.read(fd, succession.place())
+        finally:
+            os.close(fd)
+    found, kept = succession.find(succession.scope_id(directory), noted)
     for taken in found.values():
         taken.let_go()
-    return any(not taken.words[layout.GATE] & layout.STOPPED for taken in found.values())
+    return bool(kept) or any(not taken.words[layout.GATE] & layout.STOPPED for taken in found.values())
 
 
 def _call(directory: str, key: bytes, method: str, *arguments: Any) -> Any:
     fd = scope.open_directory(directory)
     try:
         manager = SharedPoolManager(scope.inside(fd, scope.REGISTRY_SOCKET), authkey=key, serializer=calls.SERIALIZER)
-        with _authkey(key):
-            manager.connect()
-            registry = cast(Any, manager).registry()
-            try:
-                return registry.call(method, *arguments)
-            finally:
-                registry.close()
+        manager.connect()
+        registry = cast(Any, manager).registry()  # with the manager's key: the process's own is the application's
+        try:
+            return registry.call(method, *arguments)
+        finally:
+            registry.close()
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _authkey(key: bytes) -> Iterator[None]:
-    """Proxies authenticate with the process's own key while they are made; it is put back afterwards."""
-    process = multiprocess.process.current_process()
-    kept = process.authkey
-    process.authkey = key
-    try:
-        yield
-    finally:
-        process.authkey = kept
 
 
 # --- the arbiter's process --------------------------------------------------------------------------------------------
@@ -429,6 +424,7 @@ def serve(directory: str, ready: Callable[[], None]) -> None:
 def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     """Be the arbiter until it is time to go; False if somebody else is."""
     _reset_signals()
+    os.umask(0o077)
     mutex.prove()  # before any thread: it forks
     raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
@@ -440,13 +436,14 @@ def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _unlink(dirfd, scope.ARBITER_SOCKET, scope.REGISTRY_SOCKET)
     identity = succession.scope_id(directory)
-    served = Arbiter(listener, key, linger, scope=identity)
+    served = Arbiter(listener, key, linger, scope=identity, directory=dirfd)
     _log_to(served)
-    inherited, refused = succession.segments(identity)
+    noted = roster.read(dirfd, succession.place())
+    inherited, kept = succession.find(identity, noted)
+    for name, names in kept.items():
+        served.keep(name, names)
     for name, taken in inherited.items():
-        served.inherit(name, taken)
-    for name, why in refused.items():
-        served.refuse(name, why, succession.holders(identity, name))
+        served.inherit(name, taken, noted)
     _serve_registry(served, dirfd, key)
     listener.bind(scope.inside(dirfd, scope.ARBITER_SOCKET))
     listener.listen(512)
@@ -458,7 +455,7 @@ def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     try:
         while True:
             served.run()
-            if _leave(directory, dirfd, listener):
+            if _leave(directory, dirfd, listener, served):
                 os.close(leader)
                 return True
             served.stay()
@@ -536,15 +533,17 @@ def _serve_registry(served: Arbiter, dirfd: int, key: bytes) -> None:
         """The manager with the registry behind it."""
 
     Serving.register("registry", callable=lambda: registry, proxytype=RegistryProxy, exposed=RegistryProxy._exposed_)
-    multiprocess.process.current_process().authkey = key
     address = scope.inside(dirfd, scope.REGISTRY_SOCKET)
     server = Serving(address, authkey=key, serializer=calls.SERIALIZER).get_server()
     server.stop_event = threading.Event()
     threading.Thread(target=server.accepter, name="registry", daemon=True).start()
 
 
-def _leave(directory: str, dirfd: int, listener: socket.socket) -> bool:
-    """Go, without leaving anything behind and without answering anybody by half; False if somebody is about to come."""
+def _leave(directory: str, dirfd: int, listener: socket.socket, served: Arbiter) -> bool:
+    """Go, without leaving anything behind and without answering anybody by half; False if somebody is about to come.
+
+    The roster stays if a successor needs it.
+    """
     lock = os.open(scope.inside(dirfd, scope.START_LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -553,6 +552,8 @@ def _leave(directory: str, dirfd: int, listener: socket.socket) -> bool:
         return False
     _unlink(dirfd, scope.ARBITER_SOCKET)
     _refuse_callers(listener)
+    if not served.is_hidden_from_an_heir():
+        _unlink(dirfd, scope.ROSTER)
     _unlink(dirfd, scope.REGISTRY_SOCKET, scope.LEADER_LOCK, scope.START_LOCK)
     with contextlib.suppress(OSError):  # somebody keeps something of his own in it
         os.rmdir(directory)
@@ -566,7 +567,7 @@ def _refuse_callers(listener: socket.socket) -> None:
     """Whoever has connected but was not accepted sees the end of his channel and looks for another arbiter."""
     with contextlib.suppress(BlockingIOError):
         while True:
-            listener.accept()[0].close()
+            foreign.end_channel(listener.accept()[0])
     listener.close()
 
 

@@ -155,6 +155,16 @@ def key_of(secret: bytes, address: tuple[str, str, int]) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
+def memory_of(fd: int) -> str:
+    """What tells this segment from all others until the next boot."""
+    return memory_in(os.fstat(fd))
+
+
+def memory_in(status: os.stat_result) -> str:
+    """The same, from what `os.stat` gives."""
+    return f"{status.st_dev}:{status.st_ino}"
+
+
 def name(scope: str, pool: str) -> str:
     """What the kernel shows as the memfd's name."""
     return f"sharedpool:{scope}:{pool}"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from . import counting, view
+from . import counting, foreign, view
 from . import options as rules
 from . import segment as segments
 from .drivers import abort_of
@@ -222,6 +222,10 @@ def _options_in(w: memoryview[int]) -> dict[str, Any]:
 _AT_ONCE: Final = 1
 
 
+#: In GATE: what only operators decide.
+_OPERATORS: Final = PAUSED | STOPPED
+
+
 def _foreign_word(number: int | None) -> int:
     return ANY_NUMBER if number is None else number + 1
 
@@ -295,6 +299,7 @@ class ServedPool:
         self.options = options
         self.declared_by = declared_by
         self.segment = inherited or segments.create(name, geometry_for(options.max_connections), scope)
+        self.memory = segments.memory_of(self.segment.fd)
         self.expected: set[int] = set()
         self._unbacked = False
         self._unheld: dict[int, tuple[int, int]] = {}  # by slot: generation and row of what could not be received
@@ -324,6 +329,7 @@ class ServedPool:
         self._cap_said = -_SAY_EVERY
         self._damage = ""
         self._rules = self._rule_words()
+        self._flags = self.words[GATE] & _OPERATORS
         self._ended: dict[int, int] = {}
         self._wakers: dict[int, Any] = {}
         self._log = logging.getLogger(f"sharedpool.pool.{name}")
@@ -383,7 +389,7 @@ class ServedPool:
 
     @property
     def stopped(self) -> bool:
-        return bool(self.words[GATE] & STOPPED)
+        return bool(self._flags & STOPPED)
 
     def apply(self, options: PoolOptions) -> None:
         """Put options in force, at once, for idle connections and waiters too.
@@ -417,10 +423,11 @@ class ServedPool:
         w[MAX_LIFETIME] = nanoseconds(options.max_lifetime)
         w[LEASE_TIMEOUT] = nanoseconds(options.lease_timeout)
         w[MAX_WAITING] = options.max_waiting or ANY_NUMBER
-        flags = w[GATE] & PAUSED
+        flags = self._flags & PAUSED
         per_key = self._per_key(options)
         w[KEYS_OVER] = 1 if per_key else 0  # before it holds: from then on checkins look
         self._insist(lambda: self.table.set_limit(options.max_connections, flags, options.reserve, per_key))
+        self._flags = flags
         self.options = options
         self._rules = self._rule_words()
         self._expire_at = 0
@@ -450,8 +457,7 @@ class ServedPool:
 
     def stop(self) -> None:
         """Waiters are sent away, idle connections closed; leased ones are closed when they come back."""
-        w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], STOPPED, w[RESERVE], w[MAX_PER_KEY]))
+        self._set_flags(STOPPED)
         now = self._clock()
         for _, at, word in self.slots():
             if word & STATE == IDLE:
@@ -465,14 +471,18 @@ class ServedPool:
 
     def pause(self) -> None:
         """Nobody gets anything any more until `resume`; leases go on, and checkouts wait within their deadlines."""
-        w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED | PAUSED, w[RESERVE], w[MAX_PER_KEY]))
+        self._set_flags(self._flags | PAUSED)
 
     def resume(self) -> None:
         """Those who wait are served at once, in their order."""
-        w = self.words
-        self._insist(lambda: self.table.set_limit(w[MAX], w[GATE] & STOPPED, w[RESERVE], w[MAX_PER_KEY]))
+        self._set_flags(self._flags & ~PAUSED)
         self._serve(self._clock())
+
+    def _set_flags(self, flags: int) -> None:
+        """Put STOPPED and PAUSED in force. Nobody else sets them, so what is here is what they should be."""
+        w = self.words
+        self._insist(lambda: self.table.set_limit(w[MAX], flags, w[RESERVE], w[MAX_PER_KEY]))
+        self._flags = flags
 
     def drain(self, address: tuple[str, str, int] | None, seconds: float | None, *, kill: bool = False) -> Drain:
         """Close idle connections now and leased ones at their checkin; those of an address, or all.
@@ -509,6 +519,11 @@ class ServedPool:
     @property
     def empty(self) -> bool:
         return self.words[USED] == 0
+
+    @property
+    def lends(self) -> bool:
+        """Whether anything is leased, or about to be."""
+        return any(word & STATE in (LEASED, OPENING, GRANTED) for _, _, word in self.slots())
 
     def _trim(self) -> None:
         """Close the idle connections longest unused while there are more than the limit allows; all of a stopped pool.
@@ -553,7 +568,7 @@ class ServedPool:
     ) -> None:
         """A worker's connection-to-be. Of an older generation: drop it, which ends it."""
         if index >= self.segment.geometry.slots:
-            sock.close()
+            foreign.close_socket(sock)
             return
         word = self.words[self.table.slot_at(index)]
         if generation_of(word) != generation or word & STATE == FREE:
@@ -590,7 +605,7 @@ class ServedPool:
             held.rows.add(row)
             if state is not None:
                 held.driver, held.state = driver, state
-            sock.close()
+            foreign.close_socket(sock)
         else:
             self.register(row, index, generation, sock, driver, state)
 
@@ -635,7 +650,7 @@ class ServedPool:
         if held is not None and (generation is None or held.generation == generation):
             del self.held[index]
             self._unwatch(held.sock)
-            held.sock.close()
+            foreign.close_socket(held.sock)
 
     def fetch(self, row: int, index: int, generation: int) -> Held | None:
         """The connection that the row has leased, or None."""
@@ -1181,8 +1196,7 @@ class ServedPool:
         self.lines.make_room()
         w = self.words
         if w[TICKET] >= MANY_TICKETS:
-            flags = w[GATE] & (PAUSED | STOPPED)
-            self._insist(lambda: self.table.set_limit(w[MAX], flags, w[RESERVE], w[MAX_PER_KEY]))
+            self._set_flags(self._flags)
 
     def _look_for_damage(self) -> None:
         """What cannot be, and still cannot at the next look a second later, is mended; so are the options."""
@@ -1194,6 +1208,9 @@ class ServedPool:
         if not self.stopped and self._rule_words() != self._rules:
             self._log.error("pool %r: the options in its shared memory were damaged, and are set anew", self.name)
             self.apply(self.options)
+        if self.words[GATE] & _OPERATORS != self._flags:
+            self._log.error("pool %r: its state (stopped, paused) was damaged, and is set anew", self.name)
+            self._set_flags(self._flags)
 
     def _rule_words(self) -> list[int]:
         return [self.words[at] for at in _RULE_WORDS]
@@ -1237,4 +1254,4 @@ def _cut(sock: socket.socket) -> None:
     """End a connection whose slot is no longer its own."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-    sock.close()
+    foreign.close_socket(sock)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 from . import control, options, scope
 from .errors import ArbiterLost, StartFailed
 from .pool import mode
-from .wire import Kind, Message
 
 if TYPE_CHECKING:
     import multiprocess
@@ -114,7 +113,7 @@ def _declare(name: str, given: dict[str, Any]) -> socket.socket:
     """Hold an arbiter and declare the pool there; gives the channel that ends with the arbiter."""
     from . import launch
 
-    channel, _, _ = launch.greet(scope.directory_for(os.environ, make=True), Message(Kind.HOLD), launch.START_SECONDS)
+    channel = launch.hold(scope.directory_for(os.environ, make=True), launch.START_SECONDS)
     try:
         control.start_pool(name, **given)
     except BaseException:

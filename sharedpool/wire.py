@@ -57,6 +57,9 @@ class Kind(enum.IntEnum):
     OPTIONS = 22  # arbiter, on the event channel: the pool's options have changed
     HOLDS = 26  # worker, to a successor: it holds this connection, of this state [the socket]; no reply
     REGISTERED = 27  # worker, to a successor: it has told all that it holds; no reply
+    SEGMENT = (
+        28  # worker, on its event channel before the HELLO that brings it: the pool's memory [the segment]; no reply
+    )
     KEY_NAME = 23  # worker: what a key (in the place of the generation) stands for; no reply
 
 

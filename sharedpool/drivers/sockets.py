@@ -25,6 +25,8 @@ _TCP_CLOSE: Final = 7
 #: What a peer still sends after our end is read away, in so many reads of so many bytes per look.
 _READS: Final = 16
 _DRAIN: Final = 1 << 16
+#: Whoever else has the connection may have made it blocking; not every platform has this.
+_AT_ONCE: Final = int(getattr(socket, "MSG_DONTWAIT", 0))
 #: The answer of a peer that has been said goodbye to is awaited up to so many bytes.
 _LONG_ANSWER: Final = 1 << 20
 #: Then it is reset; its process, which counts the connection, has so many looks, about 0.1 s, to notice.
@@ -298,7 +300,7 @@ class Ending:
         """Whether nothing more can come."""
         for _ in range(_READS):
             try:
-                read = len(self._sock.recv(_DRAIN))
+                read = len(self._sock.recv(_DRAIN, _AT_ONCE))
             except (BlockingIOError, InterruptedError):
                 break
             if not read:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sharedpool import fdpass, segment, wire
+from sharedpool import fdpass, foreign, segment, wire
 from sharedpool.channel import Channel
 from sharedpool.layout import LAYOUT
 from sharedpool.testing import SteppedArbiter
@@ -112,11 +113,14 @@ def arbiter(tmp_path: Path) -> Iterator[Listening]:
     made.close()
     made.pools.clear()
     made._workers.clear()
+    assert foreign.settle()
+    gc.collect()  # a pool is mapped as long as anything refers to it
     # What is open now and was not before; what an earlier test's thread has closed meanwhile is not this test's affair.
     assert not open_descriptors() - before
 
 
 def sockets() -> Counter[str]:
+    assert foreign.settle()
     return Counter({name: count for name, count in open_descriptors().items() if name.startswith("socket:")})
 
 
@@ -146,7 +150,42 @@ OPENERS: list[Callable[[contextlib.ExitStack], int]] = [
     lambda stack: stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)).fileno(),
     lambda stack: stack.enter_context(os.fdopen(os.memfd_create("any"))).fileno(),
     lambda stack: stack.enter_context(select.epoll()).fileno(),
+    lambda stack: closed_with(stack, os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)),
+    lambda stack: closed_with(stack, os.open("/", os.O_RDONLY | os.O_DIRECTORY)),
+    lambda stack: closed_with(stack, os.open("/proc/self/mem", os.O_RDWR)),
+    lambda stack: closed_with(stack, os.pidfd_open(os.getpid())),
+    lambda stack: stack.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)).fileno(),
+    lambda stack: stack.enter_context(full_of_descriptors()).fileno(),
+    *(
+        lambda stack, family=family, kind=kind: rare_socket(stack, family, kind)  # type: ignore[misc]
+        for family, kind in ((40, socket.SOCK_STREAM), (38, socket.SOCK_SEQPACKET), (30, socket.SOCK_SEQPACKET))
+    ),
 ]
+
+
+def rare_socket(stack: contextlib.ExitStack, family: int, kind: int) -> int:
+    """A socket of AF_VSOCK, AF_ALG or AF_TIPC; where the kernel has none of that family, a pipe."""
+    try:
+        return stack.enter_context(socket.socket(family, kind)).fileno()
+    except OSError:
+        reading, writing = os.pipe()
+        os.close(writing)
+        return closed_with(stack, reading)
+
+
+def closed_with(stack: contextlib.ExitStack, descriptor: int) -> int:
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def full_of_descriptors() -> socket.socket:
+    """An end of a channel in which a descriptor lies unread, and an empty message."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        ours.send(b"")
+        fdpass.send(ours, b"x", ours.fileno())
+    return theirs
+
 
 numbers = st.sampled_from([0, 1, 2, 3, 1023, 1024, 2**31, 2**32, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1)
 values = st.recursive(
@@ -155,7 +194,9 @@ values = st.recursive(
     max_leaves=6,
 )
 bodies = st.dictionaries(
-    st.sampled_from(["pool", "pid", "options", "declares", "update", "identity", "row", "nonce", "name", "message"]),
+    st.sampled_from(
+        ["pool", "pid", "options", "declares", "update", "identity", "row", "nonce", "name", "message", "brings"]
+    ),
     values
     | st.sampled_from(["ours", "other", os.getpid(), dict(segment.identity())])
     | st.dictionaries(st.sampled_from(["max_connections", "order", "move", "idle_timeout", "reserve"]), values),
@@ -392,3 +433,83 @@ def test_a_declaration_to_a_pool_whose_mutex_is_busy_is_refused_with_the_reason(
     let_go()
     assert peer.ask(change).kind is Kind.OK
     peer.close()
+
+
+def test_the_key_is_for_those_who_attach_to_nothing(arbiter: Listening) -> None:
+    """An attached process may have changed its user since it connected."""
+    for kind in (Kind.CALLER, Kind.HOLD):
+        peer = Peer(arbiter)
+        assert peer.hello("ours").kind is Kind.WELCOME
+        peer.send(wire.pack(Message(kind, 5)))
+        assert peer.answers() == []
+        assert peer.ended
+        peer.close()
+
+
+@pytest.mark.parametrize("kind", [Kind.CALLER, Kind.HOLD])
+@pytest.mark.parametrize("wrong", [{"pid_namespace": "4:1"}, {"pid_namespace": None}, {"pid": 1}])
+def test_who_says_that_it_is_of_another_namespace_gets_nothing(
+    arbiter: Listening, kind: Kind, wrong: dict[str, Any]
+) -> None:
+    peer = Peer(arbiter)
+    body = {"pid_namespace": segment.identity()["pid_namespace"], "pid": os.getpid()}
+    answer = peer.ask(Message(kind, 5, body={**body, **wrong}))
+    assert (answer.kind, answer.body["error"]) == (Kind.REFUSED, "AttachRefused")
+    assert "namespace" in answer.body["text"]
+    assert peer.ended
+    peer.close()
+
+
+def brings(arbiter: Listening, peer: Peer, pool: str, descriptor: int, **more: Any) -> Message:
+    """Come back for a row, with a segment."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        fdpass.send(ours, wire.pack(Message(Kind.SEGMENT)), descriptor)
+        return peer.ask(hello(pool, brings=True, **more), theirs.fileno())
+
+
+def test_what_a_process_brings_is_looked_at_before_it_is_a_pool(arbiter: Listening, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with contextlib.closing(Listening(other)) as dead:
+        peer = Peer(dead)
+        welcome = peer.hello("ours").body
+        served = dead.pools["ours"].segment
+        row, nonce = welcome["row"], welcome["nonce"]
+        for descriptor, name, more in (
+            (served.fd, "ours", {"row": row, "nonce": nonce + 1}),
+            (served.fd, "ours", {"row": row + 1, "nonce": nonce}),
+            (served.fd, "ours", {"row": "1", "nonce": nonce}),
+            (served.fd, "another", {"row": row, "nonce": nonce}),
+            (peer.channel.fileno(), "ours", {"row": row, "nonce": nonce}),
+        ):
+            coming = Peer(arbiter)
+            refused = brings(arbiter, coming, name, descriptor, **more)
+            assert (refused.kind, refused.body["error"], refused.body["fact"]) == (Kind.REFUSED, "AttachRefused", "row")
+            assert arbiter.pools == {}
+            coming.close()
+        coming = Peer(arbiter)
+        assert brings(arbiter, coming, "ours", served.fd, row=row, nonce=nonce).kind is Kind.WELCOME
+        assert list(arbiter.pools) == ["ours"]
+        coming.close()
+        peer.close()
+        for client in list(arbiter._clients):
+            arbiter._gone(client)
+
+
+def test_a_damaged_segment_that_is_brought_keeps_its_name_from_everybody(arbiter: Listening) -> None:
+    fd = os.memfd_create(segment.name("", "damaged"))
+    try:
+        os.write(fd, b"x" * 8192)
+        coming, newcomer, apart = Peer(arbiter), Peer(arbiter), Peer(arbiter)
+        refused = brings(arbiter, coming, "damaged", fd, row=3, nonce=4)
+        assert (refused.kind, refused.body["fact"]) == (Kind.REFUSED, "")
+        answer = newcomer.hello("damaged")
+        assert (answer.kind, f"in use by the processes {os.getpid()}" in answer.body["text"]) == (Kind.REFUSED, True)
+        assert apart.hello("other").kind is Kind.WELCOME
+    finally:
+        os.close(fd)
+    again = Peer(arbiter)
+    assert again.hello("damaged").kind is Kind.WELCOME, "it has ended"
+    for peer in (coming, newcomer, apart, again):
+        peer.close()

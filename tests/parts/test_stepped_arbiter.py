@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import sharedpool
-from sharedpool import sticky, view
+from sharedpool import processes, sticky, view
+from sharedpool.arbiter import Client
 from sharedpool.layout import (
     CELL_HIGH,
     DOOMED,
@@ -20,6 +21,7 @@ from sharedpool.layout import (
     LEASED,
     MANY_TICKETS,
     MAX,
+    PAUSED,
     RESERVE,
     RESERVING,
     SINCE,
@@ -30,6 +32,7 @@ from sharedpool.layout import (
     generation_of,
     ticket_of,
 )
+from sharedpool.processes import Process
 from sharedpool.served import ServedPool, options_in
 from sharedpool.stats import PoolStats
 from sharedpool.table import DONE
@@ -345,6 +348,7 @@ def test_an_heir_closes_what_an_arbiter_killed_after_lowering_the_limit_or_stopp
     for at in [worker.open() for _ in range(3)]:
         worker.leave_idle(at)
     assert pool.table.set_limit(1, flags) == DONE  # and no more
+    pool._flags = flags  # as an heir finds them
     arbiter.pass_time(0.01)
     assert (numbers(pool).idle, numbers(pool).closes[reason]) == (left, 3 - left)
 
@@ -375,3 +379,40 @@ def test_one_that_was_idle_before_the_arbiter_learned_that_it_has_no_descriptor_
     assert (numbers(pool).closing, numbers(pool).used) == (1, 1), "nobody sees its end: the permit waits"
     arbiter.pass_time(0.2)
     assert (numbers(pool).closing, numbers(pool).used) == (0, 0)
+
+
+@pytest.mark.parametrize("state", ["started", "paused", "stopped"])
+@pytest.mark.parametrize("flag", [STOPPED, PAUSED, STOPPED | PAUSED])
+def test_a_pool_is_neither_stopped_nor_paused_nor_the_opposite_by_a_stray_store(
+    arbiter: SteppedArbiter, state: str, flag: int
+) -> None:
+    pool = arbiter.pool(max_connections=3)
+    worker = arbiter.worker(pool)
+    idle, _ = worker.open(), worker.open()  # the other one stays leased
+    worker.leave_idle(idle)
+    if state == "paused":
+        pool.pause()
+    if state == "stopped":
+        pool.stop()
+    arbiter.pass_time(2)
+    w, before = pool.words, (pool.words[GATE] & (STOPPED | PAUSED), numbers(pool).idle, pool.stopped)
+    w[GATE] ^= flag
+    arbiter.pass_time(1)
+    arbiter.pass_time(1)
+    assert (w[GATE] & (STOPPED | PAUSED), numbers(pool).idle, pool.stopped) == before
+    pool.apply(pool.options)
+    arbiter.pass_time(1)
+    assert w[GATE] & PAUSED == before[0] & PAUSED
+
+
+def test_where_there_are_no_pidfds_a_process_is_known_by_its_start(arbiter: SteppedArbiter) -> None:
+    pool = arbiter.pool(max_connections=3)
+    ours = processes.find(os.getpid())
+    clients = []
+    for start in (ours.start, 0, ours.start + 1):
+        row = pool.claim_row(ours.pid, 1, arbiter.clock())
+        assert row is not None
+        clients.append(Client(None, ours.pid, pool=pool, row=row, process=Process(ours.pid, start)))
+    arbiter._clients.update(clients)
+    arbiter.pass_time(0.2)
+    assert arbiter._clients & set(clients) == set(clients[:2])

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import sharedpool
 from sharedpool import AttachRefused, SharedPoolError, fdpass, launch, wire
 from sharedpool import scope as scopes
 from sharedpool.wire import Kind, Message
@@ -177,6 +182,81 @@ def test_the_registry_lets_nobody_in_without_the_key(worker: Worker, scope: Scop
     assert worker.call(commands.library, "find_pool", "default").name == "default"
 
 
+def knock_with_any_claim(state: State, path: str, claims: list[dict[str, Any]]) -> list[str]:
+    """Ask for the key, and to be attended to, whatever one has to say of oneself; gives what was answered."""
+    said = []
+    for claim in claims:
+        for kind in (Kind.CALLER, Kind.HOLD):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+                channel.settimeout(20)
+                channel.connect(path)
+                fdpass.send(channel, wire.pack(Message(kind, body=claim)), wait=True)
+                said.append(wire.unpack(fdpass.receive(channel, wire.LONGEST)[0]).kind.name)
+    return said
+
+
+def namespace(pid: int) -> str:
+    status = os.stat(f"/proc/{pid}/ns/pid")
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+@pytest.mark.parametrize("where", ["below", "beside"])
+def test_a_process_of_another_pid_namespace_gets_no_key_whatever_it_says(
+    harness: Harness, scope: Scope, tcp: Target, where: str
+) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("binary unshare is missing")
+    apart = ("unshare", "--pid", "--fork", "--kill-child")
+    ours = harness.start() if where == "below" else harness.execute(*apart)
+    ours.use(tcp)
+    foreign = harness.execute(*apart)
+    claims = [{}] + [
+        {"pid_namespace": namespace(worker.pid), "pid": pid}
+        for worker in (ours, foreign) for pid in (foreign.pid, foreign.inner_pid, ours.pid, 0)
+    ]  # fmt: skip
+    path = str(directory_of(scope) / scopes.ARBITER_SOCKET)
+    assert set(foreign.call(knock_with_any_claim, path, claims)) == {"REFUSED"}
+    error = foreign.fails(AttachRefused, commands.library, "find_pool", "default")
+    assert "namespace" in str(error)
+    assert ours.call(commands.library, "find_pool", "default").name == "default"
+    ours.call(commands.library, "stop")  # before its namespace ends, and the arbiter with it
+    wait_until(lambda: not scope.files())
+
+
+def call_from_threads(state: State, threads: int, calls: int) -> set[bytes]:
+    """Use the registry in many threads; gives every key that the application's own processes had meanwhile."""
+    import multiprocess.process
+
+    process = multiprocess.process.current_process()
+    process.authkey = b"the application's"
+    seen: set[bytes] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            seen.add(bytes(process.authkey))
+
+    def ask() -> None:
+        for _ in range(calls):
+            assert sharedpool.ping() is not None
+
+    watching = threading.Thread(target=look)
+    asking = [threading.Thread(target=ask) for _ in range(threads)]
+    for thread in (watching, *asking):
+        thread.start()
+    for thread in asking:
+        thread.join()
+    ended.set()
+    watching.join()
+    return seen | {bytes(process.authkey)}
+
+
+def test_the_registry_leaves_the_applications_own_authkey_alone(worker: Worker, scope: Scope, tcp: Target) -> None:
+    worker.use(tcp)
+    assert worker.call(call_from_threads, 4, 20) == {b"the application's"}
+
+
 if os.geteuid() != 0:  # being somebody else for a moment needs root
     del test_another_user_is_kept_out_by_the_directory_and_by_the_arbiter_itself
     del test_an_arbiter_of_another_user_is_refused_with_both_uids
+    del test_a_process_of_another_pid_namespace_gets_no_key_whatever_it_says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ from itertools import count
 import pytest
 
 import sharedpool
-from sharedpool import TooManyWaiting, control, segment
+from sharedpool import AttachRefused, TooManyWaiting, control, segment, succession
+from sharedpool import scope as scopes
 from sharedpool.channel import Channel
 from tests.support import commands, processes
 from tests.support.backend import Backend, Target
@@ -417,3 +419,235 @@ def test_who_attaches_afterwards_does_not_undo_what_an_operator_had_set(
     assert newcomer.call(commands.library, "timeout", "default") == 30.0
     harness.start().call(commands.library, "start_pool", "default", max_connections=4)
     assert one.stats().max_connections == 4
+
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, CAP_SYS_PTRACE = 1, 4, 24, 19
+
+
+def hide(state: State) -> None:
+    """From now on /proc shows nobody what this process has open, as if it had dropped root without an exec.
+
+    Not even an arbiter that this process starts, which would be root's where the tests are.
+    """
+    only_see_ones_own(state)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
+
+
+def only_see_ones_own(state: State) -> None:
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0)  # fails where there is nothing to drop
+
+
+def hidden(harness: Harness, number: int) -> list[Worker]:
+    workers = harness.start_many(number)
+    for worker in workers:
+        worker.call(hide)
+        worker.attach(max_connections=2)
+    return workers
+
+
+def lose_roster(scope: Scope) -> None:
+    """Take it away while the arbiter stands still, as it would write it anew."""
+    os.kill(scope.arbiter(), signal.SIGSTOP)
+    (scope.directory / "sharedpool" / scopes.ROSTER).unlink()
+
+
+def newcomer_to(harness: Harness) -> Worker:
+    worker = harness.start()
+    worker.call(only_see_ones_own)
+    worker.attach(max_connections=2)
+    return worker
+
+
+@pytest.mark.parametrize("roster", ["whole", "lost"])
+def test_what_proc_does_not_show_is_brought_by_those_who_come_back(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target, roster: str
+) -> None:
+    one, other = hidden(harness, 2)
+    held = [one.checkout(tcp), other.checkout(tcp)]
+    old = scope.arbiter()
+    if roster == "lost":
+        lose_roster(scope)
+    kill_arbiter(scope)
+    successor(one, old)
+    one.wait_stats(processes=2, in_use=2)
+    newcomer = newcomer_to(harness)
+    (waiting,) = line_up(one, [(newcomer, tcp)])
+    assert sorted([one.exchange(held[0]), other.exchange(held[1])]) == [1, 2]
+    one.checkin(held[0])
+    assert newcomer.exchange(waiting.result()) in (1, 2)
+    assert newcomer.stats().processes == 3
+    assert backend.peak == 2
+
+
+def test_nobody_gets_the_pool_of_a_process_that_proc_does_not_show_before_it_comes_back(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    (owner,) = hidden(harness, 1)
+    held = [owner.checkout(tcp) for _ in range(2)]
+    owner.stop()
+    newcomer = newcomer_to(harness)
+    for _ in range(2):  # a second heir knows what the first one knew
+        kill_arbiter(scope)
+        error = newcomer.fails(AttachRefused, commands.use, tcp)
+        assert f"in use by the processes {owner.pid}" in str(error)
+        newcomer.fails(AttachRefused, commands.library, "start_pool", "default", max_connections=2)
+        newcomer.fails(AttachRefused, commands.library, "get_stats", "default")
+        newcomer.call(commands.library, "start_pool", "another", max_connections=1)
+    owner.resume()
+    wait_until(lambda: newcomer.call(commands.library, "find_pool", "default", thread="ask") is not None)
+    (waiting,) = line_up(owner, [(newcomer, tcp)])
+    owner.checkin(held.pop())
+    assert newcomer.exchange(waiting.result()) in (1, 2)
+    assert owner.exchange(held.pop()) in (1, 2)
+    assert backend.peak == 2
+
+
+def test_after_the_end_of_a_process_that_proc_does_not_show_its_pool_is_made_anew(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    (owner,) = hidden(harness, 1)
+    owner.checkout(tcp)
+    owner.stop()
+    newcomer = newcomer_to(harness)
+    old = kill_arbiter(scope)
+    newcomer.fails(AttachRefused, commands.use, tcp)
+    owner.kill()
+    backend.wait_open(0)
+    assert newcomer.use(tcp) == 2
+    assert newcomer.stats().processes == 1
+    successor(newcomer, old)
+
+
+def test_who_left_a_pool_that_is_waited_for_and_comes_again_gets_a_new_one(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    (one,) = hidden(harness, 1)
+    one.checkout(tcp)
+    one.call(leave_and_return, scope.arbiter())
+    backend.wait_open(0)
+    assert one.use(tcp) == 2
+    one.wait_stats(processes=1, in_use=0)
+
+
+def test_a_hidden_worker_that_is_stopped_keeps_its_row_under_an_heir(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    sleeper, other = hidden(harness, 2)
+    held = sleeper.checkout(tcp)
+    other.stats()
+    sleeper.stop()
+    old = kill_arbiter(scope)
+    successor(other, old)
+    other.wait_stats(processes=2, in_use=1)
+    other.use(tcp)
+    other.use(backend.listen("other"))  # evicts: there is one permit
+    assert (other.stats().processes, other.stats().in_use) == (2, 1)
+    sleeper.resume()
+    assert sleeper.exchange(held) == 1
+    assert backend.peak == 2
+
+
+def test_an_arbiter_that_is_told_to_end_leaves_word_of_hidden_leases_and_of_nothing_else(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target
+) -> None:
+    (owner,) = hidden(harness, 1)
+    held = owner.checkout(tcp)
+    owner.call(commands.library, "stop")
+    wait_until(lambda: not scope.arbiters())
+    assert [os.path.basename(name) for name in scope.files()] == [scopes.ROSTER]
+    owner.stop()
+    newcomer = newcomer_to(harness)
+    newcomer.fails(AttachRefused, commands.use, tcp)
+    owner.resume()
+    wait_until(lambda: owner.exchange(held) == 1 and newcomer.call(commands.library, "ping"))
+    owner.checkin(held)
+    assert newcomer.use(tcp) == 2
+    owner.use(tcp)
+    newcomer.call(commands.library, "stop")
+    wait_until(lambda: not scope.arbiters())
+    assert scope.files() == []
+
+
+def damage_header(state: State, what: bytes, at: int) -> None:
+    os.pwrite(commands.pool_of(state, "default").attached.segment.fd, what, at)
+
+
+@pytest.mark.parametrize(("what", "at"), [(b"XXXXXXXX", 0), (b"?" * 40, 256)])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_pool_whose_header_is_damaged_is_refused_until_its_processes_have_gone(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target, what: bytes, at: int, shown: bool
+) -> None:
+    if shown:
+        owner = harness.start()
+        owner.attach(max_connections=1)
+    else:
+        (owner,) = hidden(harness, 1)
+    held = owner.checkout(tcp)
+    newcomer = newcomer_to(harness)
+    owner.call(damage_header, what, at)
+    old = kill_arbiter(scope)
+    error = newcomer.fails(AttachRefused, commands.use, tcp)
+    assert f"in use by the processes {owner.pid}" in str(error)
+    wait_until(lambda: "segment" in str(newcomer.fails(AttachRefused, commands.use, tcp)), what="it says why")
+    assert owner.exchange(held) == 1
+    assert backend.peak == 1
+    owner.kill()
+    backend.wait_open(0)
+    assert newcomer.use(tcp) == 2
+    successor(newcomer, old)
+
+
+def look_alike(state: State, uid: int, copies: int) -> int:
+    """A child of another user that has a memfd of the pool's name open many times; gives its pid."""
+    name = segment.name(succession.scope_id(control._directory()), "default")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setresuid(uid, uid, uid)
+        fd = os.memfd_create(name)
+        for _ in range(copies):
+            os.dup(fd)
+        for _ in range(3):
+            if os.fork() == 0:
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                while True:
+                    signal.pause()
+        os.write(writing, b"x")
+        while True:
+            signal.pause()
+    os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
+    return child
+
+
+def end_child(state: State, pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("roster", ["whole", "lost"])
+def test_what_another_user_names_alike_does_not_count(
+    harness: Harness, scope: Scope, backend: Backend, tcp: Target, roster: str
+) -> None:
+    worker, child_of = harness.start_many(2)
+    worker.attach(max_connections=1)
+    held = worker.checkout(tcp)
+    child = child_of.call(look_alike, 12345, 20)
+    old = scope.arbiter()
+    if roster == "lost":
+        lose_roster(scope)
+    kill_arbiter(scope)
+    successor(worker, old)
+    other = harness.start()
+    other.attach(max_connections=1)
+    (waiting,) = line_up(worker, [(other, tcp)])
+    worker.checkin(held)
+    assert other.exchange(waiting.result()) == 1
+    assert backend.peak == 1
+    child_of.call(end_child, child)
+
+
+if os.geteuid() != 0:  # being somebody else needs root
+    del test_what_another_user_names_alike_does_not_count
