@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,16 +78,19 @@ class Server:
     Args:
         directory: Where its log and its socket are; the command says so to the server itself.
         scope: The scope of its workers.
-        web: The back end.
+        web: The back end, if it is one of ours.
         command: How it is started.
         workers: How many workers it has.
         env: More of its environment.
     """
 
-    def __init__(self, directory: Path, scope: Scope, web: Web, *command: str, workers: int, **env: str) -> None:
+    def __init__(
+        self, directory: Path, scope: Scope, web: Web | None, *command: str, workers: int, **env: str
+    ) -> None:  # fmt: skip
         self.address, self._log = str(directory / "server.sock"), directory / "server.log"
         self.count = workers
-        env = {"BACKEND": web.address, "MAX_CONNECTIONS": str(CAP), "SHAREDPOOL_LINGER": "30", **scope.env, **env}
+        backend = {"BACKEND": web.address, "MAX_CONNECTIONS": str(CAP)} if web else {}
+        env = {**backend, "SHAREDPOOL_LINGER": "30", **scope.env, **env}
         with self._log.open("ab") as log:
             self.first = subprocess.Popen(
                 command, cwd=ROOT, env=clean_environment(env), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -188,16 +191,17 @@ class Gunicorn(Server):
         web: As for Server.
         options: More options of gunicorn.
         app: What it serves.
+        before: What its command begins with.
         env: More of its environment.
     """
 
     def __init__(
-        self, directory: Path, scope: Scope, web: Web, *options: str,
-        app: str = "examples.gunicorn_app:app", workers: int = 4, **env: str,
+        self, directory: Path, scope: Scope, web: Web | None, *options: str,
+        app: str = "examples.gunicorn_app:app", workers: int = 4, before: Sequence[str] = (), **env: str,
     ) -> None:  # fmt: skip
         self._pid = str(directory / "gunicorn.pid")
         super().__init__(
-            directory, scope, web, sys.executable, "-m", "gunicorn", "--pid", self._pid, "--no-control-socket",
+            directory, scope, web, *before, sys.executable, "-m", "gunicorn", "--pid", self._pid, "--no-control-socket",
             "--bind", f"unix:{directory / 'server.sock'}", "--worker-tmp-dir", str(directory),
             "--workers", str(workers), *options, app, workers=workers, **env,
         )  # fmt: skip

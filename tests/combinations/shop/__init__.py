@@ -1,0 +1,1 @@
+"""A shop with several tenants: Django, and tasks of Celery's."""
