@@ -21,7 +21,7 @@ UWSGI = shutil.which("uwsgi", path=f"{Path(sys.executable).parent}{os.pathsep}{o
 class Uwsgi(Server):
     """A master and its workers. One that is told to end while it loads the application goes on: mercy has an end."""
 
-    def __init__(self, directory: Path, scope: Scope, web: Web, *options: str, **env: str) -> None:
+    def __init__(self, directory: Path, scope: Scope, web: Web | None, *options: str, **env: str) -> None:
         assert UWSGI is not None
         super().__init__(
             directory, scope, web, UWSGI, "--ini", "examples/uwsgi.ini",
