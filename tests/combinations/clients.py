@@ -15,7 +15,7 @@ from tests.system.servers import Answer
 #: What is asked, and what is right.
 Question = tuple[str, str]
 #: A kill and a restart may take long on a busy machine.
-DEADLINE = 90.0
+DEADLINE = 60.0
 
 
 @dataclass(frozen=True)
