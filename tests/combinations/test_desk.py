@@ -54,8 +54,6 @@ def postgres(nothing_left_behind: None) -> Iterator[Postgres]:
 class Desk(Server):
     """uvicorn with two workers."""
 
-    patience = int(DEADLINE)
-
     def __init__(self, directory: Path, scope: Scope, postgres: Postgres) -> None:
         super().__init__(
             directory, scope, None, sys.executable, "-m", "uvicorn", "--workers", "2",
@@ -73,7 +71,7 @@ class Desk(Server):
     def streaming(self, path: str, lines: int) -> Iterator[list[str]]:
         """Ask and read so many lines of the body; at the block's end the client hangs up."""
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(self.patience)
+            sock.settimeout(DEADLINE)
             sock.connect(self.address)
             sock.sendall(f"GET {path} HTTP/1.1\r\nHost: desk\r\n\r\n".encode())
             with sock.makefile("r") as answer:

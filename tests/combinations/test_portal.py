@@ -32,8 +32,6 @@ def awkward(nothing_left_behind: None) -> Iterator[Awkward]:
 
 
 class Portal(Uwsgi):
-    patience = int(DEADLINE)
-
     def __init__(self, directory: Path, scope: Scope, awkward: Awkward, redis: RedisServer) -> None:
         self.scope = scope
         super().__init__(
