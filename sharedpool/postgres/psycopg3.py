@@ -411,7 +411,12 @@ class Psycopg3Driver(Generic[C]):
         return conn._cancels.settled()  # type: ignore[union-attr, no-any-return]
 
     def talks(self, conn: C) -> bool:
-        """Whether `clean` will have to talk to the server: settings were changed, or something was listened to."""
+        """Whether giving it back takes a moment, so that an event loop leaves it to a thread.
+
+        Settings were changed, something was listened to, or a cancel request is under way, which the loop carries on.
+        """
+        if conn._cancels.under_way:  # type: ignore[union-attr]
+            return True
         if conn._shared is None:  # type: ignore[union-attr]
             return False
         if conn._notifies_backlog or conn._notify_handlers:

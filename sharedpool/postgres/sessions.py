@@ -121,6 +121,11 @@ class Cancels:
         finally:
             self._under_way.pop()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether one is."""
+        return bool(self._under_way)
+
     def settled(self) -> bool:
         """Whether none can reach the next user; waits for them for a second, but not in a thread that runs a loop."""
         if self._under_way and asyncio._get_running_loop() is None:

@@ -176,7 +176,7 @@ def test_the_leak_check_reports_and_ends_a_process_that_stays(directory: Path, m
         file_actions=[(os.POSIX_SPAWN_DUP2, reader, 0)],
     )
     os.close(reader)
-    monkeypatch.setattr("tests.support.leaks.PATIENCE", 0.1)
+    monkeypatch.setattr("tests.support.leaks.DEADLINE", 0.1)
     with pytest.raises(AssertionError, match=f"process {pid}"):
         check_nothing_left(before, directory)
     assert not processes.alive(pid)
