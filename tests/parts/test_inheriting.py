@@ -24,6 +24,8 @@ from sharedpool.layout import (
 from sharedpool.table import DONE
 from sharedpool.testing import SteppedArbiter
 
+from ..support.segments import fork_with
+
 
 def test_a_limit_per_key_that_is_noted_only_is_inherited_and_put_in_force_later() -> None:
     with closing(SteppedArbiter()) as dead, closing(SteppedArbiter()) as heir:
@@ -100,7 +102,7 @@ def test_a_grant_that_a_killed_arbiter_had_only_begun_to_give_is_known_to_its_wa
         assert table.enqueue(cell, 1, w[GATE], w[VER], 0, 0, 0, table.counter(5), dead.clock()) == DONE
         assert table.close(at, w[at], w[at + SINCE], 0, table.counter(0), dead.clock()) == DONE
         granted = granted_word(w[at], table.cell_index(cell)) | BARE
-        killed = os.fork()
+        killed = fork_with(old.segment)
         if killed == 0:  # in the midst of `hand`: the grant is committed, and what is derived not yet
             -old.table.mutex
             w[DIRTY] = old.table.row

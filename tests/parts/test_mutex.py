@@ -41,6 +41,7 @@ from sharedpool.segment import Segment
 from sharedpool.table import BUSY, DONE, STALE, Table
 
 from ..core.tables import A, BreakingLease, BreakingWords, Lease, must
+from ..support.segments import fork_with
 from ..support.waiting import wait_until
 
 # pytest-xdist has a thread of its own, so every fork warns.
@@ -92,9 +93,12 @@ def warm_pairs(table: Table, at: int, times: int) -> None:
         must(table.take_idle(at, seen - 1, leased_word(seen - 1, table.row), w[GATE], lease, counter, 1))
 
 
-def forked(act: Callable[[], object]) -> int:
-    """A child that does this and nothing else; its pid. Whatever it raises is its exit code 1."""
-    pid = os.fork()
+def forked(act: Callable[[], object], made: Segment | None = None) -> int:
+    """A child that does this and nothing else; its pid. Whatever it raises is its exit code 1.
+
+    It shares the segment `made` with this process.
+    """
+    pid = fork_with(made)
     if pid:
         return pid
     try:
@@ -253,7 +257,7 @@ def test_a_signal_whose_handler_raises_waits_until_the_section_is_over(made: Seg
 def test_a_signal_that_comes_with_the_news_of_a_death_does_not_leave_the_mutex_locked(made: Segment) -> None:
     table = made.table(ME)
     at = leased(table)
-    assert ended(forked(lambda: die_holding(made))) == -signal.SIGKILL
+    assert ended(forked(lambda: die_holding(made), made)) == -signal.SIGKILL
     table.mutex = RaisingTrylock(made).call
     interrupted(table, at, with_state(table.words[at], IDLE))
     code = -made.mutex
@@ -269,8 +273,8 @@ def test_a_signal_that_comes_with_the_news_of_a_death_does_not_leave_the_mutex_l
 def test_held_by_another_process_it_is_busy_and_by_this_thread_a_deadlock(made: Segment) -> None:
     assert -made.mutex == 0
     assert -made.mutex == errno.EDEADLK
-    assert ended(forked(lambda: os._exit(-made.mutex))) == errno.EBUSY
-    assert ended(forked(lambda: os._exit(+made.mutex))) == errno.EPERM
+    assert ended(forked(lambda: os._exit(-made.mutex), made)) == errno.EBUSY
+    assert ended(forked(lambda: os._exit(+made.mutex), made)) == errno.EPERM
     assert +made.mutex == 0
     assert +made.mutex == errno.EPERM
 
@@ -311,7 +315,7 @@ def killed_at_store(made: Segment, k: int, act: Callable[[Table, Any], object]) 
     marks: Any = BreakingWords(made.marks, store)
     under = made.table(OTHER)
     table = Table(words, marks, made.mutex, made.geometry, OTHER, under.find)
-    return ended(forked(lambda: act(table, BreakingLease(store))))
+    return ended(forked(lambda: act(table, BreakingLease(store)), made))
 
 
 def test_whoever_comes_after_a_holder_that_was_killed_repairs_and_goes_on(made: Segment) -> None:
@@ -320,7 +324,7 @@ def test_whoever_comes_after_a_holder_that_was_killed_repairs_and_goes_on(made: 
     at = leased(made.table(OTHER))
     must(table.put_idle(at, made.words[at], with_state(made.words[at], IDLE), made.words[GATE], tag_of(A), 1))
     gate = made.words[GATE]
-    assert ended(forked(lambda: die_holding(made))) == -signal.SIGKILL
+    assert ended(forked(lambda: die_holding(made), made)) == -signal.SIGKILL
     seen = made.words[mine]
     assert table.put_idle(mine, seen, seen - 1, gate, tag_of(A), 2) == STALE
     assert made.words[DIRTY] == 0
@@ -364,7 +368,7 @@ def test_a_holder_that_is_stopped_keeps_others_busy_until_their_deadline_and_no_
         os.kill(os.getpid(), signal.SIGSTOP)
         +made.mutex
 
-    pid = forked(hold_while_stopped)
+    pid = forked(hold_while_stopped, made)
     try:
         assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
         patience = Patience(time.monotonic_ns() + 1_000_000_000)
@@ -400,7 +404,7 @@ def test_an_exception_inside_leaves_the_mutex_free_and_the_table_to_be_repaired(
     with pytest.raises(MemoryError):
         table.take_free(at, 0, opening_word(0, ME), w[GATE], Failing(), A, table.counter(0), 1)
     assert w[DIRTY] == ME
-    assert ended(forked(lambda: os._exit(-made.mutex))) == 0  # free: another process got it, and died with it
+    assert ended(forked(lambda: os._exit(-made.mutex), made)) == 0  # free: another process got it, and died with it
     assert made.table(OTHER).claim_cell(table.cell_at(0)) == STALE
     assert (w[DIRTY], w[at]) == (0, 0)
     invariants.check(table)
@@ -428,7 +432,7 @@ def test_a_child_forked_while_another_thread_holds_the_mutex_neither_has_nor_fre
             assert table.put_idle(at, seen, seen - 1, made.words[GATE], tag_of(A), 1) == BUSY
             assert +made.mutex == errno.EPERM
 
-        assert ended(forked(child)) == 0
+        assert ended(forked(child, made)) == 0
         assert -made.mutex == errno.EBUSY  # the thread still has it
     finally:
         done.set()
