@@ -39,8 +39,8 @@ _BATCH: Final = 32
 #: A process that lost its channel may come back for its row within this, ns, and while it is stopped (after an exec,
 #: which keeps the pid, nobody comes back).
 _RETURN_TIME: Final = 1_000_000_000
-#: An heir lets newcomers wait so long for those who have a pool already, ns; then it refuses them. The last second of
-#: a worker's own patience is longer.
+#: How long a successor lets newcomers wait for the processes that have a pool already, ns. Then it refuses them.
+#: The last second of a worker's own patience is longer.
 _COMING_BACK: Final = 800_000_000
 #: Without pidfds, processes are looked at so often, ns.
 _POLL_PROCESSES: Final = 100_000_000
@@ -580,7 +580,7 @@ class Arbiter:
         return any(succession.has(each.process, self._scope, each.pool, each.memory) is None for each in having)
 
     def _take_what_is_brought(self, client: Client, body: Mapping[str, Any], events: socket.socket) -> None:
-        """Who comes back for its row brings the segment: it lies in the event channel that came with the message.
+        """A process that comes back for its row brings the segment, in the event channel that came with the message.
 
         Raises:
             AttachRefused: It is not what it should be.

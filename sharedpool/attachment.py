@@ -989,7 +989,7 @@ class Attachment:
                 return
             route = entry.route
             conn = entry.conn
-            # First parked, then asked who is inside: whoever comes in later finds it parked.
+            # Park first, then ask who is inside: a thread that comes in later finds it parked.
             if (
                 not route.clean(conn)
                 or entry.fileno[conn] != entry.number

@@ -16,7 +16,7 @@ from typing import Final
 
 _NO_LINGER: Final = struct.pack("ii", 0, 0)
 _INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
-#: Room for who has sent a message.
+#: Room for a sender's credentials.
 _SENDER: Final = socket.CMSG_SPACE(12)
 
 #: Those that close something now.

@@ -26,7 +26,7 @@ _TCP_CLOSE: Final = 7
 #: What a peer still sends after our end is read away, in so many reads of so many bytes per look.
 _READS: Final = 16
 _DRAIN: Final = 1 << 16
-#: Whoever else has the connection may have made it blocking; not every platform has this.
+#: Another owner of the connection may have made it blocking; not every platform has this flag.
 _AT_ONCE: Final = int(getattr(socket, "MSG_DONTWAIT", 0))
 #: The answer of a peer that has been said goodbye to is awaited up to so many bytes.
 _LONG_ANSWER: Final = 1 << 20

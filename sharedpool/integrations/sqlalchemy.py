@@ -62,7 +62,7 @@ log = logging.getLogger("sharedpool")
 _MOVING: Final = {"psycopg": "Psycopg3Driver", "psycopg2": "Psycopg2Driver"}
 #: SQLAlchemy's code for "QueuePool limit reached", whose page explains what to do.
 _LIMIT: Final = "3o7r"
-#: Who waits for a loop looks so often whether it still runs, s.
+#: A thread that waits for a loop checks this often whether the loop still runs, s.
 _LOOKS_UP: Final = 0.2
 #: Where an object of a library that moves keeps its record.
 _RECORD: Final = "_sharedpool_record"

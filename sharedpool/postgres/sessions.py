@@ -98,8 +98,8 @@ class Cancels:
     """The cancel requests of one object, each of which is to reach the lease in which it was begun, and no later one.
 
     A server closes the connection of a request once it has signalled the session's process, which looks for signals
-    before it begins with another query. So who has seen that end is done. A checkin parks the object first, then waits
-    for those that began before: who begins later finds the parked descriptor.
+    before it begins with another query. So a thread that has seen that end is done. A checkin parks the
+    object first, then waits for those that began before. One that begins later finds the parked descriptor.
     """
 
     __slots__ = ("_inode", "_lost", "_under_way")
