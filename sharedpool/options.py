@@ -7,6 +7,8 @@ by itself: callers pass a mapping.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ MOST_WAITING: Final = 16_384
 LONGEST: Final = 2_000_000.0  # seconds; a socket timeout must fit into an int of milliseconds
 
 POOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:@-]{1,100}")
+_NOT_OF_A_NAME: Final = re.compile(r"[^A-Za-z0-9_.:@-]")
 APP_NAME: Final = re.compile(r"[A-Za-z0-9_.@-]{1,60}")
 
 
@@ -393,6 +396,17 @@ def check_pool_name(name: object) -> str:
     if not isinstance(name, str) or not POOL_NAME.fullmatch(name):
         raise _refusal("name", name, "the call", "a string of 1 to 100 letters, digits and _ . : @ -")
     return name
+
+
+def automatic_name(shown: str, parts: Mapping[str, str]) -> str:
+    """A pool's name for those who give none: the same for equal parts, another for others.
+
+    Args:
+        shown: What people read of it.
+        parts: What the digest is made of, none of which may be secret.
+    """
+    digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return f"{_NOT_OF_A_NAME.sub('_', shown)[:60]}-{digest}"
 
 
 def check_app_name(name: object, source: str = "the call") -> str:

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import os
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.backends.base.base import NO_DB_ALIAS
+from django.db.backends.postgresql.psycopg_any import is_psycopg3
 
 from .. import control
 from ..errors import DrainTimeout, OptionError, PoolNotFound, SessionNotKept
+from .settings import read
 from .statements import needs_its_session
 
 if TYPE_CHECKING:
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
 else:
     _Creation = _Wrapper = _Cursor = object
 
-#: OPTIONS["pool"] = True stands for these, and they for what it does not name.
+log = logging.getLogger("sharedpool")
+
+#: OPTIONS["pool"] = True stands for these, as does no OPTIONS["pool"] at all, and they for what it does not name.
 DEFAULTS: Final = {"min_size": 0, "max_size": 20}
 LEASES: Final = ("request", "transaction")
 #: Before DROP DATABASE: seconds for other processes to give back what they lease.
@@ -40,7 +47,14 @@ _NOTHING_OPEN: Final = (0, 4)
 class _SharedCreation(_Creation):
     """Makes and drops test databases to which no process of the host has an idle session."""
 
+    def _create_test_db(self, verbosity: int, autoclobber: bool, keepdb: bool = False) -> str:
+        if not keepdb:  # one of that name may be there from an earlier run, and is dropped
+            self.connection.drain_database(self._get_test_db_name())
+        return str(super()._create_test_db(verbosity, autoclobber, keepdb))
+
     def _clone_test_db(self, suffix: str, verbosity: int, keepdb: bool = False) -> None:
+        self.connection.close()
+        self.connection.drain_database(self.connection.settings_dict["NAME"])  # a template must have no sessions
         self.connection.drain_database(self.get_test_db_clone_settings(suffix)["NAME"])
         super()._clone_test_db(suffix, verbosity, keepdb)
 
@@ -59,6 +73,9 @@ class SharedPoolMixin(_Wrapper):
 
     connection: Any
     _shared_pools: ClassVar[dict[tuple[str, Any], Any]] = {}
+    #: Those that were "closed": they are compared with the settings before they are used again.
+    _to_look_at: ClassVar[set[tuple[str, Any]]] = set()
+    _making: ClassVar[Any] = threading.Lock()
     #: How many things are under way that need the session to stay.
     _holds = 0
     #: The statement that was refused since the last `close`; its caller may have ignored the error.
@@ -73,7 +90,7 @@ class SharedPoolMixin(_Wrapper):
 
     @property
     def pool(self) -> Any:
-        """The pool, which attaches at its first use; None without OPTIONS["pool"], and for no database in particular.
+        """The pool, which attaches at its first use; None with OPTIONS["pool"] = False or None, and for no database.
 
         Raises:
             ImproperlyConfigured: The options are wrong, or go not with others.
@@ -82,18 +99,47 @@ class SharedPoolMixin(_Wrapper):
             return None
         key = self.alias, self.settings_dict["NAME"]
         known = self._shared_pools.get(key)
-        return known or self._shared_pools.setdefault(key, self._make_pool(self.settings_dict["NAME"]))
+        if known is not None and key not in self._to_look_at:
+            return known
+        return self._pool_of_now(key)
+
+    def _pool_of_now(self, key: tuple[str, Any]) -> Any:
+        """The pool that the settings ask for now: the one that is there, if it was made of equal ones."""
+        with self._making:
+            self._to_look_at.discard(key)
+            known, made_of = self._shared_pools.get(key), self._settings_of_pool()
+            if known is not None and known.made_of == made_of:
+                return known
+            made = self._shared_pools[key] = self._make_pool(key[1])
+            made.made_of = made_of
+        if known is not None:
+            known.close()
+        return made
+
+    def _settings_of_pool(self) -> tuple[Any, ...]:
+        """All that a pool, and what it does to a session, is made of."""
+        options = self.settings_dict["OPTIONS"]
+        return (
+            self.get_connection_params(), dict(self._pool_options), self.timezone_name, options.get("assume_role"),
+            self.settings_dict.get("CONN_MAX_AGE"), self.settings_dict.get("CONN_HEALTH_CHECKS"),
+        )  # fmt: skip
 
     @property
     def _is_pooled(self) -> bool:
-        return bool(self.settings_dict["OPTIONS"].get("pool")) and self.alias != NO_DB_ALIAS
+        """Whoever names this engine wants its pool: only False and None, written down, say no."""
+        given = self.settings_dict["OPTIONS"].get("pool", True)
+        return given is not False and given is not None and self.alias != NO_DB_ALIAS
 
     def _make_pool(self, database: Any) -> Any:
+        if not is_psycopg3:
+            raise ImproperlyConfigured("sharedpool.django needs psycopg 3: Django has loaded psycopg2")
         if self.settings_dict.get("CONN_MAX_AGE", 0) != 0:
             raise ImproperlyConfigured("Pooling doesn't support persistent connections.")
-        params = self.get_connection_params()  # refuses psycopg2
+        params = self.get_connection_params()
         from ..postgres.pool import ConnectionPool
 
+        if "pool" not in self.settings_dict["OPTIONS"]:
+            _say_defaults(self.alias)
         options = {**DEFAULTS, **self._pool_options}
         options.pop("lease", None)
         kind: Any = _ResettingPool() if self.leases_transactions else ConnectionPool
@@ -123,41 +169,47 @@ class SharedPoolMixin(_Wrapper):
 
     @property
     def _pool_options(self) -> dict[str, Any]:
-        options = self.settings_dict["OPTIONS"].get("pool")
-        return options if isinstance(options, dict) else {}
+        """OPTIONS["pool"] in the words of ConnectionPool.
+
+        Raises:
+            ImproperlyConfigured: It is no dictionary, or has a key or a value that cannot be.
+        """
+        given = self.settings_dict["OPTIONS"].get("pool", True)
+        return read({} if given is True else given)
 
     def close_pool(self) -> None:
-        """Close the sessions of all processes to this database, and this process's pool.
+        """From the next query on, use what the settings say then: this process's pool is made anew if they differ.
 
-        Idle ones at once; what others lease when they give it back, and a DROP DATABASE after this waits for them a few
-        seconds.
+        Nothing waits, and no session ends: Celery calls this before and after each task, and the pool is fit for a
+        fork anyway. `drain_database` closes the sessions of all processes.
         """
-        if self._is_pooled:
-            self.drain_database(self.settings_dict["NAME"])
-            pool = self._shared_pools.pop((self.alias, self.settings_dict["NAME"]), None)
-            if pool is not None:
-                pool.close()
+        self._to_look_at.add((self.alias, self.settings_dict["NAME"]))
 
     def drain_database(self, database: str) -> None:
-        """Close the sessions of all processes to a database."""
+        """Close the sessions of all processes to a database: idle ones now, leased ones when they are given back.
+
+        It waits a few seconds for those, so that DROP DATABASE works afterwards. With OPTIONS["pool"]["name"] the pool
+        may be one for several databases, and only sessions with this process's connection string are meant.
+        """
         if self._is_pooled:
             pool = self._shared_pools.get((self.alias, database)) or self._make_pool(database)
             driver = pool.driver
             wait = _DRAIN if self.connection is None else None  # nobody waits for himself
+            key = (driver.host, driver.port, driver) if "name" in self._pool_options else None
             with contextlib.suppress(PoolNotFound, DrainTimeout):
-                control.drain(
-                    pool.name, (driver.host, driver.port, driver), wait=wait, app=self._pool_options.get("app")
-                )
+                control.drain(pool.name, key, wait=wait, app=self._pool_options.get("app"))
 
     # --- a lease for each transaction ---------------------------------------------------------------------------------
 
     @functools.cached_property
     def leases_transactions(self) -> bool:
         """Whether the connection goes back after each transaction, and outside of transactions after each statement."""
+        if not self._is_pooled:
+            return False
         lease = self._pool_options.get("lease", LEASES[0])
         if lease not in LEASES:
             raise ImproperlyConfigured(f"OPTIONS['pool']['lease'] is {lease!r}; allowed is one of {', '.join(LEASES)}")
-        return lease == "transaction" and self._is_pooled
+        return bool(lease == "transaction")
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
@@ -273,6 +325,16 @@ class SharedPoolMixin(_Wrapper):
 
 
 @functools.cache
+def _say_defaults(alias: str) -> None:
+    """A cap that nobody has chosen is said once in each process."""
+    log.warning(
+        "DATABASES[%r]['OPTIONS']['pool'] is not given: at most %s connections for all processes together; say"
+        " 'pool': {'max_size': N} for another cap, or 'pool': False for no pool and no cap", alias,
+        DEFAULTS["max_size"],
+    )  # fmt: skip
+
+
+@functools.cache
 def _ResettingPool() -> Any:  # noqa: N802 - a class, once psycopg is there
     """A pool that sets each session back before each lease, unless its options say otherwise."""
     from ..postgres.pool import ConnectionPool
@@ -317,3 +379,12 @@ class _PerStatement(_Cursor):
 def _leasing(kind: Any) -> Any:
     """A class of Django's cursors that leases for each statement; one for each."""
     return type(kind.__name__, (_PerStatement, kind), {"__module__": kind.__module__})
+
+
+def _forked() -> None:
+    """In a child: another thread of the parent may have had the lock."""
+    SharedPoolMixin._making = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

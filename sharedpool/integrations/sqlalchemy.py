@@ -19,10 +19,8 @@ import concurrent.futures
 import contextlib
 import contextvars
 import functools
-import hashlib
 import logging
 import os
-import re
 import socket
 import struct
 import sys
@@ -42,6 +40,7 @@ from ..aio._threads import in_thread
 from ..drivers import Register
 from ..drivers import postgres as wire
 from ..drivers.dbapi import DbapiDriver, Session
+from ..drivers.naming import NotClear, name_of
 from ..errors import (
     ConnectFailed,
     ConnectTimeout,
@@ -68,10 +67,6 @@ _LOOKS_UP: Final = 0.2
 _RECORD: Final = "_sharedpool_record"
 #: Where one for asyncio keeps what SQLAlchemy uses in its place.
 _ADAPTED: Final = "_sharedpool_adapted"
-#: What a library's keywords call what a connection leads to.
-_USER: Final = ("user", "username")
-_HOST: Final = ("host", "unix_sock", "unix_socket")
-_DATABASE: Final = ("database", "dbname", "db")
 
 _Make = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 #: What `dialect.connect` does instead of connecting, while an engine's own creator runs for a pool.
@@ -122,7 +117,7 @@ class _Library(Protocol):
 
     host: str
     port: int
-    address_name: str
+    pool_name: str
 
     def connection(self, conn: Any) -> Any:
         """The DBAPI connection of what is leased."""
@@ -250,7 +245,7 @@ class SharedQueuePool(Pool):
         with self._starting:
             if self._started is None:
                 library = self._library()
-                name = self._arguments["shared_name"] or _pool_name(library.address_name)
+                name = self._arguments["shared_name"] or library.pool_name
                 given = {"checkout_timeout": self._timeout, **self._given}
                 self._started = control.attach(name, app=self._arguments["app"], **given), library
             return self._started
@@ -271,7 +266,7 @@ class SharedQueuePool(Pool):
         if kind in _MOVING and "async_creator_fn" not in cparams:
             return (_MovingForLoops if dialect.is_async else _Moving)(self, kind, cargs, cparams)
         self._refuse_resets(kind)
-        return _Staying(self, kind, _described(cparams))
+        return _Staying(self, kind, self._arguments["shared_name"] or _found_name(kind, cargs, cparams))
 
     def _refuse_resets(self, what: str) -> None:
         """What nobody would do must not be thought to be done: other libraries' sessions are not set back here."""
@@ -568,8 +563,7 @@ class _Staying(DbapiDriver):
 
     def __init__(self, pool: SharedQueuePool, kind: str, host: str) -> None:
         super().__init__(kind, self._create, close=pool._dialect.do_close, find=_with_a_socket)
-        self.host = host
-        self.address_name = f"{kind}-{host}"
+        self.host = self.pool_name = host
         self._pool = weakref.ref(pool)
 
     def _create(self) -> Any:
@@ -694,7 +688,7 @@ class _Moving:
         self._arguments = cargs, cparams
         self._driver: Any = None
         self._driver = self._made(cargs, cparams)
-        self.address_name: str = self._driver.target.address
+        self.pool_name: str = self._driver.target.name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._driver, name)
@@ -885,20 +879,15 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _described(cparams: Mapping[str, Any]) -> str:
-    """What keywords connect to, without secrets."""
-
-    def first(names: tuple[str, ...], otherwise: str = "") -> str:
-        return next((str(cparams[name]) for name in names if cparams.get(name)), otherwise)
-
-    port = cparams.get("port")
-    return f"{first(_USER)}@{first(_HOST, 'localhost')}{f':{port}' if port else ''}/{first(_DATABASE)}"
-
-
-def _pool_name(address: str) -> str:
-    """A pool's name from what is connected to; as sharedpool.postgres makes it, for one cap over both."""
-    digest = hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
-    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?', maxsplit=1)[0])[:60]}-{digest}"
+def _found_name(kind: str, cargs: tuple[Any, ...], cparams: Mapping[str, Any]) -> str:
+    """A pool's name, made of what an engine connects with."""
+    try:
+        return name_of(kind, cargs, cparams)
+    except NotClear as error:
+        raise exc.ArgumentError(
+            f"with {kind} this engine needs shared_name=..., the name under which processes share their connections:"
+            f" {error}"
+        ) from None
 
 
 _pools: Final[weakref.WeakSet[SharedQueuePool]] = weakref.WeakSet()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from psycopg import pq
 from .. import control
 from ..errors import ConnectFailed, ConnectTimeout, SharedPoolError, TooManyWaiting
 from ..errors import PoolTimeout as Expired
-from ..options import allows
+from ..options import LONGEST, allows, refusal
 from ..pool import Pool
 from .errors import PoolClosed, PoolTimeout, TooManyRequests
 from .psycopg3 import Psycopg3Driver
@@ -65,8 +63,8 @@ class BasePool(Generic[C]):
         close_returns: bool = False,
         timeout: float = 30.0,
         max_waiting: int = 0,
-        max_lifetime: float = 60 * 60.0,
-        max_idle: float = 10 * 60.0,
+        max_lifetime: float | None = 60 * 60.0,
+        max_idle: float | None = 10 * 60.0,
         reconnect_timeout: float = 5 * 60.0,
         reconnect_failed: Callable[[Any], object] | None = None,
         num_workers: int = 3,
@@ -79,6 +77,11 @@ class BasePool(Generic[C]):
                 "max_size is not given: %s connections for all processes of the pool together, not for each", min_size
             )
         self._min_size, self._max_size = sizes(min_size, max_size)
+        _check_count("max_waiting", max_waiting)
+        for option, seconds in (("timeout", timeout), ("reconnect_timeout", reconnect_timeout)):
+            _check_seconds(option, seconds, none=False)
+        for option, life in (("max_lifetime", max_lifetime), ("max_idle", max_idle)):
+            _check_seconds(option, life, none=True)
         self.conninfo = conninfo
         self.kwargs = kwargs
         self.connection_class = connection_class or self._of_psycopg
@@ -121,7 +124,7 @@ class BasePool(Generic[C]):
         return handle
 
     def _found_name(self) -> str:
-        return name_of(self.driver)
+        return self.driver.target.name
 
     def _tell_of_failing(self) -> None:
         if self._reconnect_failed is not None:
@@ -148,8 +151,8 @@ class BasePool(Generic[C]):
     def _handle(self) -> Pool[Any]:
         """A handle on the shared pool; nothing happens yet."""
         options: dict[str, Any] = {
-            "max_connections": self._max_size, "min_idle": 0, "idle_timeout": self.max_idle,
-            "max_lifetime": self.max_lifetime, "max_waiting": self.max_waiting or None,
+            "max_connections": self._max_size, "min_idle": 0, "idle_timeout": _limit(self.max_idle),
+            "max_lifetime": _limit(self.max_lifetime), "max_waiting": self.max_waiting or None,
         }  # fmt: skip
         given = {name: value for name, value in options.items() if allows(name, value)}
         return control.attach(self.name, app=self._app, order=self._order, **given)
@@ -295,17 +298,17 @@ def is_in_transaction(conn: Any) -> bool:
     return conn.pgconn.transaction_status in _OPEN
 
 
-def name_of(driver: Psycopg3Driver[Any]) -> str:
-    """A pool's name, made of where it leads; the same in every process, and without any secret."""
-    address = driver.target.address
-    digest = hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
-    return f"{re.sub('[^A-Za-z0-9_.:@-]', '_', address.split('?')[0])[:60]}-{digest}"
-
-
 def sizes(low: int, high: int | None) -> tuple[int, int]:
-    """min_size and max_size, checked as psycopg_pool does."""
+    """min_size and max_size, checked as psycopg_pool does.
+
+    Raises:
+        OptionError: One is no whole number.
+        ValueError: They cannot be.
+    """
     if high is None:
         high = low
+    _check_count("min_size", low, least=None)
+    _check_count("max_size", high, least=None)
     if low < 0:
         raise ValueError("min_size cannot be negative")
     if high < low:
@@ -313,3 +316,20 @@ def sizes(low: int, high: int | None) -> tuple[int, int]:
     if high == 0:
         raise ValueError("if min_size is 0 max_size must be greater than 0")
     return low, high
+
+
+def _check_count(option: str, value: object, least: int | None = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise refusal(option, value, "a whole number" + ("" if least is None else f", {least} or more"))
+
+
+def _check_seconds(option: str, value: object, *, none: bool) -> None:
+    if value is None and none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise refusal(option, value, "seconds as a number, 0 or more" + (", or None for no limit" if none else ""))
+
+
+def _limit(seconds: float | None) -> float | None:
+    """For the shared pool, which knows no 0, and None for no limit."""
+    return None if seconds is None or seconds > LONGEST else max(seconds, 0.001)

@@ -21,6 +21,7 @@ from typing import Final
 
 from ..drivers.places import FILES, NAMES, NETWORK, of_host
 from ..drivers.postgres import Server
+from ..options import automatic_name
 
 log = logging.getLogger("sharedpool")
 
@@ -62,6 +63,11 @@ _TCP_OPTIONS: Final = {
 }
 
 
+#: Where a session goes, and as whom: these alone decide under which limit it counts. A label in `application_name`, or
+#: anything else that makes sessions differ, is for the key.
+_OF_THE_NAME: Final = ("hostaddr", "service", "servicefile")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
     """A connection string, resolved.
@@ -95,6 +101,18 @@ class Target:
         if server.is_unix:
             return (NETWORK,) if server.host[0] == "@" else (FILES,)
         return of_host(server.hostaddr or server.host)
+
+    @property
+    def name(self) -> str:
+        """A pool's name, made of host, port, database and user: the same in every process, and without any secret."""
+        host = self.all.get("host", "")
+        place = {
+            "host": host if host[:1] in ("/", "@") else host.lower(), "port": self.all.get("port") or "5432",
+            "dbname": self.dbname, "user": self.user,
+            **{name: self.all[name] for name in _OF_THE_NAME if self.all.get(name)},
+        }  # fmt: skip
+        shown = place["host"] or place.get("hostaddr") or place.get("service", "")
+        return automatic_name(f"{self.user}@{shown}:{place['port']}/{self.dbname}", place)
 
     @property
     def connect_timeout(self) -> float:

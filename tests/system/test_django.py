@@ -21,6 +21,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db.utils import DatabaseError, InterfaceError, OperationalError, ProgrammingError
 from psycopg.sql import SQL, Identifier, Literal
 
+import sharedpool
 from sharedpool import SessionNotKept
 from sharedpool.django.statements import needs_its_session
 from tests.support import djangos
@@ -543,6 +544,18 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ({"max_size": 1, "maximum": 3}, {}, "maximum"),
     ({"max_size": 1, "min_size": 2}, {}, "max_size"),
     ({"max_size": 1, "reset": "sometimes"}, {}, "reset"),
+    ({"max_size": "many"}, {}, "OPTIONS['pool']['max_size'] is 'many'; allowed is a whole number"),
+    ({"max_connections": "2.5"}, {}, "OPTIONS['pool']['max_connections'] is '2.5'"),
+    ({"max_size": 2.5}, {}, "option 'max_size' has the value 2.5"),
+    ({"max_size": [3]}, {}, "option 'max_size' has the value [3]"),
+    ({"timeout": "soon"}, {}, "OPTIONS['pool']['timeout'] is 'soon'; allowed is seconds as a number"),
+    ({"timeout": None}, {}, "option 'timeout' has the value None"),
+    ({"max_lifetime": -1}, {}, "option 'max_lifetime' has the value -1"),
+    ({"max_idle": {}}, {}, "option 'max_idle' has the value {}"),
+    ({"move": "perhaps"}, {}, "OPTIONS['pool']['move'] is 'perhaps'; allowed is True or False"),
+    ({"max_size": 1, "max_connections": 1}, {}, "has 'max_size' twice"),
+    ("twenty", {}, "OPTIONS['pool'] is 'twenty'; allowed is a dictionary, True, False or None"),
+    (20, {}, "OPTIONS['pool'] is 20"),
 ]
 
 
@@ -562,7 +575,7 @@ def query_with(state: State, settings: str) -> None:
     connection.cursor()
 
 
-def test_true_is_a_pool_with_the_defaults_and_none_is_no_pool(two: list[Worker], shop: Postgres) -> None:
+def test_only_false_and_none_are_no_pool(two: list[Worker], shop: Postgres) -> None:
     two[0].call(djangos.setup, database(shop, pool=True))
     two[1].call(djangos.setup, database(shop, pool=False))
     assert two[0].call(sizes) == (0, 20)
@@ -571,6 +584,65 @@ def test_true_is_a_pool_with_the_defaults_and_none_is_no_pool(two: list[Worker],
         worker.call(djangos.query)
         worker.call(djangos.close)
     assert len(shop.backends()) == 1, "the shared one"
+    two[1].call(change_the_pool, None)
+    assert two[1].call(sizes) is None
+    two[1].call(change_the_pool, {})
+    assert two[1].call(sizes) == (0, 20)
+
+
+def change_the_pool(state: State, pool: Any) -> None:
+    from django.db import connection
+
+    connection.settings_dict["OPTIONS"]["pool"] = pool
+
+
+def test_the_engine_alone_makes_a_pool_and_says_what_its_cap_is(two: list[Worker], shop: Postgres) -> None:
+    settings = json.loads(database(shop))
+    del settings["OPTIONS"]["pool"]
+    for worker in two:
+        worker.call(djangos.setup, json.dumps(settings))
+        assert worker.call(sizes) == (0, 20)
+        worker.call(djangos.query)
+        worker.call(djangos.close)
+        said = [text for text in worker.call(warned) if "OPTIONS" in text]
+        assert len(said) == 1
+        assert "at most 20 connections for all processes together" in said[0]
+        assert "'max_size'" in said[0]
+    assert len(shop.backends()) == 1
+
+
+def warned(state: State) -> list[str]:
+    """What is logged while the pool is made twice more, and for the first time by this process's log of it."""
+    import logging
+
+    from django.db import connection
+
+    from sharedpool.django import mixin
+
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sharedpool").addHandler(handler)
+    mixin._say_defaults.cache_clear()
+    for _ in range(2):
+        connection._make_pool("postgres")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        ({"max_connections": 3, "min_idle": 1}, (1, 3)),
+        ({"max_size": "3", "min_size": "1", "timeout": "7.5", "max_lifetime": "60", "move": "no"}, (1, 3)),
+        ({"max_connections": "3", "checkout_timeout": "7.5", "idle_timeout": "60", "max_waiting": "9"}, (0, 3)),
+    ],
+)
+def test_the_readmes_names_and_numbers_as_text_are_understood(
+    worker: Worker, shop: Postgres, pool: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    worker.call(djangos.setup, database(shop, pool=pool))
+    assert worker.call(sizes) == expected
+    worker.call(djangos.query)
 
 
 def sizes(state: State) -> Any:
@@ -624,17 +696,103 @@ def use_after_close(state: State) -> None:
 # --- databases that come and go ---------------------------------------------------------------------------------------
 
 
-def test_closing_the_pool_closes_the_sessions_of_all_processes(two: list[Worker], shop: Postgres, lease: str) -> None:
+def test_closing_the_pool_ends_nobodys_session_and_waits_for_nobody(two: list[Worker], shop: Postgres) -> None:
+    set_up(two, shop, cap=3)
+    pids = {two[0].call(djangos.query), two[1].call(djangos.query)}
+    two[0].call(djangos.close)
+    for _ in range(5):  # the other process has its session meanwhile
+        two[0].call(djangos.close_pool)
+        two[0].call(djangos.query)
+        two[0].call(djangos.close)
+    two[1].call(djangos.close)
+    assert set(shop.backends()) == pids
+    assert two[1].call(closes) == 0
+
+
+def closes(state: State) -> int:
+    from django.db import connection
+
+    return sum(sharedpool.pool_stats(connection.pool.name).closes.values())
+
+
+def test_after_closing_the_pool_settings_that_have_changed_count(worker: Worker, shop: Postgres) -> None:
+    set_up([worker], shop, cap=3)
+    before, same, other, zone = worker.call(change_the_settings)
+    assert before == same
+    assert other != before
+    assert zone == "Asia/Tokyo"
+
+
+def change_the_settings(state: State) -> tuple[int, int, int, str]:
+    """The pool before it was closed, after that, and with another cap; and the time zone after another change."""
+    from django.db import connections
+
+    connection = connections["default"]
+    pools = [connection.pool]
+    connection.close_pool()
+    pools.append(connection.pool)
+    connection.settings_dict["OPTIONS"]["pool"]["max_size"] = 2
+    connection.close_pool()
+    pools.append(connection.pool)
+    djangos.query(state)
+    connection.close()
+    connection.settings_dict["TIME_ZONE"] = "Asia/Tokyo"
+    for name in ("timezone", "timezone_name"):
+        connection.__dict__.pop(name, None)
+    connection.ensure_timezone()
+    zone = djangos.query(state, "SELECT current_setting('TimeZone')")
+    return id(pools[0]), id(pools[1]), id(pools[2]), zone
+
+
+def test_draining_a_database_closes_the_sessions_of_all_processes(
+    two: list[Worker], shop: Postgres, lease: str
+) -> None:
     shop.ask("DROP DATABASE IF EXISTS branch")
     shop.ask("CREATE DATABASE branch")
-    set_up(two, shop, NAME="branch", cap=3, lease=lease)
+    set_up(two[:1], shop, NAME="branch", cap=3, lease=lease)
+    set_up(two[1:], shop, NAME="branch", cap=3, lease=lease, OPTIONS={"application_name": "another's key"})
     two[0].call(djangos.query)
     two[0].call(djangos.close)
     two[1].call(djangos.query)
-    closing = two[0].begin(djangos.close_pool)
+    draining = two[0].begin(drain)
     two[1].call(djangos.close)
-    closing.result()
+    draining.result()
     shop.ask("DROP DATABASE branch")
+
+
+def drain(state: State) -> None:
+    from django.db import connection
+
+    connection.drain_database(connection.settings_dict["NAME"])
+
+
+def test_celerys_own_fixup_costs_no_session_and_no_time(two: list[Worker], shop: Postgres) -> None:
+    set_up(two, shop, cap=2)
+    web = two[0].call(djangos.query)  # a request that takes its time
+    tasks = two[1].call(tasks_under_celerys_fixup, 20)
+    two[0].call(djangos.close)
+    assert len(tasks) == 1
+    assert {*tasks, web} == set(shop.backends())
+
+
+def tasks_under_celerys_fixup(state: State, number: int) -> list[int]:
+    """The sessions of so many tasks, each between what Celery does before and after it."""
+    import types
+
+    from celery import Celery
+    from celery.fixups.django import DjangoWorkerFixup
+
+    class Worker:
+        pool_cls = "celery.concurrency.prefork:TaskPool"
+
+    fixup: Any = DjangoWorkerFixup(Celery("tests", set_as_current=False))
+    fixup.worker = Worker()
+    task, pids = types.SimpleNamespace(request=types.SimpleNamespace(is_eager=False)), set()
+    for _ in range(number):
+        fixup.on_task_prerun(task)
+        pids.add(djangos.query(state))
+        fixup.on_task_postrun(task)
+    return sorted(pids)
 
 
 @pytest.mark.parametrize("lease", ["transaction"])

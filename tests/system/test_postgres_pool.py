@@ -92,6 +92,20 @@ def test_max_size_is_the_cap_of_all_processes(three: list[Worker], postgres: Pos
     assert three[1].call(sizes)["pool_size"] == 2
 
 
+def test_labels_of_processes_do_not_split_the_cap(three: list[Worker], postgres: Postgres) -> None:
+    for worker in three:
+        label = f"application_name=web-{worker.pid} options='-c statement_timeout={worker.pid}s'"
+        worker.call(make, f"{postgres.conninfo} {label}", min_size=0, max_size=2, timeout=10)
+    three[0].call(take)
+    three[1].call(take)
+    waiting = three[2].begin(ask, "SELECT current_setting('application_name')")
+    wait_until(lambda: three[0].call(sizes).get("requests_waiting") == 1)
+    assert len(postgres.backends()) == 2
+    three[0].call(put)
+    assert waiting.result() == (f"web-{three[2].pid}",), "a session with another's label is not lent"
+    assert len(postgres.backends()) <= 2
+
+
 def test_min_size_is_there_before_it_is_asked_for(two: list[Worker], postgres: Postgres) -> None:
     two[0].call(make, postgres.conninfo, min_size=3, max_size=5)
     two[0].call(ask, "SELECT 1")
@@ -106,6 +120,35 @@ def test_a_name_is_made_of_the_string_without_its_password(postgres: Postgres) -
     assert len(names) == 1
     assert names.pop().startswith(f"app@127.0.0.1:{postgres.port}_postgres-")
     assert ConnectionPool("host=other", name="db", open=False, max_size=4).name == "db"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_size": "5"}, {"min_size": "0", "max_size": 5}, {"max_size": 2.5}, {"max_size": True}, {"timeout": "5"},
+        {"timeout": None}, {"max_waiting": "1"}, {"max_waiting": -1}, {"max_lifetime": "60"}, {"max_idle": -1},
+        {"reconnect_timeout": float("nan")},
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_named(given: dict[str, Any]) -> None:
+    name, value = next(iter(given.items()))
+    with pytest.raises(sharedpool.OptionError) as raised:
+        ConnectionPool("host=x", open=False, **{"max_size": 5, "min_size": 0, **given})
+    assert f"option '{name}' has the value {value!r}" in str(raised.value)
+    assert "allowed is" in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, float("inf")])
+def test_no_limit_of_a_life_is_no_limit(two: list[Worker], postgres: Postgres, value: float | None) -> None:
+    two[0].call(make, postgres.conninfo, min_size=0, max_size=1, max_lifetime=value, max_idle=value)
+    two[0].call(ask, "SELECT 1")
+    options = two[0].call(options_in_force)
+    assert (options["max_lifetime"], options["idle_timeout"]) == (None, None)
+
+
+def options_in_force(state: State) -> dict[str, Any]:
+    options: dict[str, Any] = state.things["pool"]._shared.attached.welcome["options"]
+    return options
 
 
 # --- in one process ---------------------------------------------------------------------------------------------------

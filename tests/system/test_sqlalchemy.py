@@ -521,6 +521,34 @@ def test_a_creator_of_ones_own_needs_a_name_and_does_not_move(two: list[Worker],
     wait_until(lambda: postgres.backends() == pids[1:])
 
 
+def test_labels_do_not_split_the_cap_and_psycopgs_pool_is_under_it_too(postgres: Postgres) -> None:
+    from sharedpool.postgres import ConnectionPool
+
+    names = {
+        create_engine(
+            f"postgresql+{library}://app:{word}@127.0.0.1:{postgres.port}/postgres?application_name={word}",
+            poolclass=SharedQueuePool, pool_size=2,
+        ).pool.shared_name  # type: ignore[attr-defined]
+        for library in MOVING
+        for word in ("web-1", "web-2")
+    }  # fmt: skip
+    assert names == {ConnectionPool(f"{postgres.conninfo} application_name=x", open=False, min_size=0, max_size=2).name}
+
+
+def test_two_files_of_sqlite_are_two_pools(tmp_path: Path) -> None:
+    engines = [create_engine(f"sqlite:///{tmp_path}/{name}", poolclass=SharedQueuePool) for name in ("a", "b", "a")]
+    one, other, again = (engine.pool.shared_name for engine in engines)  # type: ignore[attr-defined]
+    assert one == again
+    assert one != other
+
+
+def test_an_engine_that_does_not_say_where_it_leads_needs_a_name() -> None:
+    given: dict[str, Any] = {"poolclass": SharedQueuePool, "connect_args": {"dsn": object()}}
+    engine = create_engine("postgresql+pg8000://app@x/y", **given)
+    with pytest.raises(exc.ArgumentError, match=r"needs shared_name=.*dsn is an object"):
+        engine.connect()
+
+
 def make_one(**given: Any) -> SharedQueuePool:
     pool = create_engine("postgresql+psycopg://app@127.0.0.1/x", poolclass=SharedQueuePool, **given).pool
     assert isinstance(pool, SharedQueuePool)
