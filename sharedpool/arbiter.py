@@ -20,8 +20,16 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
-from . import fdpass, foreign, layout, options, processes, segment, succession, view, wire
-from .errors import ArbiterLost, AttachRefused, PoolNotFound, PoolOptionsDiffer, SharedPoolError, file_limit
+from . import fdpass, foreign, layout, options, processes, seat, segment, succession, view, wire
+from .errors import (
+    ArbiterLost,
+    AttachRefused,
+    PoolNotFound,
+    PoolOptionsDiffer,
+    SharedPoolError,
+    StartFailed,
+    file_limit,
+)
 from .genserver import PoolServer
 from .layout import HEADER, INCARNATION, ROW, ROW_NONCE, ROW_SINCE
 from .processes import Process
@@ -47,6 +55,12 @@ _POLL_PROCESSES: Final = 100_000_000
 #: Whoever started an arbiter has so long to come, seconds, however short the linger time.
 _FIRST: Final = 2.0
 _BEAT_EVERY: Final = 1_000_000_000
+#: While its place in the runtime directory is another's, or cannot be taken, it is tried again so often, ns.
+_SEAT_AGAIN: Final = 50_000_000
+#: That it cannot be taken is said so often, ns.
+_SEAT_SAID: Final = 60_000_000_000
+#: The linger time of an arbiter that stays without clients: thirty years in s, which still fit into 64 bits of ns.
+FOR_EVER: Final = 1e9
 _DRAIN_SECONDS: Final = 90.0
 #: Without a descriptor left, nobody is accepted for so long, ns, instead of trying without end.
 _ACCEPT_AGAIN: Final = 100_000_000
@@ -90,7 +104,7 @@ class Arbiter:
         linger: Seconds without any client after which it wants to end.
         clock: Gives the time in monotonic ns.
         scope: What tells this scope's segments from those of others.
-        directory: A descriptor of the runtime directory, for the roster; None in tests.
+        seat: Its place in the runtime directory; None in tests.
     """
 
     def __init__(
@@ -100,14 +114,16 @@ class Arbiter:
         linger: float,
         clock: Callable[[], int] = time.monotonic_ns,
         scope: str = "",
-        directory: int | None = None,
+        seat: seat.Seat | None = None,
     ) -> None:
-        self.listener = listener
+        self.listener: socket.socket | None = None
         self._clock = clock
         self.pools: dict[str, PoolServer] = {}
         self._kept: dict[str, Kept] = {}
-        self._roster = None if directory is None else Roster(directory, succession.place(), self._all_attached)
-        self._roster_at = 0
+        self._seat = seat
+        self._roster = None if seat is None else Roster(seat.fd, succession.place(), self._all_attached)
+        self._seat_at = 0
+        self._seat_said = -_SEAT_SAID
         self.incarnation = 1
         self._authkey = authkey
         self._scope = scope
@@ -131,8 +147,7 @@ class Arbiter:
         self._spare = os.dup(self._bell)
         self._watch(self._bell, select.EPOLLIN, self._ring)
         if listener is not None:
-            listener.setblocking(False)
-            self._watch(listener.fileno(), select.EPOLLIN, self._accept)
+            self.listen(listener)
 
     def _seconds(self) -> float:
         return self._clock() / 1e9
@@ -171,9 +186,7 @@ class Arbiter:
         self._ship_records()
         if not self._clients:
             due = min(due, int((self._quiet_since + self._linger) * 1e9))
-        if self._roster is not None and now >= self._roster_at:
-            self._roster_at = now + _BEAT_EVERY
-            self._roster.keep()
+        due = min(due, self._look_after_files(now))
         for name in [name for name, pool in self.pools.items() if pool.stopped and pool.empty and not self._rows(pool)]:
             self.pools.pop(name).segment.let_go()
         self._due = due
@@ -272,6 +285,58 @@ class Arbiter:
         if self._by_fd.pop(fd, None) is not None:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
+
+    # --- its place ----------------------------------------------------------------------------------------------------
+
+    def listen(self, listener: socket.socket) -> None:
+        """Let workers come here, and no longer where they came before."""
+        self.stop_listening()
+        self.listener = listener
+        listener.setblocking(False)
+        if not self._accept_at:
+            self._watch(listener.fileno(), select.EPOLLIN, self._accept)
+
+    def stop_listening(self) -> None:
+        """Let nobody come any more."""
+        if self.listener is not None:
+            self._unwatch(self.listener.fileno())
+            seat.refuse_callers(self.listener)
+            self.listener = None
+
+    def _look_after_files(self, now: int) -> int:
+        """See to what belongs into the runtime directory; gives when to look again."""
+        if self._roster is None:
+            return now + _BEAT_EVERY
+        if now >= self._seat_at:
+            self._seat_at = now + (_BEAT_EVERY if self._keeps_its_seat() else _SEAT_AGAIN)
+            self._roster.keep()
+        return self._seat_at
+
+    def _keeps_its_seat(self) -> bool:
+        """Whether newcomers find this arbiter. If its files were taken away, it makes them anew.
+
+        Somebody else's arbiter may be there instead by then. If it has seen this one's pools, it makes room. There is
+        nothing to see of an arbiter without pools, so this one ends.
+        """
+        if self._seat is None or self._seat.is_whole():
+            return True
+        if self._seat.is_gone() and not self._clients and self._linger < FOR_EVER:
+            self._now_ending = True  # nobody needs it
+            return False
+        try:
+            done, why = self._seat.take_again(), "another arbiter serves there"
+        except (OSError, StartFailed) as error:
+            done, why = False, str(error)
+        else:
+            self._now_ending = self._now_ending or not (done or self.pools or self._kept)
+        if done:
+            log.warning("files in %s were removed, and are made anew", self._seat.directory)
+            if self._roster is not None:
+                self._roster.write()
+        elif self._clock() >= self._seat_said + _SEAT_SAID:
+            self._seat_said = self._clock()
+            log.error("files in %s were removed, and no process can come there: %s", self._seat.directory, why)
+        return done
 
     # --- channels -----------------------------------------------------------------------------------------------------
 
@@ -610,6 +675,9 @@ class Arbiter:
                 others = kept.processes if kept is not None else []
                 self.keep(name, Kept(str(error), error.fact, "", [processes.find(client.pid), *others]))
             raise
+        if not taken.claim():
+            taken.let_go()
+            raise AttachRefused(f"pool {name!r} of process {client.pid} is another arbiter's, which lives", fact="row")
         self.inherit(name, taken)
 
     def _leave_behind(self, pool: PoolServer, pid: int) -> None:
@@ -758,9 +826,14 @@ class Arbiter:
                 f"pool {name!r} was stopped and still has connections; until they have gone, these stay:"
                 f" {', '.join(sorted(options.FIXED))}"
             )
+        if not self._keeps_its_seat():
+            raise Later  # the same name may be declared to the arbiter that is there instead
         pool = self._serve(name, wanted, pid)
         pool.words[INCARNATION] = self.incarnation
-        return pool
+        if pool.segment.claim() and self._keeps_its_seat():  # another one looks after it has come, so it sees the claim
+            return pool
+        self.pools.pop(name).segment.let_go()
+        raise Later
 
     def _serve(self, name: str, wanted: options.PoolOptions, pid: int, **more: Any) -> PoolServer:
         pool = self.pools[name] = PoolServer(

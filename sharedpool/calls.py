@@ -75,6 +75,20 @@ class _Listener(multiprocess.connection.Listener):  # type: ignore[misc]
             _limit(sock, _CALLER_SECONDS)
             return _Caller(sock.detach())
 
+    def end(self) -> None:
+        """Take nobody any more. The path is left alone: it leads to another listener's socket by now."""
+        listener = self._listener
+        listener._unlink.cancel()
+        listener._unlink = None
+        listener._socket.shutdown(socket.SHUT_RDWR)  # the accepting thread wakes
+        self.close()
+
+
+def listen_again(server: Any, address: str) -> None:
+    """Let a manager's server listen at a new socket, because its old one was taken away."""
+    old, server.listener = server.listener, _Listener(address=address, backlog=128)
+    old.end()
+
 
 def _connect(address: str, *, authkey: bytes) -> Any:
     """As multiprocess.connection.Client, for Unix sockets, within the thread's limit."""

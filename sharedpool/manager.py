@@ -9,14 +9,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import gc
 import logging
 import os
 import platform
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,8 +23,8 @@ from typing import Any, TypeVar, cast
 
 import multiprocess.managers
 
-from . import calls, foreign, launch, layout, mutex, roster, scope, segment, succession, view
-from .arbiter import Arbiter
+from . import calls, launch, layout, mutex, roster, scope, seat, segment, succession, view
+from .arbiter import FOR_EVER, Arbiter
 from .drivers import Address
 from .errors import DrainTimeout, PoolNotFound, RegistryTimeout, SharedPoolError, StartFailed
 from .genserver import PoolServer
@@ -38,13 +36,14 @@ from .stats import OTHER_KEYS, PoolStats
 T = TypeVar("T")
 
 _DEFAULT_LINGER = 10.0
-#: Thirty years in seconds, which still fit into nanoseconds of 64 bits.
-_FOR_EVER = 1e9
 #: The loop must not wait 5 ms for a registry thread that pickles.
 _SWITCH_INTERVAL = 0.0005
 #: A call of the registry may take so long, s, and what it asks of a pool whose mutex is busy, too.
 _CALL_SECONDS = 10.0
 _PATIENCE = 2.0
+#: Another arbiter that has lost its directory has so long to come back to it, s; it is looked for so often.
+_ASIDE = 5.0
+_LOOK_AGAIN = 0.02
 _STARTED = time.monotonic_ns()
 
 
@@ -417,7 +416,7 @@ def serve(directory: str, ready: Callable[[], None]) -> None:
     Raises:
         StartFailed: Another arbiter serves the scope, or none can; NotSupported: see mutex.prove.
     """
-    if not _serve(directory, ready, _FOR_EVER):
+    if not _serve(directory, ready, FOR_EVER):
         raise StartFailed(f"another arbiter serves {directory} already")
 
 
@@ -428,25 +427,20 @@ def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     mutex.prove()  # before any thread: it forks
     raise_file_limit()
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    leader = _lead(directory)
-    if leader is None:
-        return False
-    dirfd = scope.open_directory(directory)
-    key = secrets.token_bytes(32)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    _unlink(dirfd, scope.ARBITER_SOCKET, scope.REGISTRY_SOCKET)
+    here = seat.Seat(directory)
     identity = succession.scope_id(directory)
-    served = Arbiter(listener, key, linger, scope=identity, directory=dirfd)
+    heritage = _take(here, identity)
+    if heritage is None:
+        return False
+    key = secrets.token_bytes(32)
+    served = Arbiter(None, key, linger, scope=identity, seat=here)
     _log_to(served)
-    noted = roster.read(dirfd, succession.place())
-    inherited, kept = succession.find(identity, noted)
-    for name, names in kept.items():
+    for name, names in heritage.kept.items():
         served.keep(name, names)
-    for name, taken in inherited.items():
-        served.inherit(name, taken, noted)
-    _serve_registry(served, dirfd, key)
-    listener.bind(scope.inside(dirfd, scope.ARBITER_SOCKET))
-    listener.listen(512)
+    for name, taken in heritage.inherited.items():
+        served.inherit(name, taken, heritage.noted)
+    here.doors += [_RegistryDoor(served, here.fd, key), lambda: served.listen(seat.listen(here.fd))]
+    here.open()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: served.end())
     signal.set_wakeup_fd(-1)
@@ -455,12 +449,49 @@ def _serve(directory: str, ready: Callable[[], None], linger: float) -> bool:
     try:
         while True:
             served.run()
-            if _leave(directory, dirfd, listener, served):
-                os.close(leader)
+            if here.leave(keep_roster=served.is_hidden_from_an_heir(), refuse=served.stop_listening):
                 return True
             served.stay()
     finally:
         served.terminate("the arbiter ends")
+
+
+@dataclasses.dataclass(slots=True)
+class _Heritage:
+    """What there is to go on with: see succession.find."""
+
+    noted: list[roster.Attached]
+    inherited: dict[str, segment.Segment]
+    kept: dict[str, succession.Kept]
+
+
+def _take(here: seat.Seat, identity: str) -> _Heritage | None:
+    """Take the seat and all that was left behind; None if another arbiter lives.
+
+    That one may have lost its directory, so that nothing in this one tells of it. But it has a lock on each of its
+    segments. It comes back to its place within a second or so, and has that time.
+    """
+    until = time.monotonic() + _ASIDE
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # the directory was removed just now
+            if here.take():
+                noted = roster.read(here.fd, succession.place())
+                inherited, kept = succession.find(identity, noted)
+                if all(taken.claim() for taken in inherited.values()):
+                    return _Heritage(noted, inherited, kept)
+                for taken in inherited.values():
+                    taken.let_go()
+                here.give_up()
+        if time.monotonic() > until or _is_served(here.directory):
+            return None
+        time.sleep(_LOOK_AGAIN)
+
+
+def _is_served(directory: str) -> bool:
+    channel = launch.connect(directory)
+    if channel is not None:
+        channel.close()
+    return channel is not None
 
 
 def _log_to(served: Arbiter) -> None:
@@ -502,22 +533,6 @@ def _linger() -> float:
     return value
 
 
-def _lead(directory: str) -> int | None:
-    """Take the leader lock: a record lock, which a fork never inherits. None if another arbiter has it."""
-    path = os.path.join(directory, scope.LEADER_LOCK)
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:
-                return fd
-        os.close(fd)  # the file was exchanged: its lock is worth nothing
-
-
 def _say_ready(ready: int) -> None:
     os.write(ready, b"ready")
     null = os.open(os.devnull, os.O_RDWR)
@@ -526,7 +541,23 @@ def _say_ready(ready: int) -> None:
     os.close(ready)
 
 
-def _serve_registry(served: Arbiter, dirfd: int, key: bytes) -> None:
+class _RegistryDoor:
+    """Serves the registry at its socket in the runtime directory; called again, at a new socket."""
+
+    def __init__(self, served: Arbiter, directory: int, key: bytes) -> None:
+        self._of = served, directory, key
+        self._server: Any = None
+
+    def __call__(self) -> None:
+        """Open it."""
+        if self._server is None:
+            self._server = _serve_registry(*self._of)
+        else:
+            calls.listen_again(self._server, scope.inside(self._of[1], scope.REGISTRY_SOCKET))
+
+
+def _serve_registry(served: Arbiter, dirfd: int, key: bytes) -> Any:
+    """Answer calls of the registry in threads of their own; gives the manager's server."""
     registry = Registry(served)
 
     class Serving(SharedPoolManager):
@@ -537,41 +568,4 @@ def _serve_registry(served: Arbiter, dirfd: int, key: bytes) -> None:
     server = Serving(address, authkey=key, serializer=calls.SERIALIZER).get_server()
     server.stop_event = threading.Event()
     threading.Thread(target=server.accepter, name="registry", daemon=True).start()
-
-
-def _leave(directory: str, dirfd: int, listener: socket.socket, served: Arbiter) -> bool:
-    """Go, without leaving anything behind and without answering anybody by half; False if somebody is about to come.
-
-    The roster stays if a successor needs it.
-    """
-    lock = os.open(scope.inside(dirfd, scope.START_LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return False
-    _unlink(dirfd, scope.ARBITER_SOCKET)
-    _refuse_callers(listener)
-    if not served.is_hidden_from_an_heir():
-        _unlink(dirfd, scope.ROSTER)
-    _unlink(dirfd, scope.REGISTRY_SOCKET, scope.LEADER_LOCK, scope.START_LOCK)
-    with contextlib.suppress(OSError):  # somebody keeps something of his own in it
-        os.rmdir(directory)
-        if scope.is_private(directory):
-            os.rmdir(os.path.dirname(directory))
-    os.close(lock)
-    return True
-
-
-def _refuse_callers(listener: socket.socket) -> None:
-    """Whoever has connected but was not accepted sees the end of his channel and looks for another arbiter."""
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            foreign.end_channel(listener.accept()[0])
-    listener.close()
-
-
-def _unlink(dirfd: int, *names: str) -> None:
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=dirfd)
+    return server

@@ -137,6 +137,16 @@ def prepare(path: str) -> str:
     raise StartFailed(f"the runtime directory {path} vanishes as soon as it is made")
 
 
+def missing_parents(path: str) -> list[str]:
+    """The directories above it that are not there, the highest first."""
+    missing: list[str] = []
+    parent = os.path.dirname(path)
+    while parent != os.path.dirname(parent) and not os.path.lexists(parent):
+        missing.insert(0, parent)
+        parent = os.path.dirname(parent)
+    return missing
+
+
 def _make(path: str) -> None:
     """Make a directory and those parents that are not there. All are 0700, whatever the umask is."""
     try:

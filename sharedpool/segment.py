@@ -119,12 +119,41 @@ class Segment:
     marks: memoryview[int]
     words_address: int
     marks_address: int
+    claimed: int = -1
 
     def let_go(self) -> None:
-        """Close the descriptor. The memory stays mapped as long as anything here refers to it."""
+        """Close the descriptors. The memory stays mapped as long as anything here refers to it."""
         fd, self.fd = self.fd, -1
-        if fd >= 0:
+        claimed, self.claimed = self.claimed, -1
+        for each in (fd, claimed):
+            if each >= 0:
+                os.close(each)
+
+    def claim(self) -> bool:
+        """Say that this arbiter serves the segment, until it ends or lets go; False if another one does.
+
+        A BSD lock on an open file of the arbiter's own: workers have the file that came with their WELCOME, so a lock
+        on that one would outlive the arbiter; and a record lock would go when any descriptor of the memory is closed.
+
+        Raises:
+            FileLimit: No descriptor is left.
+        """
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in NO_DESCRIPTOR:
+                raise file_limit(error, f"serve pool {self.pool!r}", "the arbiter") from error
+            return True  # without /proc nobody would find the segment either
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(fd)
+            return False
+        except OSError:  # forbidden here
+            os.close(fd)
+            return True
+        self.claimed = fd
+        return True
 
     def move_to(self, number: int) -> None:
         """Say that the memory has another layout now; one store, so whoever attaches reads the old or the new one."""

@@ -70,6 +70,18 @@ def test_it_stays_without_clients_however_short_the_linger_time(scope: Scope) ->
         assert ended(process)[0] == 0
 
 
+def test_it_comes_back_without_clients_when_its_directory_is_removed(worker: Worker, scope: Scope, tcp: Target) -> None:
+    with serving(scope) as process:
+        shutil.rmtree(scope.directory / "sharedpool")
+        wait_until((scope.directory / "sharedpool" / "arbiter.sock").exists)
+        worker.use(tcp)
+        assert worker.call(commands.library, "ping")["pid"] == process.pid
+        worker.kill()
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 0
+    assert scope.files() == []
+
+
 def test_sigterm_drains_and_a_second_one_ends_it_at_once(
     worker: Worker, scope: Scope, tcp: Target, backend: Backend
 ) -> None:
