@@ -488,6 +488,8 @@ def test_what_a_process_brings_is_looked_at_before_it_is_a_pool(arbiter: Listeni
             assert (refused.kind, refused.body["error"], refused.body["fact"]) == (Kind.REFUSED, "AttachRefused", "row")
             assert arbiter.pools == {}
             coming.close()
+        os.close(served.claimed)  # as when that arbiter has died
+        served.claimed = -1
         coming = Peer(arbiter)
         assert brings(arbiter, coming, "ours", served.fd, row=row, nonce=nonce).kind is Kind.WELCOME
         assert list(arbiter.pools) == ["ours"]
