@@ -40,7 +40,7 @@ _OF_LOGINS: Final = frozenset({
 })  # fmt: skip
 #: A scheme that logs a connection in, and not a request (RFC 4559, MS-NTHT), and its token if there is one.
 _SCHEME: Final = re.compile(
-    r"(?:^|,)[ \t]*(?:ntlm|negotiate|kerberos|nego2|credssp)(?![^\s,])"
+    r"(?:^|,)[ \t]*(?:ntlm|negotiate|kerberos|nego2|credssp|pku2u|tsssp)(?![^\s,])"
     r"(?:[ \t]+([a-z0-9._~+/-]+=*)(?=[ \t]*(?:,|$)))?",
     re.IGNORECASE,
 )
@@ -224,6 +224,11 @@ def _stays(told: dict[str, list[str]], modern: bool) -> bool:
 def _schemes(told: dict[str, list[str]], *names: str) -> list[str]:
     """The tokens that come with schemes that log a connection in; empty ones for those without a token."""
     return [token for name in names for value in told.get(name, ()) for token in _SCHEME.findall(value)]
+
+
+def logs_in(fields: Iterable[tuple[str, str]]) -> bool:
+    """Whether a request with these fields logs its connection in, or goes on with that."""
+    return bool(_schemes(_telling(fields), "authorization", "proxy-authorization"))
 
 
 class _Request(_Message):

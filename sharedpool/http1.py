@@ -318,9 +318,9 @@ class _Transport:
         port = request.url.port or _PORTS[scheme]
         return host, port, "tcp" if scheme == "http" else self._driver(request.extensions.get("sni_hostname"))
 
-    def _kept(self, where: tuple[Any, ...]) -> _Turn | None:
+    def _kept(self, where: tuple[Any, ...], request: Any) -> _Turn | None:
         """The connection of a login that this thread or task has begun, for its next request."""
-        kept: _Turn | None = self._logins.take(where)
+        kept: _Turn | None = self._logins.take(where, request.headers.multi_items())
         if kept is None or kept.usable:
             return kept and kept.next()
         kept.abandon()
@@ -361,7 +361,7 @@ class SyncTransport(_Transport):
         library = self.library
         with library.errors():
             where = self._where(request)
-            turn = self._kept(where)
+            turn = self._kept(where, request)
             if turn is None:
                 lease = self._pool.checkout(*where, **self._timeouts(request))
                 turn = _Turn(lease, self._logins, where)
@@ -400,7 +400,7 @@ class AsyncTransport(_Transport):
             raise NotSupported("AsyncSharedTransport needs asyncio; under trio use httpx's own with permits in threads")
         with library.errors():
             where = self._where(request)
-            turn = self._kept(where)
+            turn = self._kept(where, request)
             if turn is None:
                 lease = await self._pool.checkout(*where, **self._timeouts(request))
                 turn = _Turn(lease, self._logins, where)

@@ -1,7 +1,8 @@
 """Connections on which a login has begun. Each is kept for the next request of its user, and for a short time only.
 
 NTLM and Negotiate log a connection in, and need several requests on it. Meanwhile nobody else may have it, so its lease
-goes on. Only the thread or the task that sent the last request finds it again, and only for the same address.
+goes on. Only the thread or the task that sent the last request finds it again, for the same address, and for a request
+that goes on with a login.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Final
 
-from .exchange import KEPT, End
+from .exchange import KEPT, End, logs_in
 
 #: A second exception would hide the first; and nobody is there to catch it.
 _HARMLESS: Final = Exception
@@ -89,24 +90,17 @@ class Logins:
             before.end()
         return True
 
-    def take(self, where: Hashable) -> Any:
-        """What was kept for this thread or task and this address, or None."""
-        if not self._kept:
+    def take(self, where: Hashable, fields: Iterable[tuple[str, str]]) -> Any:
+        """What was kept for this thread or task and this address, or None.
+
+        Args:
+            where: The address.
+            fields: The request's. One without a login may be of another user, whom the same thread serves.
+        """
+        if not self._kept or not logs_in(fields):
             return None
         kept = self._kept.pop((where, _owner()), None)
-        found = None if kept is None else kept.take()
-        return self._left_by_a_task(where) if found is None else found
-
-    def _left_by_a_task(self, where: Hashable) -> Any:
-        """What a task kept that is over: some run each request in a task of its own, as `wait_for` does."""
-        for key, kept in list(self._kept.items()):
-            owner: Any = key[1]
-            if key[0] == where and isinstance(owner, asyncio.Future) and owner.done():
-                self._kept.pop(key, None)
-                found = kept.take()
-                if found is not None:
-                    return found
-        return None
+        return None if kept is None else kept.take()
 
     def clear(self) -> None:
         """Give all of them up."""
@@ -121,9 +115,9 @@ class Logins:
 
 
 def _owner() -> Hashable:
-    """The task that runs, else the thread."""
+    """The task that runs, else the thread: the object, because the number of one that has ended is given again."""
     if asyncio._get_running_loop() is not None:
         task = asyncio.current_task()
         if task is not None:
             return task
-    return threading.get_ident()
+    return threading.current_thread()

@@ -125,7 +125,7 @@ class SharedConnector(TCPConnector):
     async def _lease(self, req: ClientRequest, traces: list[Any], timeout: ClientTimeout) -> Lease[Any]:
         address = self._address(req.connection_key)
         while True:
-            lease = self._kept(address) or await self._permit(address)
+            lease = self._kept(address, req) or await self._permit(address)
             try:
                 wire = lease.conn.connection
                 if wire.protocol is None:
@@ -143,9 +143,9 @@ class SharedConnector(TCPConnector):
                     lease.discard()
                 raise
 
-    def _kept(self, address: str) -> Lease[Any] | None:
+    def _kept(self, address: str, req: ClientRequest) -> Lease[Any] | None:
         """The lease of a login that this task has begun, for its next request."""
-        lease: Lease[Any] | None = self._logins.take(address)
+        lease: Lease[Any] | None = self._logins.take(address, _fields(req))
         if lease is None or not lease.in_force:
             return None
         lease.conn.connection.protocol.legs += 1
@@ -237,6 +237,24 @@ def _give_up(lease: Lease[Any]) -> None:
         lease.discard()
 
 
+def _fields(req: ClientRequest) -> list[tuple[str, str]]:
+    return [*req.headers.items(), *(req.proxy_headers or {}).items()]
+
+
+def _is_sound(req: ClientRequest) -> bool:
+    """Whether the head announces exactly what aiohttp sends behind it.
+
+    aiohttp sends chunks where `chunked` is not None. It sends a body as it is where the user's own field speaks of
+    chunks, and then a server may find another request in it.
+    """
+    length = req.headers.get("Content-Length")
+    codings = [value.lower() for value in req.headers.getall("Transfer-Encoding", ())]
+    if codings or req.chunked is not None:
+        return bool(req.chunked) and codings == ["chunked"] and length is None
+    size = req.body.size if req.body else 0
+    return length == str(size) or (length is None and size == 0)
+
+
 class _Handler(ResponseHandler):
     """aiohttp's protocol, while an Exchange reads along."""
 
@@ -247,12 +265,9 @@ class _Handler(ResponseHandler):
 
     def begin(self, req: ClientRequest) -> None:
         """A request is about to be sent."""
-        fields = [*req.headers.items(), *(req.proxy_headers or {}).items()]
-        length = req.headers.get("Content-Length")
-        size = req.body.size if req.body else 0
-        sound = (length is None or length == str(size)) and not self.exchange.surplus
+        sound = _is_sound(req) and not self.exchange.surplus
         self.exchange = Exchange(self.legs)
-        self.exchange.asks(req.method, fields, sound=sound)
+        self.exchange.asks(req.method, _fields(req), sound=sound)
 
     def data_received(self, data: bytes) -> None:
         """As aiohttp's."""

@@ -26,7 +26,7 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self, cast
@@ -610,6 +610,20 @@ else:
     _Pool = _Manager = object
 
 
+#: The fields of the request that this thread or task is about to send, and those for its proxy.
+_asking: ContextVar[tuple[Any, Any]] = ContextVar("sharedpool_asking", default=(None, None))
+
+
+def _asked_fields() -> Iterator[tuple[str, str]]:
+    for fields in _asking.get():
+        for name, value in (fields or {}).items():
+            yield _text(name), _text(value)
+
+
+def _text(given: Any) -> str:
+    return given.decode("latin-1") if isinstance(given, bytes) else str(given)
+
+
 class _Shared(_Pool):
     """What our pools do beyond urllib3's."""
 
@@ -628,6 +642,14 @@ class _Shared(_Pool):
         conn._handle, conn._pool = self.shared_pool, weakref.ref(self)
         return conn
 
+    def urlopen(self, method: str, url: str, body: Any = None, headers: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As urllib3's."""
+        asked = _asking.set((self.headers if headers is None else headers, self.proxy_headers))
+        try:
+            return super().urlopen(method, url, body, headers, *args, **kwargs)
+        finally:
+            _asking.reset(asked)
+
     def _get_conn(self, timeout: float | None = None) -> Any:
         """An object without a connection; it leases one as soon as there is something to send.
 
@@ -636,7 +658,7 @@ class _Shared(_Pool):
         known = self.pool
         if known is None:
             raise ClosedPoolError(self, "Pool is closed.")
-        conn, began = self._logins.take(None), monotonic()
+        conn, began = self._logins.take(None, _asked_fields()), monotonic()
         if conn is not None:
             return conn.go_on()
         try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import importlib
+from collections.abc import Coroutine
 from typing import Any
 
 import aiohttp
@@ -56,15 +59,58 @@ def ask(state: State, url: str, method: str = "GET", body: bytes | None = None, 
         answer = session.request(method, url, body=body, headers=fields, retries=False, timeout=20)
         return answer.status, answer.data
     if client == "httpx-async":
-        return tuple(tasks.run(state, _ask_async(session, method, url, fields)))
+        return tuple(tasks.run(state, _as_one_user(state, _ask_async(session, method, url, fields))))
     if client == "aiohttp":
-        return tuple(tasks.run(state, _ask_aiohttp(session, method, url, body, fields)))
+        return tuple(tasks.run(state, _as_one_user(state, _ask_aiohttp(session, method, url, body, fields))))
     if client == "stream":
         answer = session.request(method, url, headers=fields, timeout=20, stream=True)
         return answer.status_code, b"".join(answer.iter_content(3))
     given = {} if body is None else {"data": body}
     answer = session.request(method, url, headers=fields, timeout=20, **given)
     return answer.status_code, answer.content
+
+
+def ask_elsewhere(state: State, url: str, **headers: str) -> tuple[int, bytes]:
+    """As `ask`, in a thread or a task that ends with it."""
+    user = state.things.pop("user", None)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            return threads.submit(ask, state, url, **headers).result()
+    finally:
+        _end_user(state)
+        if user is not None:
+            state.things["user"] = user
+
+
+async def _as_one_user(state: State, request: Coroutine[Any, Any, Any]) -> Any:
+    """Requests of a worker come from one task, as one user's do."""
+    loop = asyncio.get_running_loop()
+    if "user" not in state.things:
+        requests_of: asyncio.Queue[Any] = asyncio.Queue()
+        state.things["user"] = requests_of, loop.create_task(_user(requests_of))
+    answer = loop.create_future()
+    state.things["user"][0].put_nowait((request, answer))
+    return await answer
+
+
+async def _user(requests_of: asyncio.Queue[Any]) -> None:
+    while (asked := await requests_of.get()) is not None:
+        request, answer = asked
+        try:
+            answer.set_result(await request)
+        except Exception as error:
+            answer.set_exception(error)
+
+
+def _end_user(state: State) -> None:
+    if "user" in state.things:
+        requests_of, user = state.things.pop("user")
+
+        async def end() -> None:
+            requests_of.put_nowait(None)
+            await user
+
+        tasks.run(state, end())
 
 
 async def _ask_async(session: Any, method: str, url: str, fields: dict[str, str]) -> tuple[int, bytes]:
@@ -109,6 +155,7 @@ def turn(state: State) -> bool:
 
 
 def close(state: State) -> None:
+    _end_user(state)
     session = state.things.pop("session")
     if state.things["client"] == "urllib3":
         session.clear()

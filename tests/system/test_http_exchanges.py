@@ -189,6 +189,28 @@ def test_a_login_that_is_not_gone_on_with_frees_its_permit_by_itself(pair: list[
             worker.call(close)
 
 
+def test_what_a_thread_or_task_that_has_ended_began_to_log_in_is_nobodys(pair: list[Worker]) -> None:
+    alice = pair[0]
+    with Scripted(ntlm) as server:
+        alice.call(speakers.keep_logins_for, 0.5)
+        for number, headers in ((1, {}), (3, {"Authorization": "NTLM hello"})):
+            left = alice.call(speakers.ask_elsewhere, server.url, Authorization="NTLM hello")
+            assert left == (401, b"nobody %d" % number)
+            assert alice.call(speakers.ask_elsewhere, server.url, **headers) == (401, b"nobody %d" % (number + 1))
+        for worker in pair:
+            worker.call(close)
+
+
+def test_a_request_without_a_login_does_not_get_a_connection_on_which_one_has_begun(pair: list[Worker]) -> None:
+    alice = pair[0]
+    with Scripted(ntlm) as server:
+        alice.call(speakers.keep_logins_for, 0.5)
+        assert alice.call(ask, server.url, Authorization="NTLM hello") == (401, b"nobody 1")
+        assert alice.call(ask, server.url) == (401, b"nobody 2")
+        for worker in pair:
+            worker.call(close)
+
+
 def _is_async(state: State) -> bool:
     return bool(state.things["client"] == "aiohttp")
 
